@@ -1,0 +1,46 @@
+"""The attention backends, best first. `--attention-backend` picks by name; nothing else does."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import torch
+
+from multimodal_gen.attention.base import AttentionBackend
+from multimodal_gen.errors import ConfigError, did_you_mean
+
+BACKENDS = {
+    "sdpa": "multimodal_gen.attention.sdpa:SdpaAttention",
+    "naive": "multimodal_gen.attention.naive:NaiveAttention",
+}
+
+log = logging.getLogger(__name__)
+
+
+def _load(name: str) -> type[AttentionBackend]:
+    module, attribute = BACKENDS[name].split(":")
+    backend: type[AttentionBackend] = vars(importlib.import_module(module))[attribute]
+    return backend
+
+
+def available(device: torch.device) -> dict[str, str]:
+    """Name → why it cannot run on `device` (empty: it can), best first."""
+    return {name: _load(name).unavailable(device) for name in BACKENDS}
+
+
+def choose(name: str, device: torch.device) -> AttentionBackend:
+    """The named backend, or with `auto` the best one. Raises ConfigError listing those that can run."""
+    reasons = available(device)
+    usable = [candidate for candidate, reason in reasons.items() if not reason]
+    if name == "auto":
+        name = usable[0]
+    elif name not in usable:
+        why = reasons.get(name, "there is no backend of that name")
+        raise ConfigError(
+            f"--attention-backend {name} cannot run on {device}: {why}. Available: auto, {', '.join(usable)}."
+            + did_you_mean(name, usable),
+            param="attention_backend",
+        )
+    log.info("attention backend: %s on %s", name, device)
+    return _load(name)()

@@ -1,0 +1,57 @@
+"""The shape of a packed batch: sequences of different lengths laid end to end in one [T, ...] tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring segments of one length: they can be viewed as a dense batch."""
+
+    first: int  # index of the first segment
+    last: int  # one past the last segment
+    start: int  # first token
+    length: int  # tokens per segment
+
+    @property
+    def count(self) -> int:
+        """Number of segments."""
+        return self.last - self.first
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """View of x [T, ...] as [count, length, ...]."""
+        stop = self.start + self.count * self.length
+        return x[self.start : stop].unflatten(0, (self.count, self.length))
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of the packed sequences in order. Sort by length before packing: fewer runs, fewer launches."""
+
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Segments:
+        """Segments with these lengths."""
+        return cls(tuple(lengths))
+
+    @cached_property
+    def total(self) -> int:
+        """Number of tokens."""
+        return sum(self.lengths)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The segments as maximal runs of equal length."""
+        runs, first, start = [], 0, 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            runs.append(Run(first, first + count, start, length))
+            first, start = first + count, start + count * length
+        return tuple(runs)

@@ -1,0 +1,153 @@
+"""Everything that crosses a process border, as typed msgspec structs. Nothing here is ever unpickled.
+
+front → worker: `Load`, `Generate`, `Cancel`, `Shutdown`.
+worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Preview`, `Finished`, `Failed`, `Gauges`.
+
+The in-process engine yields the same events (`Event`), so both faces of the engine speak one language.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import msgspec
+
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.request import ImageRequest, ModelCard, Timings
+
+MAX_FRAME_BYTES = 1 << 30
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+class Array(msgspec.Struct, frozen=True):
+    """A dense C-contiguous array. Images are uint8 [height, width, 3]; latents are float32 [C, h, w]."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    data: Union[bytes, memoryview]
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """An `MmgenError` on the wire; `errors.from_code` rebuilds it."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+# --- front → worker ---------------------------------------------------------------------------------------------
+
+
+class Load(Message):
+    """The first message of a worker's life."""
+
+    card: ModelCard
+    config: EngineConfig
+
+
+class Generate(Message):
+    request: ImageRequest
+
+
+class Cancel(Message):
+    """Stop a request before its next step; unknown ids are ignored, because the request may just have finished."""
+
+    request_id: str
+
+
+class Shutdown(Message):
+    """Exit once nothing runs any more."""
+
+
+# --- worker → front ---------------------------------------------------------------------------------------------
+
+
+class Ready(Message):
+    device: str
+    dtype: str
+    attention_backend: str
+    parameters: int
+    load_seconds: float
+
+
+class LoadFailed(Message):
+    error: ErrorInfo
+
+
+class Started(Message):
+    """The first row of the request has been taken from the queue."""
+
+    request_id: str
+
+
+class Progress(Message):
+    """Image `index` has finished `step` of `steps`."""
+
+    request_id: str
+    index: int
+    step: int
+    steps: int
+
+
+class Preview(Message):
+    """The clean-image estimate of image `index`; `number` counts from 0."""
+
+    request_id: str
+    index: int
+    number: int
+    image: Array
+
+
+class Finished(Message):
+    """All images of a request, in seed order, or its latents."""
+
+    request_id: str
+    outputs: list[Array]
+    timings: Timings
+    prompt_tokens: int
+    warnings: list[str] = []
+
+
+class Failed(Message):
+    request_id: str
+    error: ErrorInfo
+
+
+class Gauges(Message):
+    """The worker's state, sent when it changes by a step; feeds /metrics and the stall watchdog."""
+
+    running_rows: int
+    waiting_rows: int
+    step_seconds: float
+    step_rows: int
+    step_tokens: int
+    cache_bytes: int
+    cache_hits: int
+    cache_misses: int
+
+
+ToWorker = Union[Load, Generate, Cancel, Shutdown]
+Event = Union[Started, Progress, Preview, Finished, Failed, Gauges]
+FromWorker = Union[Ready, LoadFailed, Started, Progress, Preview, Finished, Failed, Gauges]
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: Any) -> bytes:
+    """One message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_to_worker(frame: bytes) -> ToWorker:
+    """Raises msgspec.DecodeError for anything that is not a known message."""
+    return _to_worker.decode(frame)
+
+
+def decode_from_worker(frame: bytes) -> FromWorker:
+    """Raises msgspec.DecodeError for anything that is not a known message."""
+    return _from_worker.decode(frame)

@@ -1,0 +1,72 @@
+"""Linear layers: plain, and several projections of the same input fused into one matrix product.
+
+A layer tells the loader where a checkpoint tensor goes through `slot(part)`: a view of its weight. Families name the
+parts in their rename table; nobody concatenates weights after loading.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal_gen.nn.precision import compute_dtype
+from multimodal_gen.nn.slots import Slotted
+
+
+def align(size: int, multiple: int = 16) -> int:
+    """`size` rounded up. Matrix products with odd widths run at two thirds of the speed of aligned ones."""
+    return -(-size // multiple) * multiple
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] · weightᵀ [in, out] + bias, in the dtype of x; multiplied in float32 where bf16 is only emulated."""
+    dtype = compute_dtype(x.dtype, x.device)
+    if dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    wide = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return wide.to(x.dtype)
+
+
+class Linear(Slotted):
+    """y [..., out] = x [..., in] · Wᵀ + b.
+
+    `stored_in` > `in_features` keeps zero columns at the end of W: the input comes from an aligned layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, stored_in: int | None = None) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.zeros(out_features, stored_in or in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    def slot(self, part: str | None) -> Tensor:
+        """The view of the weight that the checkpoint fills: [out, in]."""
+        assert part is None, f"a plain Linear has no part {part!r}"
+        return self.weight[:, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class FusedLinear(Slotted):
+    """Several bias-free projections of one input as one product; each part's rows start at an aligned offset.
+
+    y [..., Σ stored(part)]; rows between a part's size and its aligned size are zero.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], multiple: int = 1) -> None:
+        super().__init__()
+        self.part_names = tuple(parts)
+        self.sizes = tuple(parts.values())
+        self.stored = [align(size, multiple) for size in parts.values()]
+        self.weight = nn.Parameter(torch.zeros(sum(self.stored), in_features), requires_grad=False)
+
+    def slot(self, part: str | None) -> Tensor:
+        """The view of the weight that the checkpoint fills for `part`: [size(part), in]."""
+        index = self.part_names.index(part)
+        start = sum(self.stored[:index])
+        return self.weight[start : start + self.sizes[index]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, None)

@@ -1,0 +1,24 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal_gen.nn.linear import FusedLinear, Linear, align
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer, 2020); gate and up are one product, the hidden width is aligned.
+
+    The extra hidden units are exact zeros: silu(0) · 0 meets zero columns of `down`.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = FusedLinear(dim, {"gate": hidden, "up": hidden}, multiple=16)
+        self.down = Linear(hidden, dim, stored_in=align(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

@@ -1,0 +1,118 @@
+"""The step contract between the engine and every model family.
+
+The engine calls four verbs: `encode` (prompt → conditions), `prepare` (seed → noise), `denoise` (ONE step for a batch
+of rows, again and again) and `decode` (latents → pixels). There is no other denoising loop in the repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from multimodal_gen.request import Defaults, ImageRequest, ModelCard
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Published checkpoints of one family that want other defaults than the family's."""
+
+    names: tuple[str, ...]  # folder or repository base names, lower case
+    defaults: Defaults
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a family is; one constant `SPEC` per family folder, importable without torch."""
+
+    family: str
+    title: str
+    pipeline_classes: tuple[str, ...]  # `_class_name` in model_index.json
+    pipeline: str  # "module:Class", imported in the worker only
+    describe: str  # "module:function", (name, folder) -> ModelCard, without torch
+    variants: tuple[Variant, ...] = ()
+
+
+@dataclass
+class Conditions:
+    """What the text (or image) encoder made of a request; families subclass it with their tensors."""
+
+    prompt_tokens: int  # filled by encode: tokens of the prompt, after truncation
+    warnings: tuple[str, ...] = ()  # filled by encode: what the user should know (a truncated prompt)
+
+
+@dataclass
+class Sampler:
+    """A row's own solver state; families subclass it with what their solver needs."""
+
+
+@dataclass
+class Row:
+    """One image of one request: all that is needed to pause it at a step and go on elsewhere."""
+
+    request: ImageRequest  # filled by the engine
+    index: int  # filled by the engine: which of the request's images
+    conditions: Conditions | None = None  # filled by encode
+    latents: torch.Tensor | None = None  # filled by prepare, replaced by denoise: float32 [C, h, w]
+    sampler: Sampler | None = None  # filled by prepare
+    step: int = 0  # advanced by denoise: steps done
+    clean: torch.Tensor | None = None  # filled by denoise for rows that want previews: estimate of the clean latents
+
+    @property
+    def seed(self) -> int:
+        """The seed of this image's noise."""
+        return self.request.seeds[self.index]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.request.num_inference_steps
+
+
+@dataclass
+class PipelineInfo:
+    """Facts of a loaded pipeline that the outside may see."""
+
+    device: str
+    dtype: str
+    attention_backend: str
+    parameters: int  # of all components
+    cache: CacheUse = field(default_factory=lambda: CacheUse())
+
+
+@dataclass
+class CacheUse:
+    """Use of the conditions cache since start."""
+
+    bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
+class Pipeline(Protocol):
+    """A loaded model. Verbs leave their rows untouched when they raise, so that a row can be tried again."""
+
+    card: ModelCard
+    info: PipelineInfo
+
+    def encode(self, rows: Sequence[Row]) -> None:
+        """Fill `row.conditions`; rows of one request share the object."""
+
+    def prepare(self, row: Row) -> None:
+        """Fill latents (noise from a CPU generator seeded with `row.seed`) and sampler."""
+
+    def denoise(self, rows: Sequence[Row]) -> None:
+        """Advance every row by ONE step; each row has its own size, timestep, guidance and prompt."""
+
+    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """Final latents → uint8 [height, width, 3] per row."""
+
+    def preview(self, row: Row) -> np.ndarray:
+        """`row.clean` → uint8 [height, width, 3]."""
+
+    def release(self, row: Row) -> None:
+        """Free what the row holds outside itself; called once when it leaves, finished, cancelled or failed."""

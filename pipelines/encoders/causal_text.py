@@ -1,0 +1,71 @@
+"""A causal language model used as a text encoder: the hidden states before its last layer, on real tokens only.
+
+Causal attention makes positions independent of what follows them, so the padding that reference pipelines append
+changes nothing that is kept; and a layer whose output is not read is not loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from multimodal_gen.errors import CorruptModel
+from multimodal_gen.nn.precision import compute_dtype
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as the encoder reads it."""
+
+    ids: Tensor  # int64 [l]
+    dropped: int  # tokens cut off at the end
+
+
+class CausalTextEncoder:
+    """Tokenizer with chat template and a transformers decoder, cut after its second last layer."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        """`folder` holds tokenizer/ and text_encoder/. Raises: CorruptModel."""
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        verbosity = transformers_logging.get_verbosity()
+        # The last layer's tensors are left in the file on purpose; the loader would report them as unexpected.
+        transformers_logging.set_verbosity(logging.ERROR)
+        self.device = device
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            config = AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
+            config.num_hidden_layers -= 1
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+            # Half precision that the CPU only emulates would make the encoder ten times slower.
+            dtype = compute_dtype(dtype, device)
+            model = AutoModel.from_pretrained(
+                folder / "text_encoder", config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CorruptModel(f"{folder / 'text_encoder'} cannot be loaded: {error}") from None
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        model.norm = nn.Identity()  # the reference reads the state before the final norm
+        self.model = model.to(device).eval()
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+
+    def tokenize(self, prompt: str, max_length: int) -> Tokens:
+        """The prompt in the chat template of one user turn, cut to `max_length` tokens."""
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        ids = self.tokenizer(text, truncation=True, max_length=max_length).input_ids
+        dropped = len(self.tokenizer(text).input_ids) - len(ids) if len(ids) == max_length else 0
+        return Tokens(torch.tensor(ids, dtype=torch.long, device=self.device), dropped)
+
+    def encode(self, tokens: Tokens) -> Tensor:
+        """[l] tokens → hidden states [l, D]."""
+        states: Tensor = self.model(input_ids=tokens.ids[None], use_cache=False).last_hidden_state
+        return states[0]

@@ -1,0 +1,64 @@
+"""Which family runs which checkpoint: one visible table, filled lazily."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.pipelines.contract import Pipeline, Spec
+from multimodal_gen.request import ModelCard
+from multimodal_gen.weights import hub
+from multimodal_gen.weights.checkpoint import verify
+
+NATIVE = ("multimodal_gen.pipelines.zimage.spec:SPEC",)
+FALLBACK = "multimodal_gen.pipelines.diffusers_any.spec:SPEC"
+
+
+def _import(target: str) -> Any:
+    module, name = target.split(":")
+    return vars(importlib.import_module(module))[name]
+
+
+def families() -> list[Spec]:
+    """The native families. A pipeline class that two of them claim is a bug."""
+    specs: list[Spec] = [_import(target) for target in NATIVE]
+    classes = [name for spec in specs for name in spec.pipeline_classes]
+    assert len(classes) == len(set(classes)), f"two families claim one pipeline class: {classes}"
+    return specs
+
+
+def fallback() -> Spec:
+    """The family that runs everything else through diffusers."""
+    spec: Spec = _import(FALLBACK)
+    return spec
+
+
+def find(pipeline_class: str) -> Spec:
+    """The native family of a pipeline class, else the fallback."""
+    return next((spec for spec in families() if pipeline_class in spec.pipeline_classes), None) or fallback()
+
+
+def bundled() -> list[str]:
+    """Names of the models inside the package."""
+    return hub.bundled()
+
+
+def describe(config: EngineConfig) -> ModelCard:
+    """Find the model, check its files and describe it, without torch.
+
+    Raises: ModelNotFound, CorruptModel, RemoteCodeRefused, ConfigError.
+    """
+    folder = hub.resolve(config.model_path, revision=config.revision, local_files_only=config.local_files_only)
+    checkpoint = verify(folder)
+    name = Path(config.model_path.rstrip("/")).name or config.model_path
+    card: ModelCard = _import(find(checkpoint.pipeline_class).describe)(name, folder)
+    return card
+
+
+def load(card: ModelCard, config: EngineConfig) -> Pipeline:
+    """Load the described model; imports torch. Raises: CorruptModel, ConfigError."""
+    spec = find(card.pipeline_class)
+    pipeline: Pipeline = _import(spec.pipeline)(card, config)
+    return pipeline

@@ -1,0 +1,40 @@
+"""AutoencoderKL through diffusers, loaded by our loader and laid out for the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal_gen.nn.precision import compute_dtype
+from multimodal_gen.weights.loading import construction, load_weights
+
+
+class KLDecoder:
+    """Latents → pixels, one image at a time: convolutions gain nothing from a batch and a row stays on its own."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
+        """`folder` is the vae/ folder, `files` its weights. Raises: CorruptModel."""
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        config = json.loads((folder / "config.json").read_text())
+        self.device, self.dtype = device, compute_dtype(dtype, device)
+        with construction(device, self.dtype):
+            vae = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        load_weights(vae, files)
+        # Channels-last convolutions are never slower here and ten times faster for bf16 on a CPU.
+        self.vae = vae.eval().to(memory_format=torch.channels_last)
+        self.scale: float = config["scaling_factor"]
+        self.shift: float = config["shift_factor"] or 0.0
+        self.parameters = sum(p.numel() for p in vae.parameters())
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """float32 [C, h, w] → uint8 [H, W, 3]."""
+        z = latents.to(self.device, self.dtype)[None] / self.scale + self.shift
+        pixels = self.vae.decode(z.contiguous(memory_format=torch.channels_last), return_dict=False)[0][0]
+        pixels = (pixels.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+        return (pixels * 255).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,212 @@
+"""The Z-Image diffusion transformer (Z-Image Team, 2025; reference: diffusers ZImageTransformer2DModel).
+
+Shapes: T packed tokens of all segments, S segments, R rows (images), D model width, H heads, L tokens of one segment.
+
+The caption tower does not see the timestep, so `refine_captions` runs once per prompt. Image and caption sequences are
+each padded to a multiple of 32 with learned pad tokens that take part in attention: they belong to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal_gen.attention.base import AttentionBackend
+from multimodal_gen.attention.segments import Segments
+from multimodal_gen.errors import CorruptModel
+from multimodal_gen.nn.embed import sinusoidal
+from multimodal_gen.nn.linear import FusedLinear, Linear
+from multimodal_gen.nn.mlp import SwiGLU
+from multimodal_gen.nn.modulation import add_gated, scale_segments
+from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
+from multimodal_gen.nn.rope import rotate
+from multimodal_gen.pipelines.zimage.packing import Joint, Layout, pad_count
+
+QK_NORM_EPS = 1e-5
+FINAL_NORM_EPS = 1e-6
+TIME_FREQUENCIES = 256
+TIME_HIDDEN = 1024
+
+
+@dataclass(frozen=True)
+class ZImageConfig:
+    """`transformer/config.json`; filled by `from_json`."""
+
+    in_channels: int
+    dim: int
+    n_layers: int
+    n_refiner_layers: int
+    n_heads: int
+    norm_eps: float
+    cap_feat_dim: int
+    rope_theta: float
+    t_scale: float
+    axes_dims: tuple[int, ...]
+    patch_size: int
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> ZImageConfig:
+        """Raises: CorruptModel for a layout that this implementation does not cover."""
+        try:
+            made = cls(
+                patch_size=config["all_patch_size"][0],
+                axes_dims=tuple(config["axes_dims"]),
+                **{f: config[f] for f in cls.__dataclass_fields__ if f not in ("patch_size", "axes_dims")},
+            )
+        except (KeyError, IndexError) as error:
+            raise CorruptModel(f"transformer/config.json lacks {error}.") from None
+        if made.dim % made.n_heads or sum(made.axes_dims) != made.dim // made.n_heads:
+            raise CorruptModel(
+                f"transformer/config.json: axes_dims {made.axes_dims} must add up to dim / n_heads = "
+                f"{made.dim} / {made.n_heads}."
+            )
+        for name, wanted in (("all_f_patch_size", [1]), ("qk_norm", True), ("n_kv_heads", made.n_heads)):
+            if config[name] != wanted:
+                raise CorruptModel(f"transformer/config.json: {name} = {config[name]!r} is not supported, {wanted} is.")
+        return made
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the timestep embedding."""
+        return min(self.dim, 256)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one image patch."""
+        return self.patch_size**2 * self.in_channels
+
+
+class Attention(nn.Module):
+    """Self-attention with RMS-normalised queries and keys and three-axis rotary positions."""
+
+    def __init__(self, config: ZImageConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads, self.head_dim = config.n_heads, dim // config.n_heads
+        self.qkv = FusedLinear(dim, {"q": dim, "k": dim, "v": dim})
+        self.qk_norm = PartedRMSNorm(("q", "k"), self.head_dim, QK_NORM_EPS)
+        self.out = Linear(dim, dim)
+        self.backend = backend
+
+    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, d]
+        q, k = rotate(self.qk_norm(qkv[:, :2]), frequencies).unbind(1)
+        return self.out(self.backend(q, k, qkv[:, 2], segments).flatten(-2))
+
+
+class Block(nn.Module):
+    """Sandwich-normed transformer block; scale and tanh gate come from the timestep where `modulated`."""
+
+    def __init__(self, config: ZImageConfig, backend: AttentionBackend, modulated: bool = True) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.norm_eps
+        self.attention = Attention(config, backend)
+        self.feed_forward = SwiGLU(dim, int(dim / 3 * 8))
+        self.attention_norm1, self.attention_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.modulation = Linear(config.time_dim, 4 * dim, bias=True) if modulated else None
+
+    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments, time: Tensor | None = None) -> Tensor:
+        """x [T, D], time [S, time_dim] → [T, D]; x is overwritten."""
+        if self.modulation is None:
+            x += self.attention_norm2(self.attention(self.attention_norm1(x), frequencies, segments))
+            x += self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            return x
+        scale_attn, gate_attn, scale_mlp, gate_mlp = self.modulation(time).chunk(4, dim=-1)  # [S, D] each
+        h = scale_segments(self.attention_norm1(x), 1 + scale_attn, segments)
+        h = self.attention_norm2(self.attention(h, frequencies, segments))
+        x = add_gated(x, gate_attn.tanh(), h, segments)
+        h = scale_segments(self.ffn_norm1(x), 1 + scale_mlp, segments)
+        h = self.ffn_norm2(self.feed_forward(h))
+        return add_gated(x, gate_mlp.tanh(), h, segments)
+
+
+class FinalLayer(nn.Module):
+    """Parameter-free layer norm, timestep scale, projection to patches."""
+
+    def __init__(self, config: ZImageConfig) -> None:
+        super().__init__()
+        self.modulation = Linear(config.time_dim, config.dim, bias=True)
+        self.linear = Linear(config.dim, config.patch_dim, bias=True)
+
+    def forward(self, x: Tensor, time: Tensor, segments: Segments) -> Tensor:
+        scale = 1 + self.modulation(F.silu(time))
+        return self.linear(scale_segments(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS), scale, segments))
+
+
+class ZImageTransformer(nn.Module):
+    """Velocity of a packed batch of noisy images under their captions."""
+
+    def __init__(self, config: ZImageConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.image_embedder = Linear(config.patch_dim, dim, bias=True)
+        self.caption_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
+        self.caption_embedder = Linear(config.cap_feat_dim, dim, bias=True)
+        self.time_in = Linear(TIME_FREQUENCIES, TIME_HIDDEN, bias=True)
+        self.time_out = Linear(TIME_HIDDEN, config.time_dim, bias=True)
+        self.image_pad = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
+        self.caption_pad = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
+        self.noise_refiner = nn.ModuleList(Block(config, backend) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nn.ModuleList(
+            Block(config, backend, modulated=False) for _ in range(config.n_refiner_layers)
+        )
+        self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.n_layers))
+        self.final = FinalLayer(config)
+
+    def refine_caption(self, features: Tensor, frequencies: Tensor) -> Tensor:
+        """Text features [l, cap_feat_dim] → caption tokens [L, D] with L the next multiple of 32."""
+        x = self.caption_embedder(self.caption_norm(features))
+        x = torch.cat([x, self.caption_pad.expand(pad_count(len(x)), -1)])
+        for block in self.context_refiner:
+            x = block(x, frequencies, Segments.of([len(x)]))
+        return x
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Normalised times float32 [R] (0 noise … 1 clean) → [R, time_dim]."""
+        h = sinusoidal(t * self.config.t_scale, TIME_FREQUENCIES).to(self.time_in.weight.dtype)
+        return self.time_out(F.silu(self.time_in(h)))
+
+    def forward(self, patches: Sequence[Tensor], t: Tensor, captions: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+        """One velocity per joint sequence of the layout.
+
+        Args:
+            patches: per row [l, patch_dim].
+            t: normalised times float32 [R].
+            captions: per joint sequence, refined tokens [L, D], in layout order.
+            layout: who attends to whom; see `packing.Layout`.
+
+        Returns: per joint sequence, in layout order, [l, patch_dim].
+        """
+        time = self.embed_time(t)
+        x = self._embed_images(patches, layout)
+        for block in self.noise_refiner:
+            x = block(x, layout.image_frequencies, layout.image_segments, time[layout.image_rows])
+        x = self._join(x, captions, layout)
+        time = time[layout.joint_rows]
+        for block in self.layers:
+            x = block(x, layout.joint_frequencies, layout.joint_segments, time)
+        x, segments = self._image_tokens(x, layout.joints)
+        return list(self.final(x, time, segments).split(segments.lengths))
+
+    def _embed_images(self, patches: Sequence[Tensor], layout: Layout) -> Tensor:
+        x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows_list]))
+        pieces = []
+        for tokens in x.split(layout.image_lengths):
+            pieces += [tokens, self.image_pad.expand(pad_count(len(tokens)), -1)]
+        return torch.cat(pieces)
+
+    def _join(self, x: Tensor, captions: Sequence[Tensor], layout: Layout) -> Tensor:
+        images = x.split(layout.image_segments.lengths)
+        return torch.cat([part for j, c in zip(layout.joints, captions, strict=True) for part in (images[j.image], c)])
+
+    def _image_tokens(self, x: Tensor, joints: Sequence[Joint]) -> tuple[Tensor, Segments]:
+        parts = x.split([joint.length for joint in joints])
+        lengths = [joint.image_tokens for joint in joints]
+        return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]), Segments.of(lengths)

@@ -1,0 +1,216 @@
+"""Z-Image on the step contract. Reference: diffusers ZImagePipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal_gen.attention import registry as attention
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.pipelines.contract import Conditions, PipelineInfo, Row
+from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
+from multimodal_gen.pipelines.stages.condition_cache import ConditionCache
+from multimodal_gen.pipelines.stages.flow_match import FlowMatchEuler, FlowMatchState
+from multimodal_gen.pipelines.stages.guidance import guide
+from multimodal_gen.pipelines.vaes.kl import KLDecoder
+from multimodal_gen.pipelines.zimage.model import ZImageConfig, ZImageTransformer
+from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
+from multimodal_gen.pipelines.zimage.weights import RENAMES
+from multimodal_gen.request import ImageRequest, ModelCard
+from multimodal_gen.weights.checkpoint import verify
+from multimodal_gen.weights.loading import construction, load_weights
+
+TRAIN_STEPS = 1000.0
+KEPT_LAYOUTS = 16
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One encoded prompt."""
+
+    tokens: Tensor  # refined, [L, D], L a multiple of 32
+    prompt_tokens: int
+    dropped: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.tokens.nbytes
+
+
+@dataclass
+class Captions(Conditions):
+    """Conditions of one request; filled by encode."""
+
+    positive: Tensor | None = None
+    negative: Tensor | None = None
+
+    def branches(self, guided: bool) -> list[Tensor]:
+        """Refined caption per guidance branch: [positive] or [positive, negative]."""
+        assert self.positive is not None
+        return [self.positive, self.negative] if guided and self.negative is not None else [self.positive]
+
+
+class ZImagePipeline:
+    """A loaded Z-Image checkpoint."""
+
+    def __init__(self, card: ModelCard, config: EngineConfig) -> None:
+        """Raises: CorruptModel, ConfigError."""
+        folder = Path(card.path)
+        components = verify(folder).components
+        self.card = card
+        self.deterministic = config.deterministic
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        backend = attention.choose(config.attention_backend, self.device)
+        settings = ZImageConfig.from_json(json.loads((folder / "transformer" / "config.json").read_text()))
+        with construction(self.device, self.dtype):
+            self.transformer = ZImageTransformer(settings, backend).eval()
+        load_weights(self.transformer, components["transformer"].files, RENAMES)
+        self.text = CausalTextEncoder(folder, self.device, self.dtype)
+        self.vae = KLDecoder(folder / "vae", components["vae"].files, self.device, self.dtype)
+        self.scheduler = FlowMatchEuler(folder / "scheduler")
+        self.rope = Rope(settings.axes_dims, settings.rope_theta)
+        self.vae_scale = card.size_multiple // settings.patch_size
+        self.info = PipelineInfo(
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            attention_backend=backend.name,
+            parameters=sum(p.numel() for p in self.transformer.parameters())
+            + self.text.parameters
+            + self.vae.parameters,
+        )
+        self.cache: ConditionCache[Caption] = ConditionCache(config.condition_cache_mb << 20, self.info.cache)
+        self._layouts: dict[tuple[Shape, ...], Layout] = {}
+
+    @torch.inference_mode()
+    def encode(self, rows: Sequence[Row]) -> None:
+        """Fill `row.conditions`; every prompt is encoded by itself, so entries do not depend on their batch."""
+        done: dict[str, Captions] = {}
+        for row in rows:
+            request = row.request
+            if request.id not in done:
+                done[request.id] = self._encode(request)
+            row.conditions = done[request.id]
+
+    def _encode(self, request: ImageRequest) -> Captions:
+        positive = self._caption(request.prompt, request.max_sequence_length)
+        guided = request.guidance_scale > self.card.guidance_threshold
+        negative = self._caption(request.negative_prompt or "", request.max_sequence_length) if guided else None
+        warnings = tuple(
+            f"{name} was cut to {request.max_sequence_length} tokens; the last {caption.dropped} were not read"
+            for name, caption in (("prompt", positive), ("negative_prompt", negative))
+            if caption and caption.dropped
+        )
+        return Captions(positive.prompt_tokens, warnings, positive.tokens, negative.tokens if negative else None)
+
+    def _caption(self, prompt: str, max_length: int) -> Caption:
+        return self.cache.get((prompt, max_length), lambda: self._encode_caption(prompt, max_length))
+
+    def _encode_caption(self, prompt: str, max_length: int) -> Caption:
+        tokens = self.text.tokenize(prompt, max_length)
+        features = self.text.encode(tokens).to(self.dtype)
+        length = len(features) + pad_count(len(features))
+        refined = self.transformer.refine_caption(features, self.rope.caption(length).to(self.device))
+        return Caption(refined, len(features), tokens.dropped)
+
+    @torch.inference_mode()
+    def prepare(self, row: Row) -> None:
+        """Noise from a CPU generator and the row's own schedule."""
+        request, channels = row.request, self.transformer.config.in_channels
+        height, width = request.height // self.vae_scale, request.width // self.vae_scale
+        generator = torch.Generator("cpu").manual_seed(row.seed)
+        noise = torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32)
+        row.latents = noise[0].to(self.device)
+        row.sampler = self.scheduler.start(
+            request.num_inference_steps, height * width // self.transformer.config.patch_size**2
+        )
+
+    @torch.inference_mode()
+    def denoise(self, rows: Sequence[Row]) -> None:
+        """One step for every row; with `deterministic`, every row in a forward of its own."""
+        batches = [[row] for row in rows] if self.deterministic else [list(rows)]
+        velocities = [v for batch in batches for v in self._velocities(batch)]
+        for row, velocity in zip(rows, velocities, strict=True):
+            sampler, latents = _state(row)
+            if row.request.previews:
+                row.clean = sampler.clean(latents, velocity, row.step)
+            row.latents = sampler.advance(latents, velocity, row.step)
+            row.step += 1
+
+    def _velocities(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Guided dx/dσ of each row, float32 [C, h, w]."""
+        size = self.transformer.config.patch_size
+        times = [self._time(row) for row in rows]
+        branches = [_captions(row).branches(self._guided(row, float(t))) for row, t in zip(rows, times, strict=True)]
+        latents = [_state(row)[1] for row in rows]
+        layout = self._layout(
+            tuple(
+                Shape(x.shape[1] // size, x.shape[2] // size, tuple(len(caption) for caption in captions))
+                for x, captions in zip(latents, branches, strict=True)
+            )
+        )
+        outputs = self.transformer(
+            [patchify(x.to(self.dtype), size) for x in latents],
+            torch.stack(times).to(self.device),
+            [branches[joint.row][joint.branch] for joint in layout.joints],
+            layout,
+        )
+        found = {(j.row, j.branch): out for j, out in zip(layout.joints, outputs, strict=True)}
+        velocities = []
+        for index, row in enumerate(rows):
+            flow = found[index, 0].float()
+            if (index, 1) in found:
+                request = row.request
+                flow = guide(flow, found[index, 1], request.guidance_scale, request.cfg_normalization)
+            _, height, width = latents[index].shape
+            velocities.append(-unpatchify(flow, height, width, size))  # the model predicts clean - noise
+        return velocities
+
+    def _time(self, row: Row) -> Tensor:
+        """Normalised time of the row's next step: float32 scalar, 0 noise … 1 clean."""
+        return (TRAIN_STEPS - _state(row)[0].timesteps[row.step]) / TRAIN_STEPS
+
+    def _guided(self, row: Row, time: float) -> bool:
+        request = row.request
+        truncated = request.cfg_truncation is not None and time > request.cfg_truncation
+        return request.guidance_scale > self.card.guidance_threshold and not truncated
+
+    def _layout(self, shapes: tuple[Shape, ...]) -> Layout:
+        if shapes not in self._layouts:
+            if len(self._layouts) >= KEPT_LAYOUTS:
+                self._layouts.pop(next(iter(self._layouts)))
+            self._layouts[shapes] = make_layout(shapes, self.rope, self.device)
+        return self._layouts[shapes]
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """Final latents → uint8 [H, W, 3]."""
+        return [self.vae.decode(_state(row)[1]) for row in rows]
+
+    @torch.inference_mode()
+    def preview(self, row: Row) -> np.ndarray:
+        """The clean-image estimate → uint8 [H, W, 3]."""
+        assert row.clean is not None, "previews are asked for before the first step"
+        return self.vae.decode(row.clean)
+
+    def release(self, row: Row) -> None:
+        """Rows hold nothing outside themselves."""
+
+
+def _state(row: Row) -> tuple[FlowMatchState, Tensor]:
+    assert isinstance(row.sampler, FlowMatchState), "prepare() comes before denoise()"
+    assert row.latents is not None, "prepare() comes before denoise()"
+    return row.sampler, row.latents
+
+
+def _captions(row: Row) -> Captions:
+    assert isinstance(row.conditions, Captions), "encode() comes before denoise()"
+    return row.conditions

@@ -1,0 +1,47 @@
+"""Z-Image: names, defaults and the rename table. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from multimodal_gen.pipelines.contract import Spec, Variant
+from multimodal_gen.request import Defaults, ModelCard, SamplingParams
+
+SPEC = Spec(
+    family="zimage",
+    title="Z-Image and Z-Image-Turbo",
+    pipeline_classes=("ZImagePipeline",),
+    pipeline="multimodal_gen.pipelines.zimage.pipeline:ZImagePipeline",
+    describe="multimodal_gen.pipelines.zimage.spec:describe",
+    variants=(
+        Variant(("z-image",), Defaults(width=1024, height=1024, num_inference_steps=50, guidance_scale=4.0)),
+        Variant(("z-image-turbo",), Defaults(width=1024, height=1024, num_inference_steps=8, guidance_scale=0.0)),
+        Variant(("emoji-image",), Defaults(width=128, height=128, num_inference_steps=20, guidance_scale=3.0)),
+    ),
+)
+
+
+def describe(name: str, folder: Path) -> ModelCard:
+    """The card of a Z-Image folder; `name` picks the variant."""
+    text = json.loads((folder / "text_encoder" / "config.json").read_text())
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    multiple = vae_scale * transformer["all_patch_size"][0]
+    variant = next((v for v in SPEC.variants if name.lower() in v.names), SPEC.variants[0])
+    return ModelCard(
+        name=name,
+        family=SPEC.family,
+        pipeline_class=SPEC.pipeline_classes[0],
+        task="text-to-image",
+        path=str(folder),
+        defaults=variant.defaults,
+        parameters=frozenset(SamplingParams.__struct_fields__),
+        size_multiple=multiple,
+        min_side=2 * multiple,
+        max_side=min(4096, multiple * min(transformer["axes_lens"][1:])),
+        pixels_per_token=multiple**2,
+        max_sequence_length=min(1024, text["max_position_embeddings"]),
+        guidance_threshold=0.0,
+    )
