@@ -7,10 +7,12 @@ of the environment.
 
 from __future__ import annotations
 
+import ipaddress
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -31,7 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model_path: Annotated[str, Meta(description="bundled model name, local folder, or hub repository id")] = (
         DEFAULT_MODEL
     )
-    revision: Annotated[Union[str, None], Meta(description="hub revision (branch, tag or commit)")] = None
+    revision: Annotated[str | None, Meta(description="hub revision (branch, tag or commit)")] = None
     local_files_only: Annotated[bool, Meta(description="never download a model")] = False
     device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N")] = "auto"
     dtype: Annotated[
@@ -39,13 +41,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="weights and activations; auto = the fastest that the device computes natively"),
     ] = "auto"
     num_gpus: Annotated[int, Meta(ge=1, description="worker ranks; only 1 is built so far")] = 1
-    threads: Annotated[Union[AtLeastOne, None], Meta(description="CPU threads of the worker; default: all cores")] = None
+    threads: Annotated[AtLeastOne | None, Meta(description="CPU threads of the worker; default: all cores")] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every image gets its own forward")
     ] = False
     max_batch_tokens: Annotated[
-        Union[AtLeastOne, None], Meta(description="transformer tokens per denoising step; default: by device")
+        AtLeastOne | None, Meta(description="transformer tokens per denoising step; default: by device")
     ] = None
     max_request_cost: Annotated[
         int, Meta(ge=1, description="largest request, in token-steps (tokens x steps x images)")
@@ -53,12 +55,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queue_cost: Annotated[
         int, Meta(ge=1, description="token-steps that may wait or run at once; more is answered 429")
     ] = 20_000_000
-    condition_cache_mb: Annotated[int, Meta(ge=0, description="memory for encoded prompts; 0 turns the cache off")] = 256
+    condition_cache_mb: Annotated[int, Meta(ge=0, description="memory for encoded prompts; 0 turns the cache off")] = (
+        256
+    )
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3
     fault: Annotated[
-        Union[str, None], Meta(description="tests only: STAGE:ACTION:COUNT, injects a failure into the worker")
+        str | None, Meta(description="tests only: STAGE:ACTION:COUNT, injects a failure into the worker")
     ] = None
 
 
@@ -67,12 +71,10 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
 
     host: Annotated[str, Meta(description="address to bind; anything but loopback needs an API key")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to bind; 0 takes a free one")] = 30000
-    api_key: Annotated[
-        Union[str, None], Meta(description="clients must send it as a bearer token; prefer the variable")
-    ] = None
-    served_model_name: Annotated[Union[str, None], Meta(description="id in /v1/models; default: the model's name")] = (
+    api_key: Annotated[str | None, Meta(description="clients must send it as a bearer token; prefer the variable")] = (
         None
     )
+    served_model_name: Annotated[str | None, Meta(description="id in /v1/models; default: the model's name")] = None
     allowed_hosts: Annotated[
         list[str], Meta(description="Host headers accepted besides loopback names and the bound address")
     ] = []
@@ -114,12 +116,31 @@ class Option(msgspec.Struct, frozen=True):
     @property
     def is_list(self) -> bool:
         """Whether the flag may be repeated."""
-        return self.type == list[str]
+        return get_origin(self.type) is list
 
     @property
     def choices(self) -> tuple[str, ...] | None:
         """Allowed words, where the type is a Literal."""
-        return self.type.__args__ if str(self.type).startswith("typing.Literal") else None
+        return get_args(self.type) if get_origin(self.type) is Literal else None
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether the value must not be shown."""
+        return self.name == "api_key"
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One settled setting and where its value came from."""
+
+    option: Option
+    value: Any
+    origin: str
+    """`arguments`, the name of a variable, the path of the file, or `default`"""
+
+    @property
+    def shown(self) -> Any:
+        """The value as it may be printed."""
+        return "(hidden)" if self.option.is_secret and self.value is not None else self.value
 
 
 def options(schema: type[msgspec.Struct]) -> list[Option]:
@@ -143,65 +164,155 @@ def load(
 ) -> Settings:
     """Settle all settings of `schema` from keywords or flags, the environment, a YAML file and the defaults.
 
+    A keyword that is None, an empty variable and an empty YAML value count as not given.
     Raises: ConfigError naming the option, where its value came from, and what is allowed.
     """
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    return schema(**{s.option.name: s.value for s in settle(schema, given, file=file, environ=environ)})
+
+
+def settle(
+    schema: type[msgspec.Struct],
+    given: Mapping[str, Any],
+    *,
+    file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> list[Setting]:
+    """What `load` settles, with the origin of every value, in declaration order. Raises as `load`."""
     known = {option.name: option for option in options(schema)}
-    for source, found in (
-        (str(file), _read_file(file) if file else {}),
-        ("environment", _read_environment(known, os.environ if environ is None else environ)),
-        ("arguments", {k: v for k, v in given.items() if v is not None}),
+    settled = {name: Setting(option, option.default, "default") for name, option in known.items()}
+    for found in (
+        _from_file(file, known) if file else [],
+        _from_environment(os.environ if environ is None else environ, known),
+        _from_arguments(given, known),
     ):
-        for name, value in found.items():
-            if name not in known:
-                raise ConfigError(
-                    f"Unknown setting {name!r} in {source}." + did_you_mean(name, known), param=name
-                )
-            values[name], origin[name] = value, source
-    for name, value in values.items():
-        values[name] = _convert(known[name], value, schema, origin[name])
-    return schema(**values)
+        for name, value, origin in found:
+            settled[name] = Setting(known[name], _convert(known[name], value, schema, origin), origin)
+    return list(settled.values())
 
 
-def _convert(option: Option, value: Any, schema: type[msgspec.Struct], source: str) -> Any:
-    hint = get_type_hints(schema, include_extras=True)[option.name]
-    if option.is_list and isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to `host`; names other than localhost are not trusted."""
+    if host == "localhost":
+        return True
     try:
-        return msgspec.convert(value, hint, strict=False)
-    except msgspec.ValidationError as error:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def check_bind(config: ServerConfig) -> None:
+    """Refuse to serve other machines without a key. Raises: ConfigError."""
+    key = config.api_key
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise ConfigError(
-            f"{option.flag} = {value!r} (from {source}) is not valid: {error}. It is: {option.help}.", param=option.name
-        ) from None
+            "--api-key must be printable ASCII without spaces around it: it travels in an HTTP header.", param="api_key"
+        )
+    if key is None and not is_loopback(config.host):
+        raise ConfigError(
+            f"--host {config.host} lets other machines in, and no API key is set. Set MMGEN_API_KEY (or --api-key), "
+            "or bind 127.0.0.1.",
+            param="host",
+        )
 
 
-def _read_environment(known: Mapping[str, Option], environ: Mapping[str, str]) -> dict[str, str]:
-    found = {}
+Found = Iterable[tuple[str, Any, str]]  # name, value, origin
+
+
+def _from_arguments(given: Mapping[str, Any], known: Mapping[str, Option]) -> Found:
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"Unknown setting {name!r}." + did_you_mean(name, known), param=name)
+        if value is not None:
+            yield name, os.fspath(value) if isinstance(value, os.PathLike) else value, "arguments"
+
+
+def _from_environment(environ: Mapping[str, str], known: Mapping[str, Option]) -> Found:
     for variable, value in environ.items():
         if not variable.startswith(ENV_PREFIX):
             continue
         name = variable[len(ENV_PREFIX) :].lower()
-        if name in known:
-            found[name] = value
-        elif name not in _all_names():
-            raise ConfigError(f"Unknown environment variable {variable}." + did_you_mean(name, known), param=name)
-    return found
+        if name not in _all_names():
+            raise ConfigError(
+                f"Unknown environment variable {variable}."
+                + did_you_mean(variable, [ENV_PREFIX + n.upper() for n in _all_names()]),
+                param=name,
+            )
+        if name in known and value:
+            yield name, value, variable
 
 
-def _all_names() -> set[str]:
-    return {option.name for schema in (EngineConfig, ServerConfig) for option in options(schema)}
+def _from_file(path: str | Path, known: Mapping[str, Option]) -> Found:
+    for key, value in _read_file(path).items():
+        name = str(key).replace("-", "_")
+        # One file may serve `mmgen serve` and `mmgen generate`, which has no server settings.
+        if name not in _all_names():
+            raise ConfigError(f"Unknown setting {str(key)!r} in {path}." + did_you_mean(name, _all_names()), param=name)
+        if name in known and value is not None:
+            yield name, value, str(path)
 
 
-def _read_file(path: str | Path) -> dict[str, Any]:
+def _all_names() -> list[str]:
+    return [field.name for field in msgspec.structs.fields(ServerConfig)]
+
+
+def _convert(option: Option, value: Any, schema: type[msgspec.Struct], origin: str) -> Any:
+    hint = get_type_hints(schema, include_extras=True)[option.name]
+    if option.is_list and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        converted = msgspec.convert(value, hint, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(option, value, origin, str(error)) from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise _invalid(option, value, origin, "Expected a finite number")
+    return converted
+
+
+def _invalid(option: Option, value: Any, origin: str, why: str) -> ConfigError:
+    shown = "the given value" if option.is_secret else repr(value)[:80]
+    source = "" if origin == "arguments" else f" (from {origin})"
+    if option.choices:
+        why = f"choose one of {', '.join(option.choices)}.{did_you_mean(str(value), option.choices)}"
+    elif option.is_switch:
+        why = "it is true or false."
+    else:
+        why = f"{why[0].lower()}{why[1:].replace('`', '')}. It is: {option.help}."
+    return ConfigError(f"{option.flag} cannot be {shown}{source}: {why}", param=option.name)
+
+
+def _read_file(path: str | Path) -> dict[Any, Any]:
     import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read the configuration file {path}: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ConfigError(f"Cannot read the configuration file {path}: {reason}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping of setting names to values.")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+        raise ConfigError(f"The configuration file {path} must hold a mapping of setting names to values.")
+    return content
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Raises: ConfigError for combinations that are not built."""
+    if config.num_gpus > 1:
+        raise ConfigError(
+            f"--num-gpus {config.num_gpus}: this version runs one worker on one device; leave it at 1.",
+            param="num_gpus",
+        )
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a worker process: ours, with this package importable wherever it was loaded from."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def engine_part(config: EngineConfig) -> EngineConfig:
+    """The engine's share of the settings: what a worker needs to know, and nothing of the front's secrets."""
+    return EngineConfig(**{option.name: msgspec.structs.asdict(config)[option.name] for option in options(EngineConfig)})

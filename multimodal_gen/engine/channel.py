@@ -1,0 +1,82 @@
+"""Frames over a Unix socket pair: eight bytes of length, then one msgpack message.
+
+The pair has no name in the file system, so no other user can reach it; its end closes with the process, so a death is
+seen at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+import struct
+
+from multimodal_gen.messages import MAX_FRAME_BYTES, ToWorker, decode_to_worker, encode
+
+HEADER = struct.Struct("<Q")
+CHUNK = 1 << 20
+
+
+class ChannelClosed(ConnectionError):
+    """The other process is gone."""
+
+
+def pack(message: object) -> bytes:
+    """One message as a frame."""
+    payload = encode(message)
+    assert len(payload) <= MAX_FRAME_BYTES, f"a message of {len(payload)} bytes is over the frame limit"
+    return HEADER.pack(len(payload)) + payload
+
+
+def _length(header: bytes) -> int:
+    (length,) = HEADER.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise ChannelClosed(f"a frame of {length} bytes was announced; the limit is {MAX_FRAME_BYTES}")
+    return int(length)
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes:
+    """The next frame's payload. Raises: ChannelClosed."""
+    try:
+        return await reader.readexactly(_length(await reader.readexactly(HEADER.size)))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        raise ChannelClosed("the worker closed its channel") from None
+
+
+class WorkerChannel:
+    """The worker's end: blocking sends, and receives that can look without waiting."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._buffer = bytearray()
+
+    def send(self, message: object) -> None:
+        """Raises: ChannelClosed."""
+        try:
+            self._socket.sendall(pack(message))
+        except ConnectionError:
+            raise ChannelClosed("the front closed its channel") from None
+
+    def receive(self, *, wait: bool) -> list[ToWorker]:
+        """All messages that are there; with `wait`, at least one. Raises: ChannelClosed."""
+        messages = self._complete()
+        while wait and not messages or self._poll.poll(0):
+            self._poll.poll()
+            data = self._socket.recv(CHUNK)
+            if not data:
+                raise ChannelClosed("the front closed its channel")
+            self._buffer += data
+            messages += self._complete()
+        return messages
+
+    def _complete(self) -> list[ToWorker]:
+        messages = []
+        while len(self._buffer) >= HEADER.size:
+            end = HEADER.size + _length(self._buffer[: HEADER.size])
+            if len(self._buffer) < end:
+                break
+            messages.append(decode_to_worker(bytes(self._buffer[HEADER.size : end])))
+            del self._buffer[:end]
+        return messages

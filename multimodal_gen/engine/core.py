@@ -1,0 +1,264 @@
+"""The engine proper: a scheduler, a loaded pipeline and the one denoising loop. Synchronous, single-threaded.
+
+The worker process and `DiffGenerator` both drive it: `add`, `cancel`, then `step` until `idle`. What happens comes
+back as messages; an exception never leaves `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.engine.faults import Fault
+from multimodal_gen.engine.scheduler import Scheduler, Slot
+from multimodal_gen.errors import Cancelled, DeadlineExceeded, GenerationFailed, MmgenError, OutOfMemory, UserError
+from multimodal_gen.media.arrays import from_numpy
+from multimodal_gen.messages import (
+    Array,
+    ErrorInfo,
+    Event,
+    Failed,
+    Finished,
+    Gauges,
+    Preview,
+    Progress,
+    Started,
+)
+from multimodal_gen.pipelines import registry
+from multimodal_gen.pipelines.contract import Pipeline, Row
+from multimodal_gen.request import ImageRequest, ModelCard, Timings
+
+log = logging.getLogger(__name__)
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+
+
+@dataclass
+class Active:
+    """A request that the engine holds."""
+
+    request: ImageRequest  # filled by add
+    arrived: float  # filled by add: clock time
+    rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
+    outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
+    timings: Timings = field(default_factory=Timings)  # filled step by step
+    prompt_tokens: int = 0  # filled by encode
+    warnings: list[str] = field(default_factory=list)  # filled by encode
+
+
+class EngineCore:
+    """One model and everything that is asked of it."""
+
+    def __init__(
+        self, card: ModelCard, config: EngineConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Loads the model. Raises: CorruptModel, ConfigError."""
+        self.config = config
+        self.fault = Fault.parse(config.fault)
+        self.fault.trip("load")
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.pipeline: Pipeline = registry.load(card, config)
+        device = torch.device(self.pipeline.info.device).type
+        self.scheduler = Scheduler(config.max_batch_tokens or BATCH_TOKENS[device], card.exclusive, clock)
+        self._clock = clock
+        self._active: dict[str, Active] = {}
+        self._failures = 0  # requests failed in a row
+
+    @property
+    def idle(self) -> bool:
+        """Whether `step` has nothing to do."""
+        return self.scheduler.idle
+
+    @property
+    def sick(self) -> bool:
+        """Whether so many requests failed in a row that the process is not to be trusted any more."""
+        return self._failures >= self.config.max_consecutive_errors
+
+    def add(self, request: ImageRequest) -> None:
+        """Queue a request; it joins at the next step."""
+        self._active[request.id] = Active(request, self._clock())
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str) -> list[Event]:
+        """Drop a request before its next step; an unknown id is one that has just finished."""
+        if request_id not in self._active:
+            return []
+        return [self._drop(request_id, Cancelled("The request was cancelled."))]
+
+    def step(self) -> list[Event]:
+        """Run one denoising step for the rows that the scheduler picks."""
+        events: list[Event] = [
+            self._drop(expired, DeadlineExceeded("The request's deadline passed before it was finished."))
+            for expired in self.scheduler.expired()
+        ]
+        begin = self._clock()
+        rows = self._start(self.scheduler.plan(), events)
+        rows = self._denoise(rows, events)
+        if not rows:
+            return events
+        for row in rows:
+            request = row.request
+            events.append(Progress(request.id, row.index, row.step, request.num_inference_steps))
+        for row in rows:
+            if row.request.id in self._active:
+                self._after_step(row, events)
+        events.append(self._gauges(rows, self._clock() - begin))
+        return events
+
+    # --- the parts of a step ------------------------------------------------------------------------------------
+
+    def _start(self, slots: list[Slot], events: list[Event]) -> list[Row]:
+        """Rows of the plan; new ones are encoded and prepared."""
+        rows = []
+        for slot in slots:
+            active = self._active.get(slot.request_id)
+            if active is None:  # a sibling row of the same request failed a moment ago
+                continue
+            if slot.starts:
+                if not active.rows and not active.outputs:
+                    active.timings.queue = self._clock() - active.arrived
+                    events.append(Started(slot.request_id))
+                if not self._guarded(active, events, lambda a=active, i=slot.index: self._prepare(a, i)):
+                    rows = [row for row in rows if row.request.id != slot.request_id]
+                    continue
+            rows.append(active.rows[slot.index])
+        return rows
+
+    def _prepare(self, active: Active, index: int) -> None:
+        begin = self._clock()
+        row = Row(active.request, index)
+        active.rows[index] = row
+        self.fault.trip("encode")
+        self.pipeline.encode([row])
+        self.fault.trip("prepare")
+        self.pipeline.prepare(row)
+        assert row.conditions is not None, "encode() fills row.conditions"
+        active.prompt_tokens = row.conditions.prompt_tokens
+        active.warnings = list(row.conditions.warnings)
+        active.timings.encode += self._clock() - begin
+
+    def _denoise(self, rows: list[Row], events: list[Event]) -> list[Row]:
+        """Advance rows by one step; when a batch fails, each row is tried alone, so one cannot take others down."""
+        if not rows:
+            return []
+        begin = self._clock()
+        if len(rows) == 1 or not self._succeeds(rows):
+            rows = [row for row in rows if self._denoise_alone(row, events)]
+            rows = [row for row in rows if row.request.id in self._active]  # a later sibling may have failed
+        elapsed = self._clock() - begin
+        for request_id in {row.request.id for row in rows}:
+            self._active[request_id].timings.denoise += elapsed
+        return rows
+
+    def _succeeds(self, rows: list[Row]) -> bool:
+        try:
+            self.fault.trip("denoise")
+            self.pipeline.denoise(rows)
+        except Exception:  # every kind of failure has the same answer: find out whose it is
+            log.exception("a step of %d rows failed; trying each row alone", len(rows))
+            _free_memory()
+            return False
+        return True
+
+    def _denoise_alone(self, row: Row, events: list[Event]) -> bool:
+        def work() -> None:
+            self.fault.trip("denoise")
+            self.pipeline.denoise([row])
+
+        active = self._active.get(row.request.id)
+        return active is not None and self._guarded(active, events, work)
+
+    def _after_step(self, row: Row, events: list[Event]) -> None:
+        active = self._active[row.request.id]
+        if row.finished:
+            self._guarded(active, events, lambda: self._finish(active, row, events))
+        elif row.step in preview_steps(row.request.num_inference_steps, row.request.previews):
+            self._guarded(active, events, lambda: self._preview(active, row, events))
+
+    def _preview(self, active: Active, row: Row, events: list[Event]) -> None:
+        begin = self._clock()
+        steps = preview_steps(row.request.num_inference_steps, row.request.previews)
+        image = from_numpy(self.pipeline.preview(row))
+        active.timings.decode += self._clock() - begin
+        events.append(Preview(row.request.id, row.index, steps.index(row.step), image))
+
+    def _finish(self, active: Active, row: Row, events: list[Event]) -> None:
+        request = row.request
+        begin = self._clock()
+        if request.output == "latent":
+            assert row.latents is not None, "prepare() fills row.latents"
+            pixels = row.latents.float().cpu().numpy()
+        else:
+            self.fault.trip("decode")
+            pixels = self.pipeline.decode([row])[0]
+        active.outputs[row.index] = from_numpy(pixels)
+        self.pipeline.release(active.rows.pop(row.index))
+        timings = active.timings
+        timings.decode += self._clock() - begin
+        if not self.scheduler.finish(request.id, row.index):
+            return
+        timings.total = self._clock() - active.arrived
+        timings.steps = request.num_inference_steps
+        outputs = [active.outputs[index] for index in range(request.n)]
+        del self._active[request.id]
+        self._failures = 0
+        events.append(Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings))
+
+    # --- failure ------------------------------------------------------------------------------------------------
+
+    def _guarded(self, active: Active, events: list[Event], work: Callable[[], None]) -> bool:
+        """Run work for one request; its failure ends that request and nothing else."""
+        try:
+            work()
+        except Exception as error:  # becomes the request's answer
+            log.exception("request %s failed", active.request.id)
+            _free_memory()
+            self._failures += not isinstance(error, UserError)
+            events.append(self._drop(active.request.id, _as_ours(error)))
+            return False
+        return True
+
+    def _drop(self, request_id: str, error: MmgenError) -> Failed:
+        active = self._active.pop(request_id)
+        self.scheduler.remove(request_id)
+        for row in active.rows.values():
+            self.pipeline.release(row)
+        return Failed(request_id, ErrorInfo(error.code, error.message, error.param))
+
+    def _gauges(self, rows: list[Row], seconds: float) -> Gauges:
+        cache = self.pipeline.info.cache
+        return Gauges(
+            running_rows=self.scheduler.running_rows,
+            waiting_rows=self.scheduler.waiting_rows,
+            step_seconds=seconds,
+            step_rows=len(rows),
+            step_tokens=sum(row.request.row_tokens for row in rows),
+            cache_bytes=cache.bytes,
+            cache_hits=cache.hits,
+            cache_misses=cache.misses,
+        )
+
+
+def preview_steps(steps: int, previews: int) -> list[int]:
+    """After which steps a row shows itself: evenly spread, never after the last."""
+    wanted = {(i + 1) * steps // (previews + 1) for i in range(previews)}
+    return sorted(wanted - {0, steps})
+
+
+def _as_ours(error: Exception) -> MmgenError:
+    if isinstance(error, MmgenError):
+        return error
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return OutOfMemory("The device ran out of memory. Ask for a smaller size or fewer images.")
+    return GenerationFailed(f"The model failed on this request ({type(error).__name__}); the server's log has more.")
+
+
+def _free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,47 @@
+"""A request's claim on its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from multimodal_gen.errors import MmgenError
+from multimodal_gen.messages import Finished, Preview, Progress, Started
+from multimodal_gen.request import ImageRequest
+
+TicketEvent = Started | Progress | Preview | Finished
+
+
+class Ticket:
+    """What `EngineClient.submit` returns: an asynchronous stream of events that ends with Finished or an error."""
+
+    def __init__(self, request: ImageRequest, cancel: Callable[[str], None], arrived: float) -> None:
+        self.request = request
+        self.arrived = arrived  # monotonic seconds
+        self.started = False  # set by the client when the worker has taken the first row
+        self._cancel = cancel
+        self._events: asyncio.Queue[TicketEvent | MmgenError] = asyncio.Queue()
+
+    def push(self, event: TicketEvent | MmgenError) -> None:
+        """Called by the client."""
+        self._events.put_nowait(event)
+
+    def cancel(self) -> None:
+        """Stop the request before its next step; the stream then raises Cancelled."""
+        self._cancel(self.request.id)
+
+    async def __aiter__(self) -> AsyncIterator[TicketEvent]:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, MmgenError):
+                raise event
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    async def result(self) -> Finished:
+        """Wait for the end. Raises: the request's error."""
+        async for event in self:
+            if isinstance(event, Finished):
+                return event
+        raise AssertionError("a ticket's stream ends with Finished or an error")

@@ -1,0 +1,242 @@
+"""`DiffGenerator`: the Python API, a synchronous face of the same engine that the server runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import msgspec
+
+from multimodal_gen import config as settings
+from multimodal_gen.config import DEFAULT_MODEL, EngineConfig
+from multimodal_gen.errors import InvalidValue, MmgenError, UnknownParameter, did_you_mean, from_code
+from multimodal_gen.media.arrays import to_numpy
+from multimodal_gen.messages import Event, Failed, Finished, Progress
+from multimodal_gen.request import ImageRequest, ModelCard, SamplingParams, Timings, resolve
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from multimodal_gen.engine.core import EngineCore
+    from multimodal_gen.media.recipe import Recipe
+    from multimodal_gen.pipelines.contract import PipelineInfo
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class GenerationResult:
+    """The images of one prompt."""
+
+    prompt: str
+    images: list[Any]
+    """PIL images ("pil"), uint8 [H, W, 3] arrays ("np") or float [3, H, W] tensors in 0 … 1 ("pt"); empty for "latent" """
+    latents: torch.Tensor | None
+    """float32 [n, C, h, w] for "latent", before the VAE's scaling; else None"""
+    seed: int
+    """of the first image"""
+    seeds: tuple[int, ...]
+    timings: Timings
+    request: ImageRequest
+    """every setting as it was used"""
+    prompt_tokens: int
+    warnings: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    """files written, where `output_path` was given"""
+
+
+class DiffGenerator:
+    """One loaded model in this process.
+
+        with DiffGenerator.from_pretrained(model_path="emoji-image") as gen:
+            gen.generate(prompt="a teapot", seed=7).images[0].save("teapot.png")
+
+    Not thread-safe: call it from one thread at a time.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model. Raises: ModelNotFound, CorruptModel, ConfigError."""
+        from multimodal_gen.engine.core import EngineCore
+        from multimodal_gen.pipelines import registry
+
+        settings.check_engine(config)
+        self.config = config
+        self.card: ModelCard = registry.describe(config)
+        self._core: EngineCore | None = EngineCore(self.card, config)
+        self._ids = itertools.count()
+
+    @classmethod
+    def from_pretrained(cls, model_path: str = DEFAULT_MODEL, **options: Any) -> DiffGenerator:
+        """Load a bundled model, a diffusers folder or a hub repository.
+
+        Every engine flag has the keyword of the same name: `--max-batch-tokens` is `max_batch_tokens=`.
+        """
+        return cls(settings.load(EngineConfig, {"model_path": str(model_path), **options}))
+
+    @property
+    def info(self) -> PipelineInfo:
+        """Device, dtype and attention backend in use."""
+        return self._engine.pipeline.info
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> GenerationResult: ...
+    @overload
+    def generate(self, prompt: list[str], **options: Any) -> list[GenerationResult]: ...
+    def generate(
+        self,
+        prompt: str | list[str],
+        *,
+        sampling_params: SamplingParams | None = None,
+        output_type: OutputType = "pil",
+        output_path: str | Path | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        **overrides: Any,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Generate images; a list of prompts runs as one batch and gives a list in the same order.
+
+        Args:
+            prompt: what to show.
+            sampling_params: settings for all prompts; keywords in `overrides` (its field names) take precedence.
+            output_type: "pil", "np" (uint8 [H, W, 3]), "pt" (float [3, H, W], 0 … 1) or "latent".
+            output_path: folder to write PNG files into, with their recipes; names never collide.
+            on_step: called after every step of every image.
+
+        Raises: the errors of `multimodal_gen.errors`; never returns None.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InvalidValue(
+                f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}." 
+                + did_you_mean(str(output_type), OUTPUT_TYPES),
+                param="output_type",
+            )
+        params = _merge(sampling_params or SamplingParams(), overrides)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        requests = [
+            resolve(
+                request_id=f"local-{next(self._ids)}",
+                prompt=text,
+                params=params,
+                card=self.card,
+                max_cost=self.config.max_request_cost,
+                output="latent" if output_type == "latent" else "image",
+            )
+            for text in prompts
+        ]
+        answers = self._run(requests, on_step)
+        results = [self._result(r, answers[r.id], output_type, output_path) for r in requests]
+        return results[0] if isinstance(prompt, str) else results
+
+    def close(self) -> None:
+        """Free the model; the object cannot generate any more."""
+        self._core = None
+
+    def __enter__(self) -> DiffGenerator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _engine(self) -> EngineCore:
+        if self._core is None:
+            raise InvalidValue("This DiffGenerator is closed; make a new one with from_pretrained.")
+        return self._core
+
+    def _run(
+        self, requests: Sequence[ImageRequest], on_step: Callable[[Progress], None] | None
+    ) -> dict[str, Finished]:
+        engine, answers = self._engine, dict[str, Finished]()
+        for request in requests:
+            engine.add(request)
+        try:
+            while not engine.idle:
+                for event in engine.step():
+                    _collect(event, answers, on_step)
+        finally:  # an error, an exception in on_step or Ctrl-C: nothing of this call may stay queued
+            for request in requests:
+                engine.cancel(request.id)
+        return answers
+
+    def _result(
+        self, request: ImageRequest, answer: Finished, output_type: OutputType, output_path: str | Path | None
+    ) -> GenerationResult:
+        arrays = [to_numpy(array) for array in answer.outputs]
+        result = GenerationResult(
+            prompt=request.prompt,
+            images=[] if output_type == "latent" else [_image(array, output_type) for array in arrays],
+            latents=_stack(arrays) if output_type == "latent" else None,
+            seed=request.seeds[0],
+            seeds=request.seeds,
+            timings=answer.timings,
+            request=request,
+            prompt_tokens=answer.prompt_tokens,
+            warnings=answer.warnings,
+        )
+        if output_path is not None and output_type != "latent":
+            result.paths = [self._write(request, i, array, Path(output_path)) for i, array in enumerate(arrays)]
+        return result
+
+    def recipe(self, request: ImageRequest, index: int) -> Recipe:
+        """All that is needed to make image `index` of a request again."""
+        from multimodal_gen.media.recipe import Recipe
+
+        info = self.info
+        return Recipe.of(
+            request,
+            index,
+            device=info.device,
+            dtype=info.dtype,
+            attention_backend=info.attention_backend,
+            deterministic=self.config.deterministic,
+        )
+
+    def _write(self, request: ImageRequest, index: int, pixels: np.ndarray, folder: Path) -> Path:
+        from multimodal_gen.media.encode import encode_image
+        from multimodal_gen.media.files import file_name, write_new
+
+        data = encode_image(pixels, "png", recipe=self.recipe(request, index))
+        return write_new(folder, file_name(request.seeds[index], request.prompt, "png", datetime.now()), data)
+
+
+def _merge(params: SamplingParams, overrides: dict[str, Any]) -> SamplingParams:
+    for name in overrides:
+        if name not in params.__struct_fields__:
+            raise UnknownParameter(
+                f"generate() has no setting {name!r}." + did_you_mean(name, params.__struct_fields__), param=name
+            )
+    return msgspec.structs.replace(params, **overrides)
+
+
+def _collect(event: Event, answers: dict[str, Finished], on_step: Callable[[Progress], None] | None) -> None:
+    if isinstance(event, Finished):
+        answers[event.request_id] = event
+    elif isinstance(event, Failed):
+        error: MmgenError = from_code(event.error.code, event.error.message, event.error.param)
+        raise error
+    elif isinstance(event, Progress) and on_step is not None:
+        on_step(event)
+
+
+def _image(pixels: np.ndarray, output_type: OutputType) -> Any:
+    if output_type == "np":
+        return pixels
+    if output_type == "pt":
+        import torch
+
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    import torch
+
+    return torch.stack([torch.from_numpy(array.copy()) for array in arrays])
