@@ -315,4 +315,6 @@ def worker_environment() -> dict[str, str]:
 
 def engine_part(config: EngineConfig) -> EngineConfig:
     """The engine's share of the settings: what a worker needs to know, and nothing of the front's secrets."""
-    return EngineConfig(**{option.name: msgspec.structs.asdict(config)[option.name] for option in options(EngineConfig)})
+    return EngineConfig(
+        **{option.name: msgspec.structs.asdict(config)[option.name] for option in options(EngineConfig)}
+    )

@@ -27,7 +27,7 @@ class Array(msgspec.Struct, frozen=True):
 
     shape: tuple[int, ...]
     dtype: str
-    data: Union[bytes, memoryview]
+    data: memoryview
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):

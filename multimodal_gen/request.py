@@ -6,7 +6,6 @@ value is settled and the cost is known, or raises the error that names the field
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from typing import Literal
@@ -266,19 +265,25 @@ def _check_size(width: int | None, height: int | None, card: ModelCard) -> tuple
     return sides[0], sides[1]
 
 
+def _brief(value: object) -> str:
+    """A value as a message shows it; Python refuses to print whole numbers of more than 4,300 digits."""
+    return "a huge number" if isinstance(value, int) and value.bit_length() > 1000 else str(value)[:40]
+
+
 def _integer(value: object, param: str, low: int, high: int, error: type[InvalidValue] = InvalidValue) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise error(f"{param!r} must be a whole number, got {str(value)[:40]!r}.", param=param)
+        raise error(f"{param!r} must be a whole number, got {_brief(value)!r}.", param=param)
     if not low <= value <= high:
-        raise error(f"{param!r} must be between {low} and {high}, got {str(value)[:40]}.", param=param)
+        raise error(f"{param!r} must be between {low} and {high}, got {_brief(value)}.", param=param)
     return value
 
 
 def _number(value: object, param: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidValue(f"{param!r} must be a number, got {str(value)[:40]!r}.", param=param)
-    if not math.isfinite(value) or not low <= value <= high:
-        raise InvalidValue(f"{param!r} must be between {low:g} and {high:g}, got {str(value)[:40]}.", param=param)
+        raise InvalidValue(f"{param!r} must be a number, got {_brief(value)!r}.", param=param)
+    # NaN fails every comparison; math.isfinite would raise for a whole number too large for a float.
+    if not low <= value <= high:
+        raise InvalidValue(f"{param!r} must be between {low:g} and {high:g}, got {_brief(value)}.", param=param)
     return float(value)
 
 

@@ -17,6 +17,7 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.scheduler import Scheduler, Slot
 from multimodal_gen.errors import Cancelled, DeadlineExceeded, GenerationFailed, MmgenError, OutOfMemory, UserError
+from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.media.arrays import from_numpy
 from multimodal_gen.messages import (
     Array,
@@ -65,6 +66,8 @@ class EngineCore:
             torch.set_num_threads(config.threads)
         self.pipeline: Pipeline = registry.load(card, config)
         device = torch.device(self.pipeline.info.device).type
+        if device == "cpu":
+            keep_freed_memory()
         self.scheduler = Scheduler(config.max_batch_tokens or BATCH_TOKENS[device], card.exclusive, clock)
         self._clock = clock
         self._active: dict[str, Active] = {}

@@ -21,8 +21,8 @@ def axis_frequencies(positions: Tensor, axes: Sequence[int], theta: float) -> Te
     return torch.cat(parts, dim=-1)
 
 
-def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x [T, ..., D] by frequencies complex64 [T, D/2], in float32."""
+def rotate_(x: Tensor, frequencies: Tensor) -> Tensor:
+    """Rotate adjacent pairs of x [T, ..., D] by frequencies complex64 [T, D/2], in float32; x may be overwritten."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     shape = (frequencies.shape[0],) + (1,) * (x.dim() - 2) + (frequencies.shape[1],)
-    return torch.view_as_real(pairs * frequencies.view(shape)).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs.mul_(frequencies.view(shape))).flatten(-2).to(x.dtype)

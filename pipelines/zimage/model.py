@@ -22,9 +22,9 @@ from multimodal_gen.errors import CorruptModel
 from multimodal_gen.nn.embed import sinusoidal
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.mlp import SwiGLU
-from multimodal_gen.nn.modulation import add_gated, scale_segments
+from multimodal_gen.nn.modulation import add_gated_, norm_scaled, scale_segments_
 from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
-from multimodal_gen.nn.rope import rotate
+from multimodal_gen.nn.rope import rotate_
 from multimodal_gen.pipelines.zimage.packing import Joint, Layout, pad_count
 
 QK_NORM_EPS = 1e-5
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, frequencies: Tensor, segments: Segments) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, d]
-        q, k = rotate(self.qk_norm(qkv[:, :2]), frequencies).unbind(1)
+        q, k = rotate_(self.qk_norm(qkv[:, :2]), frequencies).unbind(1)
         return self.out(self.backend(q, k, qkv[:, 2], segments).flatten(-2))
 
 
@@ -118,12 +118,11 @@ class Block(nn.Module):
             x += self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
             return x
         scale_attn, gate_attn, scale_mlp, gate_mlp = self.modulation(time).chunk(4, dim=-1)  # [S, D] each
-        h = scale_segments(self.attention_norm1(x), 1 + scale_attn, segments)
-        h = self.attention_norm2(self.attention(h, frequencies, segments))
-        x = add_gated(x, gate_attn.tanh(), h, segments)
-        h = scale_segments(self.ffn_norm1(x), 1 + scale_mlp, segments)
-        h = self.ffn_norm2(self.feed_forward(h))
-        return add_gated(x, gate_mlp.tanh(), h, segments)
+        h = norm_scaled(x, self.attention_norm1, 1 + scale_attn, segments)
+        h = self.attention(h, frequencies, segments)
+        x = add_gated_(x, gate_attn.tanh(), h, self.attention_norm2, segments)
+        h = self.feed_forward(norm_scaled(x, self.ffn_norm1, 1 + scale_mlp, segments))
+        return add_gated_(x, gate_mlp.tanh(), h, self.ffn_norm2, segments)
 
 
 class FinalLayer(nn.Module):
@@ -136,7 +135,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, segments: Segments) -> Tensor:
         scale = 1 + self.modulation(F.silu(time))
-        return self.linear(scale_segments(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS), scale, segments))
+        return self.linear(scale_segments_(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS), scale, segments))
 
 
 class ZImageTransformer(nn.Module):

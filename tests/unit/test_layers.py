@@ -11,9 +11,9 @@ from multimodal_gen.nn import precision
 from multimodal_gen.nn.embed import sinusoidal
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.mlp import SwiGLU
-from multimodal_gen.nn.modulation import add_gated, scale_segments
+from multimodal_gen.nn.modulation import add_gated_, norm_scaled, scale_segments_
 from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
-from multimodal_gen.nn.rope import axis_frequencies, rotate
+from multimodal_gen.nn.rope import axis_frequencies, rotate_
 
 pytestmark = [pytest.mark.unit]
 
@@ -84,7 +84,7 @@ def test_rotation_is_the_textbook_one():
     positions = torch.tensor([[3, 0], [1, 7]])
     table = axis_frequencies(positions, (4, 2), 100.0)
     x = torch.randn(2, 5, 6)
-    y = rotate(x, table)
+    y = rotate_(x.clone(), table)
     for token, (p, q) in enumerate(positions.tolist()):
         for pair, angle in enumerate((p * 1.0, p * 100.0**-0.5, q * 1.0)):
             a, b = x[token, :, 2 * pair], x[token, :, 2 * pair + 1]
@@ -105,8 +105,11 @@ def test_modulation_gives_every_segment_its_own_row():
     segments = Segments.of([2, 2, 3, 1])
     x, y, rows = torch.randn(8, 4), torch.randn(8, 4), torch.randn(4, 4)
     by_token = rows[[0, 0, 1, 1, 2, 2, 2, 3]]
-    torch.testing.assert_close(scale_segments(x, rows, segments), x * by_token)
-    torch.testing.assert_close(add_gated(x.clone(), rows, y, segments), x + by_token * y)
+    norm = RMSNorm(4, 1e-5)
+    norm.weight.copy_(torch.randn(4))
+    torch.testing.assert_close(scale_segments_(x.clone(), rows, segments), x * by_token)
+    torch.testing.assert_close(norm_scaled(x, norm, rows, segments), norm(x) * by_token)
+    torch.testing.assert_close(add_gated_(x.clone(), rows, y, norm, segments), x + by_token * norm(y))
 
 
 def test_segments_group_equal_neighbours_only():

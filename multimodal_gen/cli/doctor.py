@@ -1,0 +1,115 @@
+"""`mmgen doctor`: what this machine can do, and whether the chosen model fits it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from multimodal_gen.cli.flags import Arguments, Parser, add_settings, read_settings
+from multimodal_gen.cli.text import as_json, columns, size
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import MmgenError
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of `mmgen doctor`."""
+    parser.usage = "mmgen doctor [flags]"
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_settings(parser, EngineConfig)
+
+
+def run(arguments: Arguments) -> int:
+    """Print the report; the exit code is 1 when something would keep the model from running."""
+    config = read_settings(arguments, EngineConfig)
+    report = examine(config)
+    print(as_json(report) if arguments.json else _text(report))
+    return 1 if report["problems"] else 0
+
+
+def examine(config: EngineConfig) -> dict[str, Any]:
+    """All facts as plain data; `problems` lists what would keep the model from running with these settings."""
+    from multimodal_gen.cli import hardware
+
+    report: dict[str, Any] = {
+        "versions": hardware.versions(),
+        "cpu": hardware.cpu(),
+        "devices": hardware.devices(),
+        "memory": hardware.memory(),
+        "optional": hardware.optional_packages(),
+        "problems": [],
+    }
+    try:
+        report["settings"] = hardware.chosen(config)
+        report["model"] = _model(config, report)
+    except MmgenError as error:
+        report["problems"].append(error.message)
+    return report
+
+
+def _model(config: EngineConfig, report: dict[str, Any]) -> dict[str, Any]:
+    from multimodal_gen.cli import hardware
+    from multimodal_gen.cli.models import card_facts
+    from multimodal_gen.pipelines import registry
+
+    # A report must not start a download of many gigabytes.
+    card = card_facts(registry.describe(msgspec.structs.replace(config, local_files_only=True)))
+    chosen = report["settings"]
+    needed = hardware.estimate(card["weights"]["parameters"], chosen["dtype"])
+    free = hardware.free_bytes(chosen["device"])
+    if needed > free:
+        report["problems"].append(
+            f"{card['name']} needs about {size(needed)} on {chosen['device']} and {size(free)} are free. Close other "
+            "programs, or choose a smaller model or a --dtype of two bytes."
+        )
+    return {
+        "name": card["name"],
+        "family": card["family"],
+        "pipeline_class": card["pipeline_class"],
+        **card["weights"],
+        "needed_bytes": needed,
+        "free_bytes": free,
+        "fits": needed <= free,
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    cpu, memory = report["cpu"], report["memory"]
+    rows = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
+        ("cpu", f"{cpu['model']}: {cpu['physical_cores']} cores, {cpu['logical_cores']} threads"),
+        ("instructions", f"{cpu['capability']} ({', '.join(cpu['instructions']) or 'nothing special'})"),
+        ("threads", f"torch takes {cpu['torch_threads']} by itself; --threads sets another number"),
+        ("memory", f"{size(memory['free_bytes'])} free of {size(memory['total_bytes'])}"),
+    ]
+    for device in report["devices"]:
+        free = "" if device["total_bytes"] is None else f", {size(device['free_bytes'])} free"
+        rows.append(
+            (device["device"], f"{device['name']}: computes {', '.join(device['native_dtypes'])} natively{free}")
+        )
+    rows.append(("optional", ", ".join(f"{n} {v or 'not installed'}" for n, v in report["optional"].items())))
+    if "settings" in report:
+        rows += _settings_rows(report["settings"])
+    if "model" in report:
+        rows += _model_rows(report["model"], report["settings"]["dtype"])
+    lines = [columns(rows), "", *(f"problem: {problem}" for problem in report["problems"])]
+    return "\n".join(lines if report["problems"] else [*lines, "No problems found."])
+
+
+def _settings_rows(chosen: dict[str, Any]) -> list[tuple[str, str]]:
+    backends = ", ".join(name + (f" (no: {why})" if why else "") for name, why in chosen["attention_backends"].items())
+    return [
+        ("would use", f"{chosen['dtype']} on {chosen['device']}, attention by {chosen['attention_backend']}"),
+        ("dtype auto", f"is {chosen['dtype_auto']} on {chosen['device']}"),
+        ("attention", backends),
+    ]
+
+
+def _model_rows(model: dict[str, Any], dtype: str) -> list[tuple[str, str]]:
+    stored = f"{size(model['bytes'])} of {', '.join(model['dtypes'])} on disk"
+    verdict = "fits" if model["fits"] else "does NOT fit"
+    return [
+        ("model", f"{model['name']} ({model['family']}, {model['pipeline_class']})"),
+        ("weights", f"{model['parameters']:,} parameters, {stored}"),
+        ("as " + dtype, f"about {size(model['needed_bytes'])} with working memory: {verdict}"),
+    ]

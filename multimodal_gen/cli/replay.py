@@ -1,0 +1,68 @@
+"""`--replay`: from the recipe in a file to the request and the settings that made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from multimodal_gen.media.recipe import Recipe, read_recipe
+from multimodal_gen.pipelines import registry
+from multimodal_gen.request import ModelCard
+from multimodal_gen.version import __version__
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A recipe and what follows from it."""
+
+    recipe: Recipe
+    notes: list[str]
+
+    def settings(self) -> dict[str, Any]:
+        """Engine settings of the original.
+
+        The recipe may come from anywhere, so its model is looked for on this machine only. A GPU is not asked for:
+        where there is none, an image near the original is better than none.
+        """
+        recipe = self.recipe
+        return {
+            "model_path": recipe.model,
+            "local_files_only": None if recipe.model in registry.bundled() else True,
+            "device": "cpu" if recipe.device == "cpu" else None,
+            "dtype": recipe.dtype,
+            "deterministic": recipe.deterministic,
+            "attention_backend": recipe.attention_backend,
+        }
+
+    def parameters(self, card: ModelCard, overrides: dict[str, Any]) -> dict[str, Any]:
+        """Sampling parameters of the original that this model takes and that nobody overrides.
+
+        All seeds run, not only the wanted one: images of one request share forwards.
+        """
+        recipe = self.recipe
+        seeds: dict[str, Any] = {"seed": list(recipe.seeds), "num_outputs_per_prompt": len(recipe.seeds)}
+        if overrides.keys() & seeds.keys():
+            seeds = {"seed": recipe.seed}
+        stored = {
+            "negative_prompt": recipe.negative_prompt,
+            "width": recipe.width,
+            "height": recipe.height,
+            "num_inference_steps": recipe.num_inference_steps,
+            "guidance_scale": recipe.guidance_scale,
+            "cfg_normalization": recipe.cfg_normalization,
+            "cfg_truncation": recipe.cfg_truncation,
+            "max_sequence_length": recipe.max_sequence_length,
+            **seeds,
+        }
+        return {name: value for name, value in stored.items() if name in card.parameters}
+
+
+def read_replay(path: str) -> Replay:
+    """Read the recipe of an image file. Raises as `read_recipe`."""
+    recipe = read_recipe(path)
+    notes = []
+    if recipe.version != __version__:
+        notes.append(
+            f"{path} was made by multimodal_gen {recipe.version[:40]}, this is {__version__}: pixels may differ."
+        )
+    return Replay(recipe, notes)

@@ -1,0 +1,28 @@
+"""Plain text and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Rows as aligned columns, two spaces apart."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(indent + line for line in lines)
+
+
+def as_json(value: Any) -> str:
+    """One JSON document; ASCII, so that any terminal and any pipe can carry it."""
+    return json.dumps(value, indent=2)
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: `1.5 GB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

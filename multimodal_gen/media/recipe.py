@@ -1,0 +1,192 @@
+"""The recipe of an image: all that makes the same image again, kept in the metadata of its file.
+
+A recipe travels as ASCII JSON (every other character escaped), so that no prompt can break the file around it:
+
+    PNG          text chunk `mmgen`
+    JPEG, WebP   EXIF UserComment; in a JPEG whose EXIF block would pass 64 KiB, the comment segments
+
+Nothing in it depends on the clock or the place: replaying a recipe gives a byte-identical file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from multimodal_gen.errors import InvalidValue, NotFound
+from multimodal_gen.request import MAX_PROMPT_CHARS, ImageRequest
+from multimodal_gen.version import __version__
+
+SCHEMA = 1
+PNG_KEY = "mmgen"
+EXIF_IFD = 0x8769
+USER_COMMENT = 0x9286
+USER_COMMENT_ASCII = b"ASCII\0\0\0"
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """One image of one request and the engine's settings that shape its pixels. Fields as in `ImageRequest`."""
+
+    schema: int = SCHEMA
+    """raised when the meaning of a field changes"""
+    version: str
+    """of this package"""
+    model: str
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seeds: tuple[int, ...]
+    """of the whole request: images of one request share forwards"""
+    index: int
+    """which of the seeds made this image"""
+    cfg_normalization: float
+    cfg_truncation: float | None
+    max_sequence_length: int
+    dtype: str
+    device: str
+    deterministic: bool
+    attention_backend: str
+    output_format: ImageFormat = "png"
+    """filled by `encode_image`"""
+    output_compression: int = 100
+    """filled by `encode_image`"""
+
+    @classmethod
+    def of(
+        cls,
+        request: ImageRequest,
+        index: int,
+        *,
+        dtype: str,
+        device: str,
+        attention_backend: str,
+        deterministic: bool,
+    ) -> Recipe:
+        """The recipe of image `index` of `request`, run by an engine with these settings (`Ready`, `PipelineInfo`)."""
+        return cls(
+            version=__version__,
+            model=request.model,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            seeds=request.seeds,
+            index=index,
+            cfg_normalization=request.cfg_normalization,
+            cfg_truncation=request.cfg_truncation,
+            max_sequence_length=request.max_sequence_length,
+            dtype=dtype,
+            device=device,
+            deterministic=deterministic,
+            attention_backend=attention_backend,
+        )
+
+    @property
+    def seed(self) -> int:
+        """The seed of this image."""
+        return self.seeds[self.index]
+
+    def to_json(self) -> str:
+        """ASCII only; any string, lone surrogates included, survives the way there and back."""
+        return json.dumps(msgspec.to_builtins(self), ensure_ascii=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Recipe:
+        """Raises: InvalidValue when the text is not a recipe that this version understands."""
+        try:
+            recipe = msgspec.convert(json.loads(text), cls)
+        except (ValueError, RecursionError) as error:
+            raise InvalidValue(f"The recipe is damaged: {_short(error)}.") from None
+        if recipe.schema > SCHEMA:
+            raise InvalidValue(
+                f"The recipe was made by multimodal_gen {recipe.version[:40]}, whose recipes this version "
+                f"({__version__}) does not understand; update multimodal_gen."
+            )
+        if not 0 <= recipe.index < len(recipe.seeds):
+            raise InvalidValue(f"The recipe is damaged: image {recipe.index} of {len(recipe.seeds)}.")
+        return recipe
+
+    def parameters_text(self) -> str:
+        """The settings in the layout that A1111-style tools read from the PNG chunk `parameters`."""
+        pairs = {
+            "Steps": self.num_inference_steps,
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": self.model,
+            "Version": f"multimodal_gen {self.version}",
+        }
+        lines = [printable(self.prompt)]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {printable(self.negative_prompt)}")
+        lines.append(", ".join(f"{key}: {_quoted(printable(str(value)))}" for key, value in pairs.items()))
+        return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and lone surrogates replaced: NUL would end a text chunk early."""
+    return "".join(c if _plain(c) else "\N{REPLACEMENT CHARACTER}" for c in text[: 2 * MAX_PROMPT_CHARS])
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe kept in an image file that this package wrote.
+
+    Raises: NotFound when there is no such file; InvalidValue when it is no PNG, JPEG or WebP image, or holds no recipe.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+            text = _stored_text(image)
+    except FileNotFoundError:
+        raise NotFound(f"There is no file {path}.") from None
+    except UnidentifiedImageError:
+        raise InvalidValue(f"{path} is not a PNG, JPEG or WebP image.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InvalidValue(f"Cannot read {path}: {_short(error)}.") from None
+    if text is None:
+        raise InvalidValue(
+            f"{path} holds no recipe: multimodal_gen did not write it, it was written with --no-metadata, or a program "
+            "that edited it dropped the metadata."
+        )
+    return Recipe.from_json(text)
+
+
+def _stored_text(image: object) -> str | bytes | None:
+    from PIL import JpegImagePlugin, PngImagePlugin
+    from PIL.Image import Image
+
+    assert isinstance(image, Image)
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        text = image.info.get(PNG_KEY)
+        return text if isinstance(text, str) else None
+    comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+    if isinstance(comment, bytes) and comment.startswith(USER_COMMENT_ASCII + b"{"):
+        return comment.removeprefix(USER_COMMENT_ASCII)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        segments = b"".join(data for marker, data in image.applist if marker == "COM")
+        return segments if segments.startswith(b"{") else None
+    return None
+
+
+def _plain(char: str) -> bool:
+    code = ord(char)
+    return char in "\n\t" or not (code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:"\n') else text
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")

@@ -1,0 +1,27 @@
+"""The host allocator's habits, as far as they decide about speed."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+KEEP_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed blocks up to 1 GiB instead of returning them to the kernel; False on another libc.
+
+    A forward on the CPU frees and allocates the same activations layer after layer. With the default thresholds most
+    of them are unmapped and faulted in again, page by page, which costs several times the arithmetic of a norm or a
+    gate (`benchmarks/host_allocator.py`). The process keeps its peak of activations in exchange.
+    """
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None)
+    try:
+        mallopt = libc.mallopt
+    except AttributeError:  # musl
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, KEEP_BYTES))
