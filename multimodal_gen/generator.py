@@ -37,7 +37,7 @@ class GenerationResult:
 
     prompt: str
     images: list[Any]
-    """PIL images ("pil"), uint8 [H, W, 3] arrays ("np") or float [3, H, W] tensors in 0 … 1 ("pt"); empty for "latent" """
+    """PIL images ("pil"), uint8 [H, W, 3] ("np") or float [3, H, W] in 0 … 1 ("pt"); empty for "latent" """
     latents: torch.Tensor | None
     """float32 [n, C, h, w] for "latent", before the VAE's scaling; else None"""
     seed: int
@@ -63,6 +63,7 @@ class DiffGenerator:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises: ModelNotFound, CorruptModel, ConfigError."""
+        settings.calm_openmp()
         from multimodal_gen.engine.core import EngineCore
         from multimodal_gen.pipelines import registry
 
@@ -112,7 +113,7 @@ class DiffGenerator:
         """
         if output_type not in OUTPUT_TYPES:
             raise InvalidValue(
-                f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}." 
+                f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}."
                 + did_you_mean(str(output_type), OUTPUT_TYPES),
                 param="output_type",
             )
@@ -149,9 +150,7 @@ class DiffGenerator:
             raise InvalidValue("This DiffGenerator is closed; make a new one with from_pretrained.")
         return self._core
 
-    def _run(
-        self, requests: Sequence[ImageRequest], on_step: Callable[[Progress], None] | None
-    ) -> dict[str, Finished]:
+    def _run(self, requests: Sequence[ImageRequest], on_step: Callable[[Progress], None] | None) -> dict[str, Finished]:
         engine, answers = self._engine, dict[str, Finished]()
         for request in requests:
             engine.add(request)

@@ -8,7 +8,7 @@ The in-process engine yields the same events (`Event`), so both faces of the eng
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
@@ -41,31 +41,31 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 # --- front → worker ---------------------------------------------------------------------------------------------
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """The first message of a worker's life."""
 
     card: ModelCard
     config: EngineConfig
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     request: ImageRequest
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """Stop a request before its next step; unknown ids are ignored, because the request may just have finished."""
 
     request_id: str
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """Exit once nothing runs any more."""
 
 
 # --- worker → front ---------------------------------------------------------------------------------------------
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     device: str
     dtype: str
     attention_backend: str
@@ -73,17 +73,17 @@ class Ready(Message):
     load_seconds: float
 
 
-class LoadFailed(Message):
+class LoadFailed(Message, frozen=True):
     error: ErrorInfo
 
 
-class Started(Message):
+class Started(Message, frozen=True):
     """The first row of the request has been taken from the queue."""
 
     request_id: str
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """Image `index` has finished `step` of `steps`."""
 
     request_id: str
@@ -92,7 +92,7 @@ class Progress(Message):
     steps: int
 
 
-class Preview(Message):
+class Preview(Message, frozen=True):
     """The clean-image estimate of image `index`; `number` counts from 0."""
 
     request_id: str
@@ -101,7 +101,7 @@ class Preview(Message):
     image: Array
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     """All images of a request, in seed order, or its latents."""
 
     request_id: str
@@ -111,12 +111,12 @@ class Finished(Message):
     warnings: list[str] = []
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     request_id: str
     error: ErrorInfo
 
 
-class Gauges(Message):
+class Gauges(Message, frozen=True):
     """The worker's state, sent when it changes by a step; feeds /metrics and the stall watchdog."""
 
     running_rows: int
@@ -129,9 +129,9 @@ class Gauges(Message):
     cache_misses: int
 
 
-ToWorker = Union[Load, Generate, Cancel, Shutdown]
-Event = Union[Started, Progress, Preview, Finished, Failed, Gauges]
-FromWorker = Union[Ready, LoadFailed, Started, Progress, Preview, Finished, Failed, Gauges]
+ToWorker = Load | Generate | Cancel | Shutdown
+Event = Started | Progress | Preview | Finished | Failed | Gauges
+FromWorker = Ready | LoadFailed | Event
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

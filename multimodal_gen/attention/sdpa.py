@@ -23,6 +23,6 @@ class SdpaAttention:
         """q, k, v [T, H, D] → [T, H, D]."""
         outputs = []
         for run in segments.runs:
-            batch = (run.tokens(x).transpose(1, 2) for x in (q, k, v))  # [count, H, length, D]
-            outputs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+            q_r, k_r, v_r = (run.tokens(x).transpose(1, 2) for x in (q, k, v))  # [count, H, length, D]
+            outputs.append(F.scaled_dot_product_attention(q_r, k_r, v_r).transpose(1, 2).flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -28,7 +28,7 @@ def pack(message: object) -> bytes:
     return HEADER.pack(len(payload)) + payload
 
 
-def _length(header: bytes) -> int:
+def _length(header: bytes | bytearray) -> int:
     (length,) = HEADER.unpack(header)
     if length > MAX_FRAME_BYTES:
         raise ChannelClosed(f"a frame of {length} bytes was announced; the limit is {MAX_FRAME_BYTES}")
@@ -62,7 +62,7 @@ class WorkerChannel:
     def receive(self, *, wait: bool) -> list[ToWorker]:
         """All messages that are there; with `wait`, at least one. Raises: ChannelClosed."""
         messages = self._complete()
-        while wait and not messages or self._poll.poll(0):
+        while (wait and not messages) or self._poll.poll(0):
             self._poll.poll()
             data = self._socket.recv(CHUNK)
             if not data:

@@ -35,6 +35,8 @@ from multimodal_gen.messages import (
     Generate,
     Load,
     LoadFailed,
+    Preview,
+    Progress,
     Ready,
     Shutdown,
     Started,
@@ -217,11 +219,13 @@ class EngineClient:
         elif isinstance(message, Gauges):
             self.gauges = message
             rate = message.step_tokens / max(message.step_seconds, 1e-6)
-            self._tokens_per_second = rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
+            self._tokens_per_second = (
+                rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
+            )
         elif message.request_id in self._tickets:
             self._deliver(self._tickets[message.request_id], message)
 
-    def _deliver(self, ticket: Ticket, message: FromWorker) -> None:
+    def _deliver(self, ticket: Ticket, message: Started | Progress | Preview | Finished | Failed) -> None:
         if isinstance(message, Finished):
             self._resolve(ticket, message)
         elif isinstance(message, Failed):

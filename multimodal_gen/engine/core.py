@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -17,8 +18,8 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.scheduler import Scheduler, Slot
 from multimodal_gen.errors import Cancelled, DeadlineExceeded, GenerationFailed, MmgenError, OutOfMemory, UserError
-from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.media.arrays import from_numpy
+from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.messages import (
     Array,
     ErrorInfo,
@@ -55,9 +56,7 @@ class Active:
 class EngineCore:
     """One model and everything that is asked of it."""
 
-    def __init__(
-        self, card: ModelCard, config: EngineConfig, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, card: ModelCard, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         """Loads the model. Raises: CorruptModel, ConfigError."""
         self.config = config
         self.fault = Fault.parse(config.fault)
@@ -118,7 +117,7 @@ class EngineCore:
 
     def _start(self, slots: list[Slot], events: list[Event]) -> list[Row]:
         """Rows of the plan; new ones are encoded and prepared."""
-        rows = []
+        rows: list[Row] = []
         for slot in slots:
             active = self._active.get(slot.request_id)
             if active is None:  # a sibling row of the same request failed a moment ago
@@ -127,7 +126,7 @@ class EngineCore:
                 if not active.rows and not active.outputs:
                     active.timings.queue = self._clock() - active.arrived
                     events.append(Started(slot.request_id))
-                if not self._guarded(active, events, lambda a=active, i=slot.index: self._prepare(a, i)):
+                if not self._guarded(active, events, partial(self._prepare, active, slot.index)):
                     rows = [row for row in rows if row.request.id != slot.request_id]
                     continue
             rows.append(active.rows[slot.index])
@@ -180,9 +179,9 @@ class EngineCore:
     def _after_step(self, row: Row, events: list[Event]) -> None:
         active = self._active[row.request.id]
         if row.finished:
-            self._guarded(active, events, lambda: self._finish(active, row, events))
+            self._guarded(active, events, partial(self._finish, active, row, events))
         elif row.step in preview_steps(row.request.num_inference_steps, row.request.previews):
-            self._guarded(active, events, lambda: self._preview(active, row, events))
+            self._guarded(active, events, partial(self._preview, active, row, events))
 
     def _preview(self, active: Active, row: Row, events: list[Event]) -> None:
         begin = self._clock()

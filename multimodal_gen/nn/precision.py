@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N.", param="device") from None
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N.", param="device")
     if device.type == "cuda":

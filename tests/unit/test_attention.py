@@ -41,5 +41,5 @@ def test_a_segment_does_not_see_its_neighbours(name):
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_available_ones():
-    with pytest.raises(ConfigError, match="sdpaa.*Available: auto, sdpa, naive.*Did you mean 'sdpa'"):
+    with pytest.raises(ConfigError, match=r"sdpaa.*Available: auto, sdpa, naive.*Did you mean 'sdpa'"):
         registry.choose("sdpaa", CPU)

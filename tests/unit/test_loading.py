@@ -76,7 +76,7 @@ def test_what_is_wrong_is_named(tmp_path, change, message):
 
 
 def test_a_tensor_that_comes_twice_is_named(tmp_path):
-    with pytest.raises(CorruptModel, match="missing or doubled.*'scale'"):
+    with pytest.raises(CorruptModel, match=r"missing or doubled.*'scale'"):
         load(tmp_path, tensors(), {"scale": torch.zeros(4)})
 
 
