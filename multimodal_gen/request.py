@@ -175,9 +175,7 @@ def resolve(
     n = _integer(params.num_outputs_per_prompt, "n", 1, MAX_N, InvalidN)
     width, height = _check_size(params.width, params.height, card)
     defaults = card.defaults
-    steps = _integer(
-        _or(params.num_inference_steps, defaults.num_inference_steps), "num_inference_steps", 1, MAX_STEPS
-    )
+    steps = _integer(_or(params.num_inference_steps, defaults.num_inference_steps), "num_inference_steps", 1, MAX_STEPS)
     guidance = _number(_or(params.guidance_scale, defaults.guidance_scale), "guidance_scale", 0.0, MAX_GUIDANCE)
     length = _integer(
         _or(params.max_sequence_length, min(defaults.max_sequence_length, card.max_sequence_length)),

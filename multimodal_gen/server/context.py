@@ -1,0 +1,83 @@
+"""What the routes of one server share, and the requests it is working on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from multimodal_gen.config import ServerConfig
+from multimodal_gen.request import ModelCard
+from multimodal_gen.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from multimodal_gen.engine.client import EngineClient
+    from multimodal_gen.engine.ticket import Ticket
+
+
+class Running:
+    """The tickets of unanswered requests by (owner, request id), so that `DELETE` finds them.
+
+    Clients choose request ids, so one id may name several requests; another owner's are out of reach.
+    """
+
+    def __init__(self) -> None:
+        self._tickets: dict[tuple[str, str], list[Ticket]] = {}
+
+    @contextmanager
+    def hold(self, owner: str, request_id: str, ticket: Ticket) -> Iterator[None]:
+        """Keep a ticket findable; one that is left unfinished is cancelled."""
+        tickets = self._tickets.setdefault((owner, request_id), [])
+        tickets.append(ticket)
+        try:
+            yield
+        except BaseException:
+            # Whatever ends the answer early (an error, a disconnect, a shutdown), nobody waits for the images.
+            ticket.cancel()
+            raise
+        finally:
+            tickets.remove(ticket)
+            if not tickets:
+                self._tickets.pop((owner, request_id), None)
+
+    def cancel(self, owner: str, request_id: str) -> int:
+        """Cancel the owner's requests of that id; returns how many there were."""
+        tickets = self._tickets.get((owner, request_id), [])
+        for ticket in list(tickets):
+            ticket.cancel()
+        return len(tickets)
+
+
+@dataclass
+class Context:
+    """One server: its settings, its engine and its bookkeeping."""
+
+    config: ServerConfig
+    engine: EngineClient
+    metrics: Metrics
+    running: Running = field(default_factory=Running)
+    started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
+    encoders: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encode")
+    )
+
+    @property
+    def card(self) -> ModelCard:
+        """The model that is served."""
+        return self.engine.card
+
+    @property
+    def model_name(self) -> str:
+        """The id under which the model is listed."""
+        return self.config.served_model_name or self.card.name
+
+
+def fingerprint(*parts: str) -> str:
+    """A short key that reveals none of its parts: owners of requests, fair-share keys."""
+    joined = b"\0".join(part.encode("utf-8", "surrogatepass") for part in parts)
+    return hashlib.sha256(joined).hexdigest()[:16]

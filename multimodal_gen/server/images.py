@@ -1,0 +1,157 @@
+"""`POST /v1/images/generations`, and `DELETE` to give one up."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+
+from multimodal_gen.errors import (
+    Cancelled,
+    CapacityError,
+    InvalidSize,
+    NotFound,
+    UnsupportedParameter,
+)
+from multimodal_gen.messages import Finished
+from multimodal_gen.request import MAX_STEPS, ImageRequest, SamplingParams, resolve
+from multimodal_gen.server import replies
+from multimodal_gen.server.context import Context, fingerprint
+from multimodal_gen.server.disconnect import unless_gone
+from multimodal_gen.server.errors import ERROR_RESPONSES
+from multimodal_gen.server.json_body import parse_object
+from multimodal_gen.server.models import check_model
+from multimodal_gen.server.replies import Form, Maker
+from multimodal_gen.server.schemas import STEP_FACTORS, ImageGenerationRequest, read
+from multimodal_gen.server.sse import ImageStream
+
+if TYPE_CHECKING:
+    from multimodal_gen.engine.ticket import Ticket
+    from multimodal_gen.server.guard import Exchange
+
+_OPENAPI_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": ImageGenerationRequest.model_json_schema()}},
+    }
+}
+_SAME_NAME = (
+    "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed",
+    "cfg_normalization", "cfg_truncation", "max_sequence_length", "priority", "deadline_s",
+)  # fmt: skip
+
+
+def router(context: Context) -> APIRouter:
+    """The image routes of one server."""
+    routes = APIRouter(tags=["images"], responses=ERROR_RESPONSES)
+
+    @routes.post("/v1/images/generations", summary="Make images", openapi_extra=_OPENAPI_BODY)
+    async def generate(request: Request) -> Response:
+        exchange: Exchange = request.scope["state"]["exchange"]
+        body = parse_object(await request.body())
+        wish, unknown = read(body, unknown=context.config.unknown_fields)
+        settled = settle(wish, context, exchange.owner)
+        headers = {"x-mmgen-warning": "unknown fields ignored: " + ", ".join(unknown)} if unknown else {}
+        ticket, maker = _submit(settled, context)
+        form = Form.of(wish, settled, context.card, context.model_name)
+        if wish.stream:
+            return ImageStream(context, exchange, ticket, form, maker, headers)
+        with context.running.hold(exchange.owner, exchange.request_id, ticket):
+            finished = await _finished(ticket, request, context)
+        warnings = [f"Unknown field {name} was ignored." for name in unknown]
+        content = await _encode(context, settled, exchange.request_id, finished, form, maker, warnings)
+        return Response(content, media_type="application/json", headers=headers)
+
+    @routes.delete("/v1/images/generations/{request_id}", summary="Cancel a running request")
+    async def cancel(request: Request, request_id: str) -> dict[str, Any]:
+        exchange: Exchange = request.scope["state"]["exchange"]
+        if not context.running.cancel(exchange.owner, request_id):
+            raise NotFound(f"No request {request_id[:128]!a} is waiting or running; it may have finished.")
+        return {"id": request_id, "object": "image.generation.cancelled", "cancelled": True}
+
+    return routes
+
+
+def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageRequest:
+    """The engine's request for a client's wish.
+
+    Raises: ModelNotFound, UnsupportedParameter, the InvalidValue family, RequestTooLarge.
+    """
+    check_model(wish.model, context)
+    given = {name: value for name, value in wish.model_dump(include=set(_SAME_NAME)).items() if value is not None}
+    if wish.size not in (None, "auto"):
+        given["width"], given["height"] = (int(side) for side in (wish.size or "").split("x"))
+    steps = _steps_of_quality(wish, context)
+    if steps is not None:
+        given["num_inference_steps"] = steps
+    if wish.n is not None:
+        given["num_outputs_per_prompt"] = wish.n
+    try:
+        return resolve(
+            # Client-chosen request ids may repeat; the engine's must not.
+            request_id="img_" + uuid.uuid4().hex,
+            prompt=wish.prompt,
+            params=SamplingParams(**given),
+            card=context.card,
+            max_cost=context.config.max_request_cost,
+            previews=wish.partial_images or 0,
+            fair_key=fingerprint(owner, wish.safety_identifier or wish.user or ""),
+        )
+    except InvalidSize as error:
+        if wish.size is not None:
+            error.param = "size"
+        raise
+
+
+def _steps_of_quality(wish: ImageGenerationRequest, context: Context) -> int | None:
+    factor = STEP_FACTORS[wish.quality or "auto"]
+    if factor == 1.0:
+        return None
+    if "num_inference_steps" not in context.card.parameters:
+        raise UnsupportedParameter(
+            f"{context.model_name} has a fixed number of steps, so quality = {wish.quality!r} makes no difference; "
+            "leave it out.",
+            param="quality",
+        )
+    return min(max(math.ceil(context.card.defaults.num_inference_steps * factor), 1), MAX_STEPS)
+
+
+def _submit(settled: ImageRequest, context: Context) -> tuple[Ticket, Maker]:
+    try:
+        ticket = context.engine.submit(settled)
+    except CapacityError as error:
+        context.metrics.rejected(error.code)
+        raise
+    assert context.engine.ready is not None, context.engine.state
+    return ticket, Maker(context.engine.ready, context.config.deterministic)
+
+
+async def _finished(ticket: Ticket, request: Request, context: Context) -> Finished:
+    try:
+        finished = await unless_gone(ticket.result(), request.receive)
+    except Cancelled:
+        context.metrics.cancelled()
+        raise
+    context.metrics.generated(finished.timings, ticket.request.n)
+    return finished
+
+
+async def _encode(
+    context: Context,
+    settled: ImageRequest,
+    request_id: str,
+    finished: Finished,
+    form: Form,
+    maker: Maker,
+    warnings: list[str],
+) -> bytes:
+    started = time.perf_counter()
+    content = await asyncio.get_running_loop().run_in_executor(
+        context.encoders, replies.answer, settled, request_id, finished, form, maker, warnings
+    )
+    context.metrics.files_encoded(time.perf_counter() - started)
+    return content

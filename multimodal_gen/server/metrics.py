@@ -1,0 +1,123 @@
+"""What Prometheus reads: `mmgen_*`, in a registry of its own, so that two servers in one process do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from multimodal_gen.errors import Cancelled, CapacityError, MmgenError, UserError
+from multimodal_gen.request import Timings
+
+if TYPE_CHECKING:
+    from multimodal_gen.engine.client import EngineClient
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+STEP_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+class Metrics:
+    """Counters of the HTTP front and, at each reading, the state of the engine."""
+
+    def __init__(self, engine: EngineClient, model: str) -> None:
+        self._model = model
+        self._registry = registry = CollectorRegistry()
+        registry.register(_EngineState(engine))
+        self._requests = Counter(
+            "mmgen_requests", "Answered requests.", ("endpoint", "model", "outcome"), registry=registry
+        )
+        self._request_seconds = Histogram(
+            "mmgen_request_seconds", "From request to answer.", ("endpoint",), buckets=SECONDS, registry=registry
+        )
+        self._queue_seconds = Histogram(
+            "mmgen_queue_seconds", "Waiting of a request before its first step.", buckets=SECONDS, registry=registry
+        )
+        self._stage_seconds = Histogram(
+            "mmgen_stage_seconds", "Time of a request in a stage.", ("stage",), buckets=SECONDS, registry=registry
+        )
+        self._step_seconds = Histogram(
+            "mmgen_step_seconds", "Mean denoising step of a request.", buckets=STEP_SECONDS, registry=registry
+        )
+        self._images = Counter("mmgen_images", "Images made.", registry=registry)
+        self._rejected = Counter(
+            "mmgen_rejected", "Requests refused before any work, by error code.", ("reason",), registry=registry
+        )
+        self._cancelled = Counter("mmgen_cancelled", "Requests cancelled by the client.", registry=registry)
+
+    def request_done(self, endpoint: str, status: int, outcome: str, seconds: float) -> None:
+        """Count one answer; `outcome` wins over what the status says."""
+        self._requests.labels(endpoint, self._model, outcome or outcome_of(status)).inc()
+        self._request_seconds.labels(endpoint).observe(seconds)
+
+    def generated(self, timings: Timings, images: int) -> None:
+        """Record the stages of one finished request."""
+        self._queue_seconds.observe(timings.queue)
+        for stage, seconds in (("encode", timings.encode), ("denoise", timings.denoise), ("decode", timings.decode)):
+            self._stage_seconds.labels(stage).observe(seconds)
+        self._step_seconds.observe(timings.per_step)
+        self._images.inc(images)
+
+    def files_encoded(self, seconds: float) -> None:
+        """Record the time that pixels took to become files."""
+        self._stage_seconds.labels("files").observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        """Count a request that never ran."""
+        self._rejected.labels(reason).inc()
+
+    def cancelled(self) -> None:
+        """Count a request that its client gave up."""
+        self._cancelled.inc()
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self._registry)
+
+
+def outcome_of(status: int) -> str:
+    """What an answer without an error of ours means to an operator."""
+    if status == 0:  # the client left before there was an answer
+        return "cancelled"
+    if status < 400:
+        return "ok"
+    return "client_error" if status < 500 else "error"
+
+
+def outcome_of_error(error: MmgenError) -> str:
+    """What an error means to an operator: rejected, cancelled, client_error or error."""
+    if isinstance(error, CapacityError):
+        return "rejected"
+    if isinstance(error, Cancelled):
+        return "cancelled"
+    return "client_error" if isinstance(error, UserError) else "error"
+
+
+class _EngineState(Collector):
+    """Reads the engine when Prometheus asks, so that nothing has to be kept up to date."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, gauges = self._engine, self._engine.gauges
+        yield GaugeMetricFamily("mmgen_ready", "1 while requests are accepted.", float(engine.state == "ready"))
+        yield GaugeMetricFamily("mmgen_queue_depth", "Requests waiting for their first step.", engine.waiting)
+        yield GaugeMetricFamily("mmgen_queue_cost", "Token-steps of all unfinished requests.", engine.outstanding_cost)
+        yield CounterMetricFamily("mmgen_worker_restarts", "Restarts of the worker.", engine.restarts)
+        yield GaugeMetricFamily("mmgen_running", "Requests being worked on.", engine.running)
+        yield GaugeMetricFamily(
+            "mmgen_last_step_seconds", "The latest step of the batch.", gauges.step_seconds if gauges else 0
+        )
+        yield GaugeMetricFamily("mmgen_last_step_tokens", "Its tokens.", gauges.step_tokens if gauges else 0)
+        yield GaugeMetricFamily(
+            "mmgen_condition_cache_bytes", "Memory of encoded prompts.", gauges.cache_bytes if gauges else 0
+        )
+        yield CounterMetricFamily(
+            "mmgen_condition_cache_hits", "Prompts found encoded.", gauges.cache_hits if gauges else 0
+        )
+        yield CounterMetricFamily(
+            "mmgen_condition_cache_misses", "Prompts that had to be encoded.", gauges.cache_misses if gauges else 0
+        )

@@ -1,0 +1,222 @@
+"""`mmgen serve`: socket, engine, HTTP front and signals of one server process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from multimodal_gen.config import ServerConfig, check_bind
+from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
+from multimodal_gen.server.app import create_app
+from multimodal_gen.server.errors import error_response
+from multimodal_gen.server.protocol import Limits, guarded
+from multimodal_gen.server.security import OPEN_PATHS, request_id
+
+if TYPE_CHECKING:
+    from multimodal_gen.engine.client import EngineClient
+
+log = logging.getLogger("multimodal_gen.server")
+
+KEEP_ALIVE_S = 30
+# After the engine has drained, answers only have to be sent.
+FINISH_SENDING_S = 5
+SEND_BUFFER_BYTES = 256 * 1024
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until a signal or a failure; returns the exit code.
+
+    0: stopped by a signal, everything answered. 1: the engine failed. 2: the settings or the model are at fault.
+    128 + signal: a second signal cut the first one's drain short. Reasons go to stderr.
+    """
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        check_bind(config)
+        listener = bind(config)
+    except MmgenError as error:
+        return _complain(error)
+    with listener:
+        return asyncio.run(_Server(config, listener).run())
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening socket; taking it first lets port 0 work and a taken port fail before a model is loaded.
+
+    Raises: ConfigError.
+    """
+    host = config.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, config.port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {config.host} port {config.port}: {error.strerror or error}. Choose another --port, or "
+            "0 for a free one.",
+            param="port",
+        ) from None
+    # Connections inherit it. Left alone, the kernel would take 4 MB from us for each client that does not read.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine finds the server."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server:
+    """One run of the server."""
+
+    def __init__(self, config: ServerConfig, listener: socket.socket) -> None:
+        self.config = config
+        self.listener = listener
+        self.signals: asyncio.Queue[int] = asyncio.Queue()
+
+    async def run(self) -> int:
+        from multimodal_gen.engine.client import EngineClient
+
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self.signals.put_nowait, int(number))
+        try:
+            engine = EngineClient(self.config)
+        except MmgenError as error:
+            return _complain(error)
+        url = url_of(self.listener)
+        print(
+            f"Listening at {url}, loading {engine.card.name}; GET {url}/health/ready tells.",
+            file=sys.stderr,
+            flush=True,
+        )
+        front = _Front(self._uvicorn(engine))
+        serving = asyncio.create_task(front.serve(sockets=[self.listener]))
+        try:
+            await engine.start()
+            code = await self._watch(engine, serving)
+            front.should_exit = True
+            if code > 128:
+                front.force_exit = True
+        finally:
+            await engine.stop()
+        if code <= 128:
+            await serving
+        else:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+        return code
+
+    async def _watch(self, engine: EngineClient, serving: asyncio.Task[None]) -> int:
+        """Wait for the end, whatever brings it."""
+        ready = asyncio.create_task(self._announce(engine))
+        failed = asyncio.create_task(engine.failed.wait())
+        asked = asyncio.create_task(self.signals.get())
+        try:
+            waiting: set[asyncio.Task[object]] = {ready, failed, asked, serving}
+            while True:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if asked in done:
+                    return await self._drain(engine)
+                if ready in done:
+                    ready.result()
+                if failed in done:
+                    return _complain(engine.failure or MmgenError("The engine stopped."))
+                if serving in done:
+                    serving.result()
+                    return 1
+        except MmgenError as error:  # the model did not load
+            return _complain(error)
+        finally:
+            for task in (ready, failed, asked):
+                task.cancel()
+
+    async def _announce(self, engine: EngineClient) -> None:
+        await engine.wait_ready()
+        ready = engine.ready
+        assert ready is not None, engine.state
+        url = url_of(self.listener)
+        key = "" if self.config.api_key is None else ' -H "Authorization: Bearer $MMGEN_API_KEY"'
+        print(
+            f"Ready at {url}: {self.config.served_model_name or engine.card.name} on {ready.device} in {ready.dtype}, "
+            f"loaded in {ready.load_seconds:.1f} s. Try:\n"
+            f"curl {url}/v1/images/generations{key} -H 'Content-Type: application/json' "
+            '-d \'{"prompt": "a red apple"}\'',
+            flush=True,
+        )
+
+    async def _drain(self, engine: EngineClient) -> int:
+        """Refuse new requests, finish running ones; a second signal ends the wait."""
+        log.info("draining: new requests are refused, running ones have %g s", self.config.drain_timeout_s)
+        draining = asyncio.create_task(engine.drain(self.config.drain_timeout_s))
+        again = asyncio.create_task(self.signals.get())
+        await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+        code = 0 if draining.done() else 128 + again.result()
+        for task in (draining, again):
+            task.cancel()
+        await asyncio.gather(draining, again, return_exceptions=True)
+        return code
+
+    def _uvicorn(self, engine: EngineClient) -> uvicorn.Config:
+        config = self.config
+        app = create_app(config, engine)
+        limits = Limits(
+            connections=config.max_connections,
+            read_timeout_s=config.body_timeout_s,
+            write_timeout_s=config.body_timeout_s,
+        )
+        return uvicorn.Config(
+            app,
+            http=guarded(limits, _overloaded(app, config)),
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,  # the guard logs requests, with their ids
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=FINISH_SENDING_S,
+        )
+
+
+class _Front(uvicorn.Server):
+    """uvicorn without its signal handlers: a signal must drain the engine before the front stops."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _overloaded(app: ASGIApp, config: ServerConfig) -> ASGIApp:
+    """What connections beyond the limit get: health checks as ever, a 503 for everything else."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in OPEN_PATHS:
+            await app(scope, receive, send)
+            return
+        error = CapacityError(
+            f"The server has {config.max_connections} open connections, which is --max-connections.", retry_after=1.0
+        )
+        response = error_response(error)
+        response.headers["connection"] = "close"
+        response.headers["x-request-id"] = request_id(scope["headers"])
+        await response(scope, receive, send)
+
+    return answer
+
+
+def _complain(error: MmgenError) -> int:
+    print(f"mmgen serve: {error.message}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UserError) else 1

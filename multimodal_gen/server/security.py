@@ -1,0 +1,149 @@
+"""Who may ask: checks on request headers alone, before a byte of the body is read. Deny by default."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+from collections.abc import Iterable
+
+from multimodal_gen.config import ServerConfig
+from multimodal_gen.errors import (
+    AuthenticationFailed,
+    BodyTooLarge,
+    HostNotAllowed,
+    InvalidValue,
+    OriginNotAllowed,
+    UnsupportedMediaType,
+)
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?")
+_ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<authority>.+)")
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+
+
+def get(headers: Headers, name: bytes) -> bytes | None:
+    """The first header of that name (lower case), as raw bytes."""
+    return next((value for key, value in headers if key == name), None)
+
+
+def request_id(headers: Headers) -> str:
+    """The client's X-Request-Id if it is harmless in logs and headers, else a new one."""
+    given = get(headers, b"x-request-id")
+    if given is not None and len(given) <= 128 and _REQUEST_ID.fullmatch(given):
+        return given.decode("ascii")
+    return "req_" + secrets.token_hex(16)
+
+
+def check_host(headers: Headers, config: ServerConfig) -> str:
+    """The request's Host, lower case.
+
+    A name must be known: a web page whose own name was rebound to this machine would send that name. An address
+    cannot be rebound and is accepted.
+    Raises: InvalidValue for text that is no host; HostNotAllowed for an unknown name.
+    """
+    text = (get(headers, b"host") or b"").decode("latin-1")
+    match = _HOST.fullmatch(text)
+    if match is None:
+        raise InvalidValue("The Host header is missing or is not a host name.", param="Host")
+    name = match["name"].lower().rstrip(".")
+    known = {"localhost", config.host.lower(), *(host.lower() for host in config.allowed_hosts)}
+    if "*" not in known and name not in known and text.lower() not in known and not _is_address(name):
+        raise HostNotAllowed(
+            f"This server does not answer for the host name {name[:100]!r}. Start it with --allowed-hosts {name[:100]} "
+            "if it should."
+        )
+    return text.lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def check_origin(headers: Headers, host: str, config: ServerConfig) -> str | None:
+    """The foreign origin that may read the answer, or None for same-origin requests and programs.
+
+    Raises: OriginNotAllowed.
+    """
+    origins = [value for key, value in headers if key == b"origin"]
+    if not origins:
+        return None
+    text = origins[0].decode("latin-1")
+    if len(origins) == 1 and _same_origin(text, host):
+        return None
+    if len(origins) == 1 and text != "null" and ("*" in config.allowed_origins or text in config.allowed_origins):
+        return text
+    raise OriginNotAllowed(
+        "Web pages of that origin may not call this server. Start it with --allowed-origins if they should."
+    )
+
+
+def _same_origin(origin: str, host: str) -> bool:
+    match = _ORIGIN.fullmatch(origin.lower())
+    if match is None:
+        return False
+    default = _DEFAULT_PORTS[match["scheme"]]
+    return match["authority"].removesuffix(f":{default}") == host.removesuffix(f":{default}")
+
+
+def check_key(headers: Headers, path: str, config: ServerConfig) -> None:
+    """Every path but the health checks needs the key, if there is one. `path` is the raw ASGI path, never a URL
+    rebuilt from headers.
+
+    Raises: AuthenticationFailed.
+    """
+    if config.api_key is None or path in OPEN_PATHS:
+        return
+    given = [value for key, value in headers if key == b"authorization"]
+    scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
+    # Equal-length digests: the comparison's time tells neither the key nor its length.
+    matches = hmac.compare_digest(_digest(key.strip()), _digest(config.api_key.encode()))
+    if not matches or scheme.lower() != b"bearer":
+        raise AuthenticationFailed(
+            "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
+            if given
+            else "This server needs an API key; send it as 'Authorization: Bearer KEY'."
+        )
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.sha256(value).digest()
+
+
+def has_body(headers: Headers) -> bool:
+    """Whether the client announced a body."""
+    length = get(headers, b"content-length")
+    return get(headers, b"transfer-encoding") is not None or (length is not None and length.strip() != b"0")
+
+
+def check_body_headers(method: str, headers: Headers, limit: int) -> None:
+    """Type and announced length (bytes) of a body.
+
+    A page of another site can post forms and plain text anywhere without asking; JSON it cannot.
+    Raises: UnsupportedMediaType, BodyTooLarge.
+    """
+    if method in ("POST", "PUT", "PATCH"):
+        kind = (get(headers, b"content-type") or b"").decode("latin-1")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            raise UnsupportedMediaType("Send the body as JSON, with the header 'Content-Type: application/json'.")
+        if (get(headers, b"content-encoding") or b"identity").lower() != b"identity":
+            raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is.")
+    length = get(headers, b"content-length")
+    if length is not None and length.isdigit() and int(length[:32]) > limit:
+        raise body_too_large(limit)
+
+
+def body_too_large(limit: int) -> BodyTooLarge:
+    """The error for a body of more than `limit` bytes."""
+    return BodyTooLarge(f"The body is larger than {limit / 2**20:g} MiB, which is --max-body-mb on this server.")
