@@ -18,7 +18,9 @@ from multimodal_gen.config import ServerConfig, check_engine, engine_part
 from multimodal_gen.engine.process import WorkerProcess
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.errors import (
+    Cancelled,
     DeadlineExceeded,
+    GenerationFailed,
     MmgenError,
     ModelLoading,
     QueueFull,
@@ -99,16 +101,17 @@ class EngineClient:
         except asyncio.TimeoutError:
             log.warning("%d requests were not finished after %g s", len(self._tickets), timeout_s)
 
-    async def stop(self) -> None:
-        """End the worker; requests that are left fail with ShuttingDown."""
+    async def stop(self, patience_s: float = STOP_SECONDS) -> None:
+        """End the worker, killing it after `patience_s`; requests that are left fail."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
         for ticket in list(self._tickets.values()):
-            self._resolve(ticket, ShuttingDown("The server shut down before this request was finished."))
+            message = "The server shut down before this request was finished."
+            self._resolve(ticket, GenerationFailed(message) if ticket.started else ShuttingDown(message))
         if self._worker is not None:
             self._worker.send(Shutdown())
-            await self._worker.stop(STOP_SECONDS)
+            await self._worker.stop(patience_s)
         self.state = "stopped"
 
     @property
@@ -154,8 +157,13 @@ class EngineClient:
 
     def cancel(self, request_id: str) -> None:
         """Stop a request before its next step; its ticket then raises Cancelled. Unknown ids are ignored."""
-        if request_id in self._tickets and self._worker is not None:
+        ticket = self._tickets.get(request_id)
+        if ticket is None:
+            return
+        if ticket.sent and self._worker is not None:
             self._worker.send(Cancel(request_id))
+        else:  # it waits for the next worker
+            self._resolve(ticket, Cancelled("The request was cancelled."))
 
     def _send(self, ticket: Ticket) -> None:
         if self.state not in ("ready", "draining") or self._worker is None:
@@ -168,6 +176,7 @@ class EngineClient:
                 return
             request = msgspec.structs.replace(request, deadline_s=left)
         self._worker.send(Generate(request))
+        ticket.sent = True
 
     def _resolve(self, ticket: Ticket, answer: Finished | MmgenError) -> None:
         del self._tickets[ticket.request.id]
@@ -182,6 +191,14 @@ class EngineClient:
     # --- supervision ----------------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_alive()
+        except Exception as error:  # a worker that cannot even be spawned; waiters must hear of it
+            log.exception("supervision of the worker failed")
+            self.failure = WorkerCrashed(f"The worker cannot be supervised ({type(error).__name__}: {error}).")
+            self._give_up()
+
+    async def _keep_alive(self) -> None:
         config = engine_part(self.config)
         while True:
             self._worker = await WorkerProcess.start(self.config.log_level)
@@ -237,6 +254,8 @@ class EngineClient:
     def _fail_started(self) -> None:
         for ticket in [ticket for ticket in self._tickets.values() if ticket.started]:
             self._resolve(ticket, WorkerCrashed("The worker process died while it ran this request."))
+        for ticket in self._tickets.values():
+            ticket.sent = False
 
     def _is_storm(self) -> bool:
         now = time.monotonic()

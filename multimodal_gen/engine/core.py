@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -46,6 +46,7 @@ class Active:
 
     request: ImageRequest  # filled by add
     arrived: float  # filled by add: clock time
+    started: bool = False  # set when its first row is planned
     rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
     outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
     timings: Timings = field(default_factory=Timings)  # filled step by step
@@ -93,25 +94,31 @@ class EngineCore:
             return []
         return [self._drop(request_id, Cancelled("The request was cancelled."))]
 
-    def step(self) -> list[Event]:
-        """Run one denoising step for the rows that the scheduler picks."""
-        events: list[Event] = [
-            self._drop(expired, DeadlineExceeded("The request's deadline passed before it was finished."))
-            for expired in self.scheduler.expired()
-        ]
-        begin = self._clock()
-        rows = self._start(self.scheduler.plan(), events)
-        rows = self._denoise(rows, events)
-        if not rows:
-            return events
+    def step(self) -> Iterator[Event]:
+        """Run one denoising step for the rows that the scheduler picks; yields what happens, as it happens.
+
+        The step runs while the iterator is consumed; `Started` comes before any work on its request, so that whoever
+        watches knows which requests a crash took down.
+        """
+        for request_id in self.scheduler.expired():
+            yield self._drop(request_id, DeadlineExceeded("The request's deadline passed before it was finished."))
+        slots = self.scheduler.plan()
+        for slot in slots:
+            active = self._active[slot.request_id]
+            if not active.started:
+                active.started = True
+                active.timings.queue = self._clock() - active.arrived
+                yield Started(slot.request_id)
+        begin, events = self._clock(), list[Event]()
+        rows = self._denoise(self._start(slots, events), events)
+        yield from events
         for row in rows:
-            request = row.request
-            events.append(Progress(request.id, row.index, row.step, request.num_inference_steps))
+            yield Progress(row.request.id, row.index, row.step, row.request.num_inference_steps)
         for row in rows:
             if row.request.id in self._active:
-                self._after_step(row, events)
-        events.append(self._gauges(rows, self._clock() - begin))
-        return events
+                yield from self._after_step(row)
+        if rows:
+            yield self._gauges(rows, self._clock() - begin)
 
     # --- the parts of a step ------------------------------------------------------------------------------------
 
@@ -122,13 +129,9 @@ class EngineCore:
             active = self._active.get(slot.request_id)
             if active is None:  # a sibling row of the same request failed a moment ago
                 continue
-            if slot.starts:
-                if not active.rows and not active.outputs:
-                    active.timings.queue = self._clock() - active.arrived
-                    events.append(Started(slot.request_id))
-                if not self._guarded(active, events, partial(self._prepare, active, slot.index)):
-                    rows = [row for row in rows if row.request.id != slot.request_id]
-                    continue
+            if slot.starts and not self._guarded(active, events, partial(self._prepare, active, slot.index)):
+                rows = [row for row in rows if row.request.id != slot.request_id]
+                continue
             rows.append(active.rows[slot.index])
         return rows
 
@@ -176,12 +179,13 @@ class EngineCore:
         active = self._active.get(row.request.id)
         return active is not None and self._guarded(active, events, work)
 
-    def _after_step(self, row: Row, events: list[Event]) -> None:
-        active = self._active[row.request.id]
+    def _after_step(self, row: Row) -> list[Event]:
+        active, events = self._active[row.request.id], list[Event]()
         if row.finished:
             self._guarded(active, events, partial(self._finish, active, row, events))
         elif row.step in preview_steps(row.request.num_inference_steps, row.request.previews):
             self._guarded(active, events, partial(self._preview, active, row, events))
+        return events
 
     def _preview(self, active: Active, row: Row, events: list[Event]) -> None:
         begin = self._clock()

@@ -18,6 +18,7 @@ class Ticket:
     def __init__(self, request: ImageRequest, cancel: Callable[[str], None], arrived: float) -> None:
         self.request = request
         self.arrived = arrived  # monotonic seconds
+        self.sent = False  # set by the client while the current worker knows the request
         self.started = False  # set by the client when the worker has taken the first row
         self._cancel = cancel
         self._events: asyncio.Queue[TicketEvent | MmgenError] = asyncio.Queue()

@@ -41,7 +41,7 @@ def check_model(name: str | None, context: Context) -> None:
 
 
 def _describe(context: Context) -> dict[str, Any]:
-    card = context.card
+    card, ready = context.card, context.engine.ready
     return {
         "id": context.model_name,
         "object": "model",
@@ -49,6 +49,8 @@ def _describe(context: Context) -> dict[str, Any]:
         "owned_by": "multimodal_gen",
         "task": card.task,
         "family": card.family,
+        "device": ready.device if ready else None,
+        "dtype": ready.dtype if ready else None,
         "defaults": msgspec.to_builtins(card.defaults),
         "parameters": sorted(card.parameters),
         "limits": {

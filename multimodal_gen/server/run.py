@@ -87,7 +87,7 @@ class _Server:
         self.signals: asyncio.Queue[int] = asyncio.Queue()
 
     async def run(self) -> int:
-        from multimodal_gen.engine.client import EngineClient
+        from multimodal_gen.engine.client import STOP_SECONDS, EngineClient
 
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
@@ -104,14 +104,14 @@ class _Server:
         )
         front = _Front(self._uvicorn(engine))
         serving = asyncio.create_task(front.serve(sockets=[self.listener]))
+        code = 1
         try:
             await engine.start()
             code = await self._watch(engine, serving)
             front.should_exit = True
-            if code > 128:
-                front.force_exit = True
+            front.force_exit = code > 128
         finally:
-            await engine.stop()
+            await engine.stop(patience_s=0.0 if code > 128 else STOP_SECONDS)
         if code <= 128:
             await serving
         else:

@@ -99,7 +99,7 @@ def test_cancelling_midway_ends_the_thread_and_the_next_request_is_fine(
 ) -> None:
     add(core, "first", num_inference_steps=6, seed=1)
     for _ in range(after):
-        core.step()
+        list(core.step())
     add(core, "second")
     assert threads() == min(after, 1)
     (failed,) = core.cancel("first")
