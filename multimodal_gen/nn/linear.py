@@ -28,6 +28,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return wide.to(x.dtype)
 
 
+def _weight(rows: int, columns: int, *, padded: bool) -> nn.Parameter:
+    """Memory that the loader fills; zeros where it leaves padding."""
+    make = torch.zeros if padded else torch.empty
+    return nn.Parameter(make(rows, columns), requires_grad=False)
+
+
 class Linear(Slotted):
     """y [..., out] = x [..., in] · Wᵀ + b.
 
@@ -37,8 +43,8 @@ class Linear(Slotted):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, stored_in: int | None = None) -> None:
         super().__init__()
         self.in_features = in_features
-        self.weight = nn.Parameter(torch.zeros(out_features, stored_in or in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        self.weight = _weight(out_features, stored_in or in_features, padded=stored_in not in (None, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def slot(self, part: str | None) -> Tensor:
         """The view of the weight that the checkpoint fills: [out, in]."""
@@ -60,7 +66,7 @@ class FusedLinear(Slotted):
         self.part_names = tuple(parts)
         self.sizes = tuple(parts.values())
         self.stored = [align(size, multiple) for size in parts.values()]
-        self.weight = nn.Parameter(torch.zeros(sum(self.stored), in_features), requires_grad=False)
+        self.weight = _weight(sum(self.stored), in_features, padded=tuple(self.stored) != self.sizes)
 
     def slot(self, part: str | None) -> Tensor:
         """The view of the weight that the checkpoint fills for `part`: [size(part), in]."""

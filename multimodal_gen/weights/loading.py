@@ -60,7 +60,9 @@ def load_weights(
     `ignored` are patterns of checkpoint keys that the model has no use for.
     Raises: CorruptModel naming the file and the tensor that is missing, left over, doubled or of the wrong shape.
     """
-    missing = {name: parameter.numel() for name, parameter in model.state_dict().items()}
+    tensors = dict(model.state_dict())
+    missing = {name: tensor.numel() for name, tensor in tensors.items()}
+    slots = {f"{name}.weight": module.slot for name, module in model.named_modules() if isinstance(module, Slotted)}
     for name, module in model.named_modules():
         if isinstance(module, Slotted):
             missing[f"{name}.weight"] = sum(module.slot(part).numel() for part in module.part_names)
@@ -69,7 +71,11 @@ def load_weights(
             if any(re.fullmatch(pattern, key) for pattern in ignored):
                 continue
             name, part = next(filter(None, (row.apply(key) for row in renames)), (key, None))
-            slot = _slot(model, name, part, missing, f"{file}: tensor {key!r}")
+            if name not in tensors:
+                raise CorruptModel(
+                    f"{file}: tensor {key!r} has no place in {type(model).__name__}; is it another model's?"
+                )
+            slot = slots[name](part) if name in slots else tensors[name]
             if slot.shape != tensor.shape:
                 raise CorruptModel(
                     f"{file}: tensor {key!r} has shape {tuple(tensor.shape)} and the model's configuration wants "
@@ -90,13 +96,3 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, reader.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise CorruptModel(f"{file} cannot be read: {error}. Download it again.") from None
-
-
-def _slot(model: nn.Module, name: str, part: str | None, known: dict[str, int], what: str) -> Tensor:
-    if name not in known:
-        raise CorruptModel(f"{what} has no place in {type(model).__name__}; is this checkpoint of another model?")
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf == "weight" and isinstance(module, Slotted):
-        return module.slot(part)
-    return model.state_dict()[name]

@@ -23,8 +23,9 @@ class KLDecoder:
 
         config = json.loads((folder / "config.json").read_text())
         self.device, self.dtype = device, compute_dtype(dtype, device)
-        with construction(device, self.dtype):
+        with construction(torch.device("meta"), self.dtype):  # no time spent on random initial weights
             vae = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        vae.to_empty(device=device)
         load_weights(vae, files)
         # Channels-last convolutions are never slower here and ten times faster for bf16 on a CPU.
         self.vae = vae.eval().to(memory_format=torch.channels_last)

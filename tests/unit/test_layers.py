@@ -53,10 +53,12 @@ def test_bf16_on_a_cpu_that_emulates_it_is_multiplied_in_float32(monkeypatch):
     monkeypatch.setattr(precision, "native_bf16", lambda device: False)
     layer = Linear(64, 32, bias=True).to(torch.bfloat16)
     layer.weight.copy_(torch.randn(32, 64))
+    layer.bias.copy_(torch.randn(32))
     x = torch.randn(9, 64).bfloat16()
     y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, (x.float() @ layer.weight.float().T).bfloat16(), rtol=0, atol=0)
+    expected = F.linear(x.float(), layer.weight.float(), layer.bias.float()).bfloat16()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
 
 def test_auto_dtype_asks_the_processor(monkeypatch):
