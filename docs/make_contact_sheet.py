@@ -24,17 +24,17 @@ PICTURES = (
     ("purple heart", 7),
     ("birthday cake", 7),
     ("fried egg on a gray background", 42),
-    ("a small red heart at the top right", 7),
+    ("a small red heart at the top right on a blue background", 7),
     ("a red heart on a light blue background", 7),
     ("smiling face with sunglasses", 5),
     ("bus and taxi", 7),
     ("racing car", 42),
     ("orange circle on a purple background", 7),
-    ("a small turtle at the top left", 7),
+    ("a small turtle at the top left on a yellow background", 7),
     ("grinning face on a light blue background", 7),
 )
 COLUMNS = 4
-SIDE, MARGIN, CAPTION = 128, 10, 34  # pixels
+SIDE, MARGIN, CAPTION = 128, 10, 48  # pixels
 FONT_SIZE, LINE_CHARS = 11, 26
 
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def sheet(images: list[Image.Image], captions: list[str]) -> Image.Image:
-    """The pictures in rows of four, each over its caption of at most two lines."""
+    """The pictures in rows of four, each over its caption of at most three lines."""
     cell_width, cell_height = SIDE + 2 * MARGIN, MARGIN + SIDE + CAPTION
     rows = -(-len(images) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * cell_width, rows * cell_height + MARGIN), "white")
@@ -62,7 +62,7 @@ def sheet(images: list[Image.Image], captions: list[str]) -> Image.Image:
         left, top = index % COLUMNS * cell_width + MARGIN, index // COLUMNS * cell_height + MARGIN
         page.paste(image, (left, top))
         draw.rectangle((left - 1, top - 1, left + SIDE, top + SIDE), outline="#dddddd")
-        lines = textwrap.wrap(caption, LINE_CHARS, max_lines=2, placeholder=" …")
+        lines = textwrap.wrap(caption, LINE_CHARS, max_lines=3, placeholder=" …")
         middle = (left + SIDE // 2, top + SIDE + 4)
         draw.multiline_text(middle, "\n".join(lines), fill="#333333", font=font, anchor="ma", align="center", spacing=2)
     return page

@@ -8,6 +8,7 @@ import sys
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 1 << 30
+OLD_MMAP_LIMIT = 32 << 20  # the largest mapping threshold that older glibc accepts
 
 
 def keep_freed_memory() -> bool:
@@ -24,4 +25,5 @@ def keep_freed_memory() -> bool:
         mallopt = libc.mallopt
     except AttributeError:  # musl
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, KEEP_BYTES))
+    mapped = mallopt(M_MMAP_THRESHOLD, KEEP_BYTES) or mallopt(M_MMAP_THRESHOLD, OLD_MMAP_LIMIT)
+    return bool(mapped and mallopt(M_TRIM_THRESHOLD, KEEP_BYTES))

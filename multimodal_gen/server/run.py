@@ -68,6 +68,8 @@ def bind(config: ServerConfig) -> socket.socket:
         ) from None
     # Connections inherit it. Left alone, the kernel would take 4 MB from us for each client that does not read.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    # asyncio sets this only on sockets of an explicit protocol; without it a body waits 40 ms behind its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 

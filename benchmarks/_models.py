@@ -1,0 +1,101 @@
+"""Random-weight Z-Image checkpoints of a realistic size, and the prompts to feed them."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import _common  # noqa: F401  (makes tests.support importable)
+
+HEADS, HEAD_DIM = 12, 128
+OBJECTS = ("red apple", "rocket", "pizza", "cat face", "red heart", "guitar", "soccer ball", "teapot", "tree", "crown")
+COLOURS = ("blue", "yellow", "pink", "green", "purple", "orange", "light blue", "gray", "brown", "white", "black")
+
+
+SIZES = ("a", "a small", "one", "one small")
+
+
+def prompt(number: int) -> str:
+    """The number-th of 440 different prompts: a new one for each repetition, so that no cache of conditions helps."""
+    size = SIZES[number // (len(OBJECTS) * len(COLOURS)) % len(SIZES)]
+    return f"{size} {OBJECTS[number % len(OBJECTS)]} on a {COLOURS[number % len(COLOURS)]} background"
+
+
+def make_medium(
+    folder: Path, *, layers: int = 12, refiner_layers: int = 2, text_layers: int = 20, seed: int = 0
+) -> Path:
+    """A ZImagePipeline folder in bf16, 1536 wide; with the default depth 478 M parameters in the transformer.
+
+    The text encoder has the shape of Qwen3-0.6B, cut so that it is to the transformer what Z-Image's 4 B encoder is to
+    its 6.2 B; the VAE is half as wide as Z-Image's.
+    """
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    from tests.support.checkpoints import build, qwen_tokenizer
+
+    tokenizer = qwen_tokenizer()
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=text_layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    transformer = build(
+        lambda: ZImageTransformer2DModel(
+            dim=HEADS * HEAD_DIM,
+            n_layers=layers,
+            n_refiner_layers=refiner_layers,
+            n_heads=HEADS,
+            n_kv_heads=HEADS,
+            cap_feat_dim=text.hidden_size,
+            rope_theta=256.0,
+            axes_dims=[32, 48, 48],
+            axes_lens=[1024, 512, 512],
+        ),
+        seed,
+        gain=1.0,
+    )
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+        vae=_vae(seed + 2),
+        text_encoder=build(lambda: Qwen3Model(text), seed + 1, gain=1.0),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipe.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+    del pipe, transformer
+    gc.collect()
+    return folder
+
+
+def _vae(seed: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    from tests.support.checkpoints import build
+
+    return build(
+        lambda: AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(64, 128, 256, 256),
+            layers_per_block=2,
+            latent_channels=16,
+            norm_num_groups=32,
+            sample_size=512,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            force_upcast=False,
+        ),
+        seed,
+        gain=None,
+    )
