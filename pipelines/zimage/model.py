@@ -105,24 +105,37 @@ class Block(nn.Module):
     def __init__(self, config: ZImageConfig, backend: AttentionBackend, modulated: bool = True) -> None:
         super().__init__()
         dim, eps = config.dim, config.norm_eps
+        self.eps = eps
         self.attention = Attention(config, backend)
         self.feed_forward = SwiGLU(dim, int(dim / 3 * 8))
         self.attention_norm1, self.attention_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.modulation = Linear(config.time_dim, 4 * dim, bias=True) if modulated else None
 
-    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments, time: Tensor | None = None) -> Tensor:
-        """x [T, D], time [S, time_dim] → [T, D]; x is overwritten."""
-        if self.modulation is None:
+    def fold(self, time: Tensor) -> Tensor:
+        """What the timestep does to this block, norm weights included: time [1, time_dim] → [4, D]."""
+        assert self.modulation is not None, "only modulated blocks see the timestep"
+        scale_attn, gate_attn, scale_mlp, gate_mlp = self.modulation(time)[0].chunk(4)
+        return torch.stack(
+            [
+                (1 + scale_attn) * self.attention_norm1.weight,
+                gate_attn.tanh() * self.attention_norm2.weight,
+                (1 + scale_mlp) * self.ffn_norm1.weight,
+                gate_mlp.tanh() * self.ffn_norm2.weight,
+            ]
+        )
+
+    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments, folded: Tensor | None = None) -> Tensor:
+        """x [T, D] → [T, D], overwritten; folded [S, 4, D] is `fold` of each segment's timestep."""
+        if folded is None:
             x += self.attention_norm2(self.attention(self.attention_norm1(x), frequencies, segments))
             x += self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
             return x
-        scale_attn, gate_attn, scale_mlp, gate_mlp = self.modulation(time).chunk(4, dim=-1)  # [S, D] each
-        h = norm_scaled(x, self.attention_norm1, 1 + scale_attn, segments)
-        h = self.attention(h, frequencies, segments)
-        x = add_gated_(x, gate_attn.tanh(), h, self.attention_norm2, segments)
-        h = self.feed_forward(norm_scaled(x, self.ffn_norm1, 1 + scale_mlp, segments))
-        return add_gated_(x, gate_mlp.tanh(), h, self.ffn_norm2, segments)
+        scale_attn, gate_attn, scale_mlp, gate_mlp = folded.unbind(1)  # [S, D] each
+        h = self.attention(norm_scaled(x, scale_attn, self.eps, segments), frequencies, segments)
+        x = add_gated_(x, gate_attn, h, self.eps, segments)
+        h = self.feed_forward(norm_scaled(x, scale_mlp, self.eps, segments))
+        return add_gated_(x, gate_mlp, h, self.eps, segments)
 
 
 class FinalLayer(nn.Module):
@@ -133,9 +146,27 @@ class FinalLayer(nn.Module):
         self.modulation = Linear(config.time_dim, config.dim, bias=True)
         self.linear = Linear(config.dim, config.patch_dim, bias=True)
 
-    def forward(self, x: Tensor, time: Tensor, segments: Segments) -> Tensor:
-        scale = 1 + self.modulation(F.silu(time))
+    def fold(self, time: Tensor) -> Tensor:
+        """time [1, time_dim] → scale [D]."""
+        return 1 + self.modulation(F.silu(time))[0]
+
+    def forward(self, x: Tensor, scale: Tensor, segments: Segments) -> Tensor:
+        """x [T, D], scale [S, D] → [T, patch_dim]."""
         return self.linear(scale_segments_(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS), scale, segments))
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Everything that depends on the timestep alone; filled by `ZImageTransformer.modulate`."""
+
+    refiner: Tensor  # [n_refiner_layers, 4, D]
+    layers: Tensor  # [n_layers, 4, D]
+    final: Tensor  # [D]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.refiner.nbytes + self.layers.nbytes + self.final.nbytes
 
 
 class ZImageTransformer(nn.Module):
@@ -167,32 +198,40 @@ class ZImageTransformer(nn.Module):
             x = block(x, frequencies, Segments.of([len(x)]))
         return x
 
-    def embed_time(self, t: Tensor) -> Tensor:
-        """Normalised times float32 [R] (0 noise … 1 clean) → [R, time_dim]."""
+    def modulate(self, t: Tensor) -> Modulation:
+        """Normalised time float32 [1] (0 noise … 1 clean), alone: the result must not depend on a batch."""
         h = sinusoidal(t * self.config.t_scale, TIME_FREQUENCIES).to(self.time_in.weight.dtype)
-        return self.time_out(F.silu(self.time_in(h)))
+        time = self.time_out(F.silu(self.time_in(h)))
+        return Modulation(
+            refiner=_fold(self.noise_refiner, time),
+            layers=_fold(self.layers, time),
+            final=self.final.fold(time),
+        )
 
-    def forward(self, patches: Sequence[Tensor], t: Tensor, captions: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    def forward(
+        self, patches: Sequence[Tensor], times: Sequence[Modulation], captions: Sequence[Tensor], layout: Layout
+    ) -> list[Tensor]:
         """One velocity per joint sequence of the layout.
 
         Args:
             patches: per row [l, patch_dim].
-            t: normalised times float32 [R].
+            times: per row, `modulate` of its timestep.
             captions: per joint sequence, refined tokens [L, D], in layout order.
             layout: who attends to whom; see `packing.Layout`.
 
         Returns: per joint sequence, in layout order, [l, patch_dim].
         """
-        time = self.embed_time(t)
+        refiner = torch.stack([time.refiner for time in times], dim=1)[:, layout.image_rows]  # [n, S, 4, D]
+        layers = torch.stack([time.layers for time in times], dim=1)[:, layout.joint_rows]
+        final = torch.stack([time.final for time in times])[layout.joint_rows]  # [S, D]
         x = self._embed_images(patches, layout)
-        for block in self.noise_refiner:
-            x = block(x, layout.image_frequencies, layout.image_segments, time[layout.image_rows])
+        for block, folded in zip(self.noise_refiner, refiner, strict=True):
+            x = block(x, layout.image_frequencies, layout.image_segments, folded)
         x = self._join(x, captions, layout)
-        time = time[layout.joint_rows]
-        for block in self.layers:
-            x = block(x, layout.joint_frequencies, layout.joint_segments, time)
+        for block, folded in zip(self.layers, layers, strict=True):
+            x = block(x, layout.joint_frequencies, layout.joint_segments, folded)
         x, segments = self._image_tokens(x, layout.joints)
-        return list(self.final(x, time, segments).split(segments.lengths))
+        return list(self.final(x, final, segments).split(segments.lengths))
 
     def _embed_images(self, patches: Sequence[Tensor], layout: Layout) -> Tensor:
         x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows_list]))
@@ -209,3 +248,8 @@ class ZImageTransformer(nn.Module):
         parts = x.split([joint.length for joint in joints])
         lengths = [joint.image_tokens for joint in joints]
         return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]), Segments.of(lengths)
+
+
+def _fold(blocks: nn.ModuleList, time: Tensor) -> Tensor:
+    """[blocks, 4, D]."""
+    return torch.stack([block.fold(time) for block in blocks if isinstance(block, Block)])

@@ -14,13 +14,13 @@ from torch import Tensor
 from multimodal_gen.attention import registry as attention
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
-from multimodal_gen.pipelines.contract import Conditions, PipelineInfo, Row
+from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
-from multimodal_gen.pipelines.stages.condition_cache import ConditionCache
+from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.flow_match import FlowMatchEuler, FlowMatchState
 from multimodal_gen.pipelines.stages.guidance import guide
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
-from multimodal_gen.pipelines.zimage.model import ZImageConfig, ZImageTransformer
+from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
 from multimodal_gen.pipelines.zimage.weights import RENAMES
 from multimodal_gen.request import ImageRequest, ModelCard
@@ -29,6 +29,7 @@ from multimodal_gen.weights.loading import construction, load_weights
 
 TRAIN_STEPS = 1000.0
 KEPT_LAYOUTS = 16
+MODULATION_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class ZImagePipeline:
             + self.text.parameters
             + self.vae.parameters,
         )
-        self.cache: ConditionCache[Caption] = ConditionCache(config.condition_cache_mb << 20, self.info.cache)
+        self.cache: ByteCache[Caption] = ByteCache(config.condition_cache_mb << 20, self.info.cache)
+        # Requests with the same number of steps meet the same timesteps.
+        self.times: ByteCache[Modulation] = ByteCache(MODULATION_BYTES, CacheUse())
         self._layouts: dict[tuple[Shape, ...], Layout] = {}
 
     @torch.inference_mode()
@@ -149,7 +152,7 @@ class ZImagePipeline:
         """Guided dx/dσ of each row, float32 [C, h, w]."""
         size = self.transformer.config.patch_size
         times = [self._time(row) for row in rows]
-        branches = [_captions(row).branches(self._guided(row, float(t))) for row, t in zip(rows, times, strict=True)]
+        branches = [_captions(row).branches(self._guided(row, t)) for row, t in zip(rows, times, strict=True)]
         latents = [_state(row)[1] for row in rows]
         layout = self._layout(
             tuple(
@@ -159,7 +162,7 @@ class ZImagePipeline:
         )
         outputs = self.transformer(
             [patchify(x.to(self.dtype), size) for x in latents],
-            torch.stack(times).to(self.device),
+            [self._modulation(t) for t in times],
             [branches[joint.row][joint.branch] for joint in layout.joints],
             layout,
         )
@@ -174,9 +177,14 @@ class ZImagePipeline:
             velocities.append(-unpatchify(flow, height, width, size))  # the model predicts clean - noise
         return velocities
 
-    def _time(self, row: Row) -> Tensor:
-        """Normalised time of the row's next step: float32 scalar, 0 noise … 1 clean."""
-        return (TRAIN_STEPS - _state(row)[0].timesteps[row.step]) / TRAIN_STEPS
+    def _time(self, row: Row) -> float:
+        """Normalised time of the row's next step, exact in float32: 0 noise … 1 clean."""
+        return float((TRAIN_STEPS - _state(row)[0].timesteps[row.step]) / TRAIN_STEPS)
+
+    def _modulation(self, time: float) -> Modulation:
+        return self.times.get(
+            time, lambda: self.transformer.modulate(torch.tensor([time], dtype=torch.float32, device=self.device))
+        )
 
     def _guided(self, row: Row, time: float) -> bool:
         request = row.request

@@ -10,7 +10,7 @@ import torch
 
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.pipelines.contract import CacheUse
-from multimodal_gen.pipelines.stages.condition_cache import ConditionCache
+from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.flow_match import FlowMatchEuler
 from multimodal_gen.pipelines.stages.guidance import guide
 
@@ -72,7 +72,7 @@ class Blob:
 
 def test_the_cache_keeps_by_content_and_forgets_the_least_recently_used():
     use, made = CacheUse(), []
-    cache: ConditionCache[Blob] = ConditionCache(100, use)
+    cache: ByteCache[Blob] = ByteCache(100, use)
 
     def get(name: str, size: int = 40) -> Blob:
         return cache.get((name, 1), lambda: made.append(name) or Blob(size))

@@ -1,4 +1,4 @@
-"""Encoded prompts, kept by content and bounded in bytes."""
+"""A cache by content, bounded in bytes: encoded prompts, modulations of a timestep."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Value = TypeVar("Value", bound=Sized)
 
 
 @dataclass
-class ConditionCache(Generic[Value]):
+class ByteCache(Generic[Value]):
     """Least recently used entries leave first. A value larger than the whole cache is not kept."""
 
     max_bytes: int
