@@ -307,8 +307,8 @@ def check_engine(config: EngineConfig) -> None:
 
 
 # An idle OpenMP thread spins before it sleeps, by default for milliseconds: with one other busy process on the machine
-# it keeps the core from whoever has work, and a step takes up to twenty times as long. Sleeping at once doubles the time
-# of a small step on virtual machines, where waking is slow. This many spins bridge the gaps inside a forward.
+# it keeps the core from whoever has work, and a step takes up to twenty times as long. Sleeping at once doubles a small
+# step on virtual machines, where waking is slow. This many spins bridge the gaps inside a forward.
 OPENMP_DEFAULTS = {"GOMP_SPINCOUNT": "20000"}
 OPENMP_CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
