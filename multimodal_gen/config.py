@@ -79,8 +79,11 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
         list[str], Meta(description="Host headers accepted besides loopback names and the bound address")
     ] = []
     allowed_origins: Annotated[list[str], Meta(description="browser origins allowed to call (CORS)")] = []
-    max_body_mb: Annotated[float, Positive, Meta(description="largest request body")] = 4.0
+    max_body_mb: Annotated[float, Positive, Meta(description="largest request body")] = 1.0
     body_timeout_s: Annotated[float, Positive, Meta(description="time for a client to send its request")] = 30.0
+    max_priority: Annotated[
+        int, Meta(ge=-100, le=100, description="highest priority that an HTTP request may ask for")
+    ] = 0
     unknown_fields: Annotated[
         Literal["error", "warn"], Meta(description="unknown JSON fields: 400, or 200 with an x-mmgen-warning header")
     ] = "error"
@@ -324,10 +327,9 @@ def calm_openmp() -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment of a worker process: ours, with this package importable wherever it was loaded from."""
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, **openmp_defaults(), "PYTHONPATH": os.pathsep.join(paths)}
+    """The environment of a worker process: ours without our own variables, which may hold the API key."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return {**ours, **openmp_defaults()}
 
 
 def engine_part(config: EngineConfig) -> EngineConfig:

@@ -184,9 +184,11 @@ def resolve(
         card.max_sequence_length,
     )
     truncation = params.cfg_truncation
-    branches = 2 if guidance > card.guidance_threshold else 1
-    # A prompt's tokens are not known before it is encoded; a typical caption takes 32.
-    row_tokens = branches * (width * height // card.pixels_per_token + 32)
+    guided = guidance > card.guidance_threshold
+    if not guided:
+        _check_unguided(params, guidance, card)
+    texts = [prompt, negative or ""] if guided else [prompt]
+    row_tokens = sum(width * height // card.pixels_per_token + _estimate_tokens(text, length) for text in texts)
     request = ImageRequest(
         id=request_id,
         model=card.name,
@@ -201,7 +203,7 @@ def resolve(
         cfg_truncation=None if truncation is None else _number(truncation, "cfg_truncation", 0.0, 1e6),
         max_sequence_length=length,
         output=output,
-        previews=_integer(previews, "partial_images", 0, MAX_PREVIEWS),
+        previews=_previews(previews, steps),
         priority=_integer(params.priority, "priority", -100, 100),
         deadline_s=None if params.deadline_s is None else _number(params.deadline_s, "deadline_s", 1e-3, 86_400.0),
         fair_key=fair_key,
@@ -214,6 +216,32 @@ def resolve(
             "--max-request-cost on the server."
         )
     return request
+
+
+def _check_unguided(params: SamplingParams, guidance: float, card: ModelCard) -> None:
+    """What only guidance reads must not be accepted and ignored."""
+    for name in ("negative_prompt", "cfg_normalization"):
+        if msgspec.structs.asdict(params)[name]:
+            raise InvalidValue(
+                f"{name!r} has no effect at guidance_scale {guidance:g}; leave it out, or set guidance_scale above "
+                f"{card.guidance_threshold:g}.",
+                param=name,
+            )
+
+
+def _estimate_tokens(text: str, limit: int) -> int:
+    """Tokens of a prompt before it is encoded: about three characters each, a template, padded to a multiple of 32."""
+    return -(-min(limit, len(text) // 3 + 16) // 32) * 32
+
+
+def _previews(value: int, steps: int) -> int:
+    previews = _integer(value, "partial_images", 0, MAX_PREVIEWS)
+    if previews >= steps and previews:
+        raise InvalidValue(
+            f"'partial_images' = {previews} needs at least {previews + 1} steps; this request has {steps}.",
+            param="partial_images",
+        )
+    return previews
 
 
 def _or(value: float | None, default: float) -> float:
@@ -289,7 +317,7 @@ def _seeds(seed: int | Sequence[int] | None, n: int) -> tuple[int, ...]:
     if seed is None:
         seed = secrets.randbelow(2**31)
     if isinstance(seed, int) and not isinstance(seed, bool):
-        first = _integer(seed, "seed", 0, MAX_SEED - MAX_N)
+        first = _integer(seed, "seed", 0, MAX_SEED - (n - 1))
         return tuple(first + i for i in range(n))
     if isinstance(seed, (str, bytes)) or not isinstance(seed, Sequence):
         raise InvalidValue(f"'seed' must be a whole number or a list of them, got {str(seed)[:40]!r}.", param="seed")

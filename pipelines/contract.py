@@ -43,6 +43,7 @@ class Conditions:
 
     prompt_tokens: int  # filled by encode: tokens of the prompt, after truncation
     warnings: tuple[str, ...] = ()  # filled by encode: what the user should know (a truncated prompt)
+    row_tokens: int | None = None  # filled by encode: transformer tokens per step of one row, where known exactly
 
 
 @dataclass

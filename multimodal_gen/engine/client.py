@@ -49,6 +49,7 @@ from multimodal_gen.request import ImageRequest
 STORM_RESTARTS = 5
 STORM_SECONDS = 600.0
 STOP_SECONDS = 2.0
+MAX_BACKOFF_SECONDS = 5
 MAX_RETRY_AFTER = 60.0
 
 State = Literal["loading", "ready", "restarting", "draining", "failed", "stopped"]
@@ -76,7 +77,7 @@ class EngineClient:
         self._nothing_left.set()
         self._worker: WorkerProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._deaths: deque[float] = deque(maxlen=STORM_RESTARTS)
+        self._deaths: deque[float] = deque()
         self._tokens_per_second = 0.0
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ class EngineClient:
 
     def submit(self, request: ImageRequest) -> Ticket:
         """Admit a request. Raises: ModelLoading, ShuttingDown, QueueFull with an estimate of when to come back."""
-        if self.state == "loading":
+        if self.ready is None and self.state in ("loading", "restarting"):
             raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
         if self.state in ("draining", "stopped", "failed"):
             raise ShuttingDown("The server is shutting down and takes no new requests.")
@@ -161,6 +162,7 @@ class EngineClient:
         if ticket is None:
             return
         if ticket.sent and self._worker is not None:
+            ticket.cancelled = True
             self._worker.send(Cancel(request_id))
         else:  # it waits for the next worker
             self._resolve(ticket, Cancelled("The request was cancelled."))
@@ -216,13 +218,16 @@ class EngineClient:
             log.error("the worker ended with exit code %s; restarting it", code)
             self._fail_started()
             self.restarts += 1
-            self.state = "draining" if self.state == "draining" else "restarting"
+            if self.state != "draining":
+                self.state = "restarting" if self.ready else "loading"
+            # A machine that is short of memory needs a moment; the first death is most often an accident.
+            await asyncio.sleep(min(MAX_BACKOFF_SECONDS, len(self._deaths) - 1))
             # An injected fault belongs to the first worker only.
             config = msgspec.structs.replace(config, fault=None)
 
     def _stall_limit(self) -> float | None:
         """Seconds of silence after which the worker counts as hung; None while silence is natural."""
-        return self.config.step_timeout_s if self.running else None
+        return self.config.step_timeout_s if any(ticket.sent for ticket in self._tickets.values()) else None
 
     def _handle(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
@@ -232,7 +237,11 @@ class EngineClient:
             for ticket in list(self._tickets.values()):
                 self._send(ticket)
         elif isinstance(message, LoadFailed):
-            self.failure = from_code(message.error.code, message.error.message, message.error.param)
+            error = from_code(message.error.code, message.error.message, message.error.param)
+            if self.ready is None:
+                self.failure = error  # it has never worked: trying again would not help
+            else:
+                log.error("the model could not be loaded again: %s", error.message)
         elif isinstance(message, Gauges):
             self.gauges = message
             rate = message.step_tokens / max(message.step_seconds, 1e-6)
@@ -254,13 +263,17 @@ class EngineClient:
     def _fail_started(self) -> None:
         for ticket in [ticket for ticket in self._tickets.values() if ticket.started]:
             self._resolve(ticket, WorkerCrashed("The worker process died while it ran this request."))
+        for ticket in [ticket for ticket in self._tickets.values() if ticket.cancelled]:
+            self._resolve(ticket, Cancelled("The request was cancelled."))
         for ticket in self._tickets.values():
             ticket.sent = False
 
     def _is_storm(self) -> bool:
         now = time.monotonic()
         self._deaths.append(now)
-        return len(self._deaths) == STORM_RESTARTS and now - self._deaths[0] < STORM_SECONDS
+        while now - self._deaths[0] > STORM_SECONDS:
+            self._deaths.popleft()
+        return len(self._deaths) == STORM_RESTARTS
 
     def _give_up(self) -> None:
         assert self.failure is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,13 +113,14 @@ class EngineCore:
         begin, events = self._clock(), list[Event]()
         rows = self._denoise(self._start(slots, events), events)
         yield from events
+        tokens = sum(self.scheduler.tokens(row.request.id) for row in rows)
         for row in rows:
             yield Progress(row.request.id, row.index, row.step, row.request.num_inference_steps)
         for row in rows:
             if row.request.id in self._active:
                 yield from self._after_step(row)
         if rows:
-            yield self._gauges(rows, self._clock() - begin)
+            yield self._gauges(len(rows), tokens, self._clock() - begin)
 
     # --- the parts of a step ------------------------------------------------------------------------------------
 
@@ -144,6 +146,8 @@ class EngineCore:
         self.fault.trip("prepare")
         self.pipeline.prepare(row)
         assert row.conditions is not None, "encode() fills row.conditions"
+        if row.conditions.row_tokens is not None:
+            self.scheduler.set_tokens(active.request.id, row.conditions.row_tokens)
         active.prompt_tokens = row.conditions.prompt_tokens
         active.warnings = list(row.conditions.warnings)
         active.timings.encode += self._clock() - begin
@@ -153,7 +157,7 @@ class EngineCore:
         if not rows:
             return []
         begin = self._clock()
-        if len(rows) == 1 or not self._succeeds(rows):
+        if len(rows) == 1 or not self._batch_succeeds(rows):
             rows = [row for row in rows if self._denoise_alone(row, events)]
             rows = [row for row in rows if row.request.id in self._active]  # a later sibling may have failed
         elapsed = self._clock() - begin
@@ -161,23 +165,24 @@ class EngineCore:
             self._active[request_id].timings.denoise += elapsed
         return rows
 
-    def _succeeds(self, rows: list[Row]) -> bool:
-        try:
-            self.fault.trip("denoise")
-            self.pipeline.denoise(rows)
-        except Exception:  # every kind of failure has the same answer: find out whose it is
-            log.exception("a step of %d rows failed; trying each row alone", len(rows))
-            _free_memory()
-            return False
-        return True
+    def _batch_succeeds(self, rows: list[Row]) -> bool:
+        error = self._attempt(partial(self._step_rows, rows))
+        if error is None:
+            return True
+        log.error("a step of %d rows failed; trying each row alone", len(rows), exc_info=error)
+        if isinstance(_as_ours(error), OutOfMemory):
+            tokens = sum(self.scheduler.tokens(row.request.id) for row in rows)
+            self.scheduler.max_batch_tokens = max(1, tokens // 2)
+            log.warning("steps are limited to %d tokens from now on", self.scheduler.max_batch_tokens)
+        return False
+
+    def _step_rows(self, rows: list[Row]) -> None:
+        self.fault.trip("denoise")
+        self.pipeline.denoise(rows)
 
     def _denoise_alone(self, row: Row, events: list[Event]) -> bool:
-        def work() -> None:
-            self.fault.trip("denoise")
-            self.pipeline.denoise([row])
-
         active = self._active.get(row.request.id)
-        return active is not None and self._guarded(active, events, work)
+        return active is not None and self._guarded(active, events, partial(self._step_rows, [row]))
 
     def _after_step(self, row: Row) -> list[Event]:
         active, events = self._active[row.request.id], list[Event]()
@@ -218,17 +223,28 @@ class EngineCore:
 
     # --- failure ------------------------------------------------------------------------------------------------
 
-    def _guarded(self, active: Active, events: list[Event], work: Callable[[], None]) -> bool:
-        """Run work for one request; its failure ends that request and nothing else."""
+    def _attempt(self, work: Callable[[], None]) -> Exception | None:
+        """Run work; an exception is returned, once the memory that its traceback held is free again."""
         try:
             work()
-        except Exception as error:  # becomes the request's answer
-            log.exception("request %s failed", active.request.id)
-            _free_memory()
-            self._failures += not isinstance(error, UserError)
-            events.append(self._drop(active.request.id, _as_ours(error)))
-            return False
-        return True
+        except Exception as error:  # noqa: BLE001 - every kind of failure has the same answer: the request's own end
+            failure = error
+        else:
+            return None
+        traceback.clear_frames(failure.__traceback__)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return failure
+
+    def _guarded(self, active: Active, events: list[Event], work: Callable[[], None]) -> bool:
+        """Run work for one request; its failure ends that request and nothing else."""
+        error = self._attempt(work)
+        if error is None:
+            return True
+        log.error("request %s failed", active.request.id, exc_info=error)
+        self._failures += not isinstance(error, UserError)
+        events.append(self._drop(active.request.id, _as_ours(error)))
+        return False
 
     def _drop(self, request_id: str, error: MmgenError) -> Failed:
         active = self._active.pop(request_id)
@@ -237,14 +253,14 @@ class EngineCore:
             self.pipeline.release(row)
         return Failed(request_id, ErrorInfo(error.code, error.message, error.param))
 
-    def _gauges(self, rows: list[Row], seconds: float) -> Gauges:
+    def _gauges(self, rows: int, tokens: int, seconds: float) -> Gauges:
         cache = self.pipeline.info.cache
         return Gauges(
             running_rows=self.scheduler.running_rows,
             waiting_rows=self.scheduler.waiting_rows,
             step_seconds=seconds,
-            step_rows=len(rows),
-            step_tokens=sum(row.request.row_tokens for row in rows),
+            step_rows=rows,
+            step_tokens=tokens,
             cache_bytes=cache.bytes,
             cache_hits=cache.hits,
             cache_misses=cache.misses,
@@ -263,8 +279,3 @@ def _as_ours(error: Exception) -> MmgenError:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return OutOfMemory("The device ran out of memory. Ask for a smaller size or fewer images.")
     return GenerationFailed(f"The model failed on this request ({type(error).__name__}); the server's log has more.")
-
-
-def _free_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import msgspec
 
@@ -15,6 +16,17 @@ from multimodal_gen.engine.channel import ChannelClosed, pack, read_frame
 from multimodal_gen.messages import FromWorker, decode_from_worker
 
 WATCH_SECONDS = 1.0
+PACKAGE = Path(__file__).resolve().parent.parent
+# The worker imports this very package, and nothing from the current folder, which may be a downloaded model's: `-m`
+# would put that folder first on the path, and a torch.py in it would run.
+LAUNCH = """
+import sys
+sys.path = [sys.argv[1], *filter(None, sys.path)]
+import multimodal_gen
+sys.path.pop(0)
+from multimodal_gen.engine.worker import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +43,10 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, log_level: str) -> WorkerProcess:
-        """Spawn `python -m multimodal_gen.engine.worker`."""
+        """Spawn a Python that runs `engine.worker.main`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            command = (sys.executable, "-m", "multimodal_gen.engine.worker", str(theirs.fileno()), log_level)
+            command = (sys.executable, "-c", LAUNCH, str(PACKAGE.parent), str(theirs.fileno()), log_level)
             process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, env=worker_environment()
             )

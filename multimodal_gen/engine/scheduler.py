@@ -1,9 +1,10 @@
 """Which rows run next, decided anew before every denoising step. Pure Python: no torch, no clocks, no I/O.
 
-Order: priority, then earliest deadline, then fair share by key, then earliest virtual finish. The virtual finish of a
-request is the work that the machine had done when it arrived plus its own cost, in token-steps (as in weighted fair
-queueing, Demers et al., 1989): equal requests run in order of arrival, a small one passes a large one, and a large one
-is passed by no more work than its own, so nobody starves.
+Order: priority, then fair share by key, then urgent deadlines, then earliest virtual finish. A deadline is urgent in
+its last half minute, and passes only requests of its own key: asking for one must not be a way to jump the queue. The
+virtual finish of a request is the work that the machine had done when it arrived plus its own cost, in token-steps (as
+in weighted fair queueing, Demers et al., 1989): equal requests run in order of arrival, a small one passes a large one,
+and a large one is passed by no more work than its own, so nobody starves.
 
 A step is filled in that order up to a budget of tokens; a row that does not fit lets the ones behind it pass, but the
 first in line always runs. Requests wait as requests and become rows only when their first step is planned.
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 
 from multimodal_gen.request import ImageRequest
 
+URGENT_SECONDS = 30.0
+
 
 @dataclass
 class Job:
@@ -25,6 +28,7 @@ class Job:
     request: ImageRequest  # filled by add
     finish: int  # filled by add: virtual finish, in token-steps
     deadline: float  # filled by add: clock time, infinite where the user set none
+    tokens: int  # filled by add from the request's estimate, corrected by set_tokens
     waiting: list[int] = field(default_factory=list)  # image indices not yet started
     running: list[int] = field(default_factory=list)  # image indices between prepare and decode
 
@@ -68,7 +72,9 @@ class Scheduler:
             active = [self._served[job.request.fair_key] for job in self._jobs.values()]
             self._served[key] = min(active, default=0.0)
         deadline = math.inf if request.deadline_s is None else self._clock() + request.deadline_s
-        self._jobs[request.id] = Job(request, self._work + request.cost, deadline, waiting=list(range(request.n)))
+        self._jobs[request.id] = Job(
+            request, self._work + request.cost, deadline, request.row_tokens, waiting=list(range(request.n))
+        )
 
     def remove(self, request_id: str) -> None:
         """Forget a request, whatever it was doing."""
@@ -86,6 +92,14 @@ class Scheduler:
         self.remove(request_id)
         return True
 
+    def tokens(self, request_id: str) -> int:
+        """Transformer tokens per step of one row of the request."""
+        return self._jobs[request_id].tokens
+
+    def set_tokens(self, request_id: str, tokens: int) -> None:
+        """The exact count, once the prompt has been encoded."""
+        self._jobs[request_id].tokens = tokens
+
     def expired(self) -> list[str]:
         """Requests whose deadline has passed."""
         now = self._clock()
@@ -95,8 +109,9 @@ class Scheduler:
         """Rows of the next step. Rows that start here count as running from now on."""
         chosen: list[Slot] = []
         budget = self.max_batch_tokens
-        for job in sorted(self._jobs.values(), key=self._rank):
-            tokens = job.request.row_tokens
+        now = self._clock()
+        for job in sorted(self._jobs.values(), key=lambda job: self._rank(job, now)):
+            tokens = job.tokens
             started = [(index, False) for index in job.running]
             for index, starts in started + [(index, True) for index in job.waiting]:
                 if self.exclusive and (chosen or (starts and self._busy())):
@@ -110,14 +125,15 @@ class Scheduler:
             if slot.starts:
                 job.waiting.remove(slot.index)
                 job.running.append(slot.index)
-            self._served[job.request.fair_key] += job.request.row_tokens
-            self._work += job.request.row_tokens
+            self._served[job.request.fair_key] += job.tokens
+            self._work += job.tokens
         return chosen
 
-    def _rank(self, job: Job) -> tuple[bool, int, float, float, int]:
+    def _rank(self, job: Job, now: float) -> tuple[bool, int, float, float, int]:
         # An exclusive model's running row goes first whatever its rank: it cannot be paused for another.
         first = not (self.exclusive and job.running)
-        return first, -job.request.priority, job.deadline, self._served[job.request.fair_key], job.finish
+        urgent = job.deadline if job.deadline - now < URGENT_SECONDS else math.inf
+        return first, -job.request.priority, self._served[job.request.fair_key], urgent, job.finish
 
     def _busy(self) -> bool:
         return any(job.running for job in self._jobs.values())

@@ -19,6 +19,7 @@ class Ticket:
         self.request = request
         self.arrived = arrived  # monotonic seconds
         self.sent = False  # set by the client while the current worker knows the request
+        self.cancelled = False  # set by the client; should the worker die before it obeys, nobody runs it again
         self.started = False  # set by the client when the worker has taken the first row
         self._cancel = cancel
         self._events: asyncio.Queue[TicketEvent | MmgenError] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""The worker process: `python -m multimodal_gen.engine.worker FD`, started by `engine.client`.
+"""The worker process, started by `engine.process` with an inherited socket.
 
 It reads `Load` first, then alternates between looking for messages and running one step. It sleeps in `poll` when
 there is nothing to do, and exits when its front is gone.
@@ -89,7 +89,3 @@ def _die_with_parent() -> None:
     """Linux: the kernel kills this process when its parent dies, even in the middle of a long step."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -43,11 +43,9 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the device computes it natively; else float16 on CUDA and float32 on a CPU."""
+    """`auto` is bf16 where the device computes it natively, else float32: float16 overflows in many of these models."""
     if name == "auto":
-        if native_bf16(device):
-            return torch.bfloat16
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if native_bf16(device) else torch.float32
     return DTYPES[name]
 
 

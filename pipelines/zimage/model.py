@@ -66,8 +66,10 @@ class ZImageConfig:
                 f"{made.dim} / {made.n_heads}."
             )
         for name, wanted in (("all_f_patch_size", [1]), ("qk_norm", True), ("n_kv_heads", made.n_heads)):
-            if config[name] != wanted:
-                raise CorruptModel(f"transformer/config.json: {name} = {config[name]!r} is not supported, {wanted} is.")
+            if config.get(name) != wanted:
+                raise CorruptModel(
+                    f"transformer/config.json: {name} = {config.get(name)!r} is not supported, {wanted!r} is."
+                )
         return made
 
     @property

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from multimodal_gen.attention.segments import Segments
 from multimodal_gen.nn.rope import axis_frequencies
+from multimodal_gen.pipelines.contract import CacheUse
+from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 
 MULTIPLE = 32
+TABLE_BYTES = 64 << 20
 
 
 def pad_count(length: int) -> int:
@@ -37,23 +40,28 @@ def unpatchify(patches: Tensor, height: int, width: int, size: int) -> Tensor:
     return grid.permute(4, 0, 2, 1, 3).reshape(-1, height, width)
 
 
-@dataclass(frozen=True)
 class Rope:
-    """The model's rotary axes; makes and keeps position tables."""
+    """The model's rotary axes; makes and keeps position tables on the CPU."""
 
-    axes: tuple[int, ...]
-    theta: float
+    def __init__(self, axes: tuple[int, ...], theta: float) -> None:
+        self.axes, self.theta = axes, theta
+        self._tables: ByteCache[Tensor] = ByteCache(TABLE_BYTES, CacheUse())
 
-    @lru_cache(maxsize=64)  # noqa: B019 (one instance per loaded model, tables are small)
     def caption(self, length: int) -> Tensor:
         """complex64 [length, d/2]: positions (1 … length, 0, 0), pads counted."""
+        return self._tables.get(("caption", length), lambda: self._caption(length))
+
+    def image(self, height: int, width: int, caption_length: int) -> Tensor:
+        """complex64 [padded tokens, d/2]: (caption_length + 1, y, x); pads sit at (0, 0, 0)."""
+        key = ("image", height, width, caption_length)
+        return self._tables.get(key, lambda: self._image(height, width, caption_length))
+
+    def _caption(self, length: int) -> Tensor:
         positions = torch.zeros(length, 3, dtype=torch.long)
         positions[:, 0] = torch.arange(1, length + 1)
         return axis_frequencies(positions, self.axes, self.theta)
 
-    @lru_cache(maxsize=64)  # noqa: B019
-    def image(self, height: int, width: int, caption_length: int) -> Tensor:
-        """complex64 [padded tokens, d/2]: (caption_length + 1, y, x); pads sit at (0, 0, 0)."""
+    def _image(self, height: int, width: int, caption_length: int) -> Tensor:
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         grid = torch.stack([torch.full_like(y, caption_length + 1), y, x], dim=-1).flatten(0, 1)
         pads = torch.zeros(pad_count(len(grid)), 3, dtype=torch.long)
@@ -90,6 +98,11 @@ class Layout:
     joint_frequencies: Tensor  # complex64 [T_joint, d/2]
     image_rows: Tensor  # int64 [S_image]
     joint_rows: Tensor  # int64 [S_joint]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.image_frequencies.nbytes + self.joint_frequencies.nbytes
 
     @cached_property
     def image_rows_list(self) -> list[int]:

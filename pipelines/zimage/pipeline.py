@@ -28,8 +28,7 @@ from multimodal_gen.weights.checkpoint import verify
 from multimodal_gen.weights.loading import construction, load_weights
 
 TRAIN_STEPS = 1000.0
-KEPT_LAYOUTS = 16
-MODULATION_BYTES = 64 << 20
+LAYOUT_BYTES = MODULATION_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ class ZImagePipeline:
         self.cache: ByteCache[Caption] = ByteCache(config.condition_cache_mb << 20, self.info.cache)
         # Requests with the same number of steps meet the same timesteps.
         self.times: ByteCache[Modulation] = ByteCache(MODULATION_BYTES, CacheUse())
-        self._layouts: dict[tuple[Shape, ...], Layout] = {}
+        # A batch keeps its composition for many steps.
+        self.layouts: ByteCache[Layout] = ByteCache(LAYOUT_BYTES, CacheUse())
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row]) -> None:
@@ -112,7 +112,15 @@ class ZImagePipeline:
             for name, caption in (("prompt", positive), ("negative_prompt", negative))
             if caption and caption.dropped
         )
-        return Captions(positive.prompt_tokens, warnings, positive.tokens, negative.tokens if negative else None)
+        captions = Captions(
+            positive.prompt_tokens,
+            warnings,
+            positive=positive.tokens,
+            negative=negative.tokens if negative else None,
+        )
+        image = request.width * request.height // self.card.pixels_per_token
+        captions.row_tokens = sum(image + pad_count(image) + len(caption) for caption in captions.branches(guided))
+        return captions
 
     def _caption(self, prompt: str, max_length: int) -> Caption:
         return self.cache.get((prompt, max_length), lambda: self._encode_caption(prompt, max_length))
@@ -154,12 +162,11 @@ class ZImagePipeline:
         times = [self._time(row) for row in rows]
         branches = [_captions(row).branches(self._guided(row, t)) for row, t in zip(rows, times, strict=True)]
         latents = [_state(row)[1] for row in rows]
-        layout = self._layout(
-            tuple(
-                Shape(x.shape[1] // size, x.shape[2] // size, tuple(len(caption) for caption in captions))
-                for x, captions in zip(latents, branches, strict=True)
-            )
+        shapes = tuple(
+            Shape(x.shape[1] // size, x.shape[2] // size, tuple(len(caption) for caption in captions))
+            for x, captions in zip(latents, branches, strict=True)
         )
+        layout = self.layouts.get(shapes, lambda: make_layout(shapes, self.rope, self.device))
         outputs = self.transformer(
             [patchify(x.to(self.dtype), size) for x in latents],
             [self._modulation(t) for t in times],
@@ -190,13 +197,6 @@ class ZImagePipeline:
         request = row.request
         truncated = request.cfg_truncation is not None and time > request.cfg_truncation
         return request.guidance_scale > self.card.guidance_threshold and not truncated
-
-    def _layout(self, shapes: tuple[Shape, ...]) -> Layout:
-        if shapes not in self._layouts:
-            if len(self._layouts) >= KEPT_LAYOUTS:
-                self._layouts.pop(next(iter(self._layouts)))
-            self._layouts[shapes] = make_layout(shapes, self.rope, self.device)
-        return self._layouts[shapes]
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
+from multimodal_gen.errors import CorruptModel
 from multimodal_gen.pipelines.contract import Spec, Variant
 from multimodal_gen.request import Defaults, ModelCard, SamplingParams
+from multimodal_gen.weights.checkpoint import read_json
+
+MAX_SIDE = 2048  # pixels; beyond it the VAE's activations alone take tens of gigabytes
 
 SPEC = Spec(
     family="zimage",
@@ -22,11 +26,22 @@ SPEC = Spec(
 )
 
 
+class _Config:
+    """A component's config.json; a key that it lacks is an error that names the file."""
+
+    def __init__(self, folder: Path, component: str) -> None:
+        self.name = f"{component}/config.json"
+        self.values = read_json(folder, self.name)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.values:
+            raise CorruptModel(f"{self.name} lacks {key!r}.")
+        return self.values[key]
+
+
 def describe(name: str, folder: Path) -> ModelCard:
     """The card of a Z-Image folder; `name` picks the variant."""
-    text = json.loads((folder / "text_encoder" / "config.json").read_text())
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    text, vae, transformer = (_Config(folder, part) for part in ("text_encoder", "vae", "transformer"))
     vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
     multiple = vae_scale * transformer["all_patch_size"][0]
     variant = next((v for v in SPEC.variants if name.lower() in v.names), SPEC.variants[0])
@@ -40,7 +55,7 @@ def describe(name: str, folder: Path) -> ModelCard:
         parameters=frozenset(SamplingParams.__struct_fields__),
         size_multiple=multiple,
         min_side=2 * multiple,
-        max_side=min(4096, multiple * min(transformer["axes_lens"][1:])),
+        max_side=min(MAX_SIDE, multiple * min(transformer["axes_lens"][1:])),
         pixels_per_token=multiple**2,
         max_sequence_length=min(1024, text["max_position_embeddings"]),
         guidance_threshold=0.0,

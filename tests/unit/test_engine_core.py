@@ -120,6 +120,16 @@ def test_a_failing_batch_is_tried_row_by_row(faulty):
     assert len([e for e in events if isinstance(e, Finished)]) == 2
 
 
+def test_a_batch_that_runs_out_of_memory_makes_the_next_ones_smaller(faulty):
+    core = faulty("denoise:oom:1")
+    before = core.scheduler.max_batch_tokens
+    events = run(core, request("a"), request("b"))
+    assert len([e for e in events if isinstance(e, Finished)]) == 2
+    one = 2 * (16 + 16 + 32)  # two branches of 16 patches padded to 32, and a caption of 32
+    assert core.scheduler.max_batch_tokens == one
+    core.scheduler.max_batch_tokens = before
+
+
 @pytest.mark.parametrize("stage", ["encode", "prepare", "decode"])
 def test_one_failure_ends_one_request(faulty, stage):
     core = faulty(f"{stage}:raise:1")

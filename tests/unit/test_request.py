@@ -91,8 +91,8 @@ def test_given_values_are_kept():
         "negative_prompt": "",
         "width": 64,
         "height": 512,
-        "num_inference_steps": 1,
-        "guidance_scale": 0.0,
+        "num_inference_steps": 3,
+        "guidance_scale": 0.5,
         "cfg_normalization": 1.5,
         "cfg_truncation": None,
         "max_sequence_length": 9,
@@ -114,7 +114,7 @@ def test_given_values_are_kept():
         ("max_sequence_length", 1, 256, InvalidValue),
         ("priority", -100, 100, InvalidValue),
         ("previews", 0, MAX_PREVIEWS, InvalidValue),
-        ("seed", 0, MAX_SEED - MAX_N, InvalidValue),
+        ("seed", 0, MAX_SEED, InvalidValue),
     ],
 )
 def test_whole_numbers_have_bounds(name, low, high, error):
@@ -176,8 +176,25 @@ def test_text_has_a_length_and_is_unicode(name):
 
 def test_image_i_uses_seed_plus_i():
     assert settle(seed=7, num_outputs_per_prompt=3).seeds == (7, 8, 9)
-    top = settle(seed=MAX_SEED - MAX_N, num_outputs_per_prompt=MAX_N)
-    assert max(top.seeds) <= MAX_SEED
+    top = settle(seed=MAX_SEED - MAX_N + 1, num_outputs_per_prompt=MAX_N)
+    assert max(top.seeds) == MAX_SEED
+    assert refused(InvalidValue, seed=MAX_SEED - MAX_N + 2, num_outputs_per_prompt=MAX_N).param == "seed"
+
+
+def test_what_only_guidance_reads_is_refused_without_guidance():
+    for given in ({"negative_prompt": "blur"}, {"cfg_normalization": 1.0}):
+        assert refused(InvalidValue, guidance_scale=0.0, **given).param == next(iter(given))
+    settle(guidance_scale=0.0, negative_prompt="")
+
+
+def test_previews_need_steps_between():
+    assert settle(num_inference_steps=4, previews=3).previews == 3
+    assert refused(InvalidValue, num_inference_steps=3, previews=3).param == "partial_images"
+
+
+def test_a_long_prompt_costs_more():
+    short, long = settle(), settle(prompt="a red apple " * 100)
+    assert long.row_tokens > short.row_tokens
 
 
 def test_a_list_gives_one_seed_for_each_image():

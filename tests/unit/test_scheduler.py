@@ -134,6 +134,34 @@ def test_priority_then_deadline_come_first():
     assert order == ["vip", "soon", "late"]
 
 
+def test_a_deadline_does_not_pass_other_keys():
+    s = scheduler(budget=100)
+    s.add(request("patient", fair_key="a", steps=50))
+    for i in range(10):
+        s.add(request(f"pushy-{i}", fair_key="b", deadline_s=10.0, steps=50))
+    order = [ids(s.plan())[0].split("-")[0] for _ in range(10)]
+    assert Counter(order) == {"patient": 5, "pushy": 5}
+
+
+def test_a_deadline_counts_once_it_is_near():
+    clock = Clock()
+    s = scheduler(budget=100, clock=clock)
+    s.add(request("first", steps=50))
+    s.add(request("far", steps=50, deadline_s=100.0))
+    assert ids(s.plan()) == ["first"]
+    clock.now = 80.0
+    assert ids(s.plan()) == ["far"]
+
+
+def test_the_exact_token_count_replaces_the_estimate():
+    s = scheduler(budget=1000)
+    s.add(request("a", tokens=100))
+    s.add(request("b", tokens=100))
+    assert ids(s.plan()) == ["a", "b"]
+    s.set_tokens("a", 950)
+    assert ids(s.plan()) == ["a"]
+
+
 def test_expired_requests_are_named():
     clock = Clock()
     s = scheduler(clock=clock)
