@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,7 +15,14 @@ import msgspec
 
 from multimodal_gen import config as settings
 from multimodal_gen.config import DEFAULT_MODEL, EngineConfig
-from multimodal_gen.errors import InvalidValue, MmgenError, UnknownParameter, did_you_mean, from_code
+from multimodal_gen.errors import (
+    InvalidValue,
+    MmgenError,
+    RequestTooLarge,
+    UnknownParameter,
+    did_you_mean,
+    from_code,
+)
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.messages import Event, Failed, Finished, Progress
 from multimodal_gen.request import ImageRequest, ModelCard, SamplingParams, Timings, resolve
@@ -25,7 +33,10 @@ if TYPE_CHECKING:
 
     from multimodal_gen.engine.core import EngineCore
     from multimodal_gen.media.recipe import Recipe
+    from multimodal_gen.media.target import Target
     from multimodal_gen.pipelines.contract import PipelineInfo
+
+log = logging.getLogger(__name__)
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -64,13 +75,15 @@ class DiffGenerator:
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises: ModelNotFound, CorruptModel, ConfigError."""
         settings.calm_openmp()
-        from multimodal_gen.engine.core import EngineCore
+        from multimodal_gen.media.recipe import origin
         from multimodal_gen.pipelines import registry
 
         settings.check_engine(config)
         self.config = config
         self.card: ModelCard = registry.describe(config)
-        self._core: EngineCore | None = EngineCore(self.card, config)
+        self._origin = origin(config, self.card)
+        self._closed = False
+        self._core: EngineCore | None = self._load(config)
         self._ids = itertools.count()
 
     @classmethod
@@ -106,17 +119,15 @@ class DiffGenerator:
             prompt: what to show.
             sampling_params: settings for all prompts; keywords in `overrides` (its field names) take precedence.
             output_type: "pil", "np" (uint8 [H, W, 3]), "pt" (float [3, H, W], 0 … 1) or "latent".
-            output_path: folder to write PNG files into, with their recipes; names never collide.
+            output_path: where to write the images, with their recipes. A name that ends in .png, .jpg, .jpeg or .webp
+                is the file of the one image, and nothing may be there yet; anything else is a folder for PNG files,
+                whose names never collide.
             on_step: called after every step of every image.
 
-        Raises: the errors of `multimodal_gen.errors`; never returns None.
+        Raises: the errors of `multimodal_gen.errors`, before anything runs where the arguments are wrong; never
+            returns None. After `max_consecutive_errors` failures in a row, the next call loads the model anew.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise InvalidValue(
-                f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}."
-                + did_you_mean(str(output_type), OUTPUT_TYPES),
-                param="output_type",
-            )
+        _check_output(output_type, output_path)
         params = _merge(sampling_params or SamplingParams(), overrides)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         requests = [
@@ -130,13 +141,15 @@ class DiffGenerator:
             )
             for text in prompts
         ]
+        check_total(requests, self.config.max_queue_cost)
+        target = _target(requests, output_path)
         answers = self._run(requests, on_step)
-        results = [self._result(r, answers[r.id], output_type, output_path) for r in requests]
+        results = [self._result(r, answers[r.id], output_type, target) for r in requests]
         return results[0] if isinstance(prompt, str) else results
 
     def close(self) -> None:
         """Free the model; the object cannot generate any more."""
-        self._core = None
+        self._core, self._closed = None, True
 
     def __enter__(self) -> DiffGenerator:
         return self
@@ -146,11 +159,26 @@ class DiffGenerator:
 
     @property
     def _engine(self) -> EngineCore:
-        if self._core is None:
+        if self._closed:
             raise InvalidValue("This DiffGenerator is closed; make a new one with from_pretrained.")
+        if self._core is None:
+            # An injected fault belongs to the first engine only, as it does to the first worker of a server.
+            self._core = self._load(msgspec.structs.replace(self.config, fault=None))
         return self._core
 
+    def _load(self, config: EngineConfig) -> EngineCore:
+        from multimodal_gen.engine.core import EngineCore
+
+        return EngineCore(self.card, config)
+
+    def _drop_if_sick(self) -> None:
+        """Let go of an engine that is not to be trusted; the memory must be free before the next one is loaded."""
+        if self._core is not None and self._core.sick:
+            log.warning("%d failures in a row: loading %s anew", self.config.max_consecutive_errors, self.card.name)
+            self._core = None
+
     def _run(self, requests: Sequence[ImageRequest], on_step: Callable[[Progress], None] | None) -> dict[str, Finished]:
+        self._drop_if_sick()
         engine, answers = self._engine, dict[str, Finished]()
         for request in requests:
             engine.add(request)
@@ -164,7 +192,7 @@ class DiffGenerator:
         return answers
 
     def _result(
-        self, request: ImageRequest, answer: Finished, output_type: OutputType, output_path: str | Path | None
+        self, request: ImageRequest, answer: Finished, output_type: OutputType, target: Target | None
     ) -> GenerationResult:
         arrays = [to_numpy(array) for array in answer.outputs]
         result = GenerationResult(
@@ -178,15 +206,18 @@ class DiffGenerator:
             prompt_tokens=answer.prompt_tokens,
             warnings=answer.warnings,
         )
-        if output_path is not None and output_type != "latent":
-            result.paths = [self._write(request, i, array, Path(output_path)) for i, array in enumerate(arrays)]
+        if target is not None:
+            result.paths = [self._write(request, i, array, target) for i, array in enumerate(arrays)]
         return result
 
     def recipe(self, request: ImageRequest, index: int) -> Recipe:
         """All that is needed to make image `index` of a request again."""
+        import torch
+
         from multimodal_gen.media.recipe import Recipe
 
         info = self.info
+        repository, revision = self._origin
         return Recipe.of(
             request,
             index,
@@ -194,14 +225,49 @@ class DiffGenerator:
             dtype=info.dtype,
             attention_backend=info.attention_backend,
             deterministic=self.config.deterministic,
+            repository=repository,
+            revision=revision,
+            max_batch_tokens=self.config.max_batch_tokens,
+            threads=torch.get_num_threads(),
         )
 
-    def _write(self, request: ImageRequest, index: int, pixels: np.ndarray, folder: Path) -> Path:
+    def _write(self, request: ImageRequest, index: int, pixels: np.ndarray, target: Target) -> Path:
         from multimodal_gen.media.encode import encode_image
-        from multimodal_gen.media.files import file_name, write_new
+        from multimodal_gen.media.files import file_name, write_exactly, write_new
 
-        data = encode_image(pixels, "png", recipe=self.recipe(request, index))
-        return write_new(folder, file_name(request.seeds[index], request.prompt, "png", datetime.now()), data)
+        data = encode_image(pixels, target.format or "png", recipe=self.recipe(request, index))
+        if target.file is not None:
+            return write_exactly(target.file, data)
+        return write_new(target.folder, file_name(request.seeds[index], request.prompt, "png", datetime.now()), data)
+
+
+def check_total(requests: Sequence[ImageRequest], max_queue_cost: int) -> None:
+    """Raises: RequestTooLarge when the requests of one call need more token-steps together than may wait at once."""
+    total = sum(request.cost for request in requests)
+    if total > max_queue_cost:
+        raise RequestTooLarge(
+            f"The {len(requests)} prompt(s) need about {total:,} token-steps together and {max_queue_cost:,} may wait "
+            "at once. Give fewer at a time, or raise max_queue_cost (--max-queue-cost)."
+        )
+
+
+def _check_output(output_type: str, output_path: str | Path | None) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise InvalidValue(
+            f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}."
+            + did_you_mean(str(output_type), OUTPUT_TYPES),
+            param="output_type",
+        )
+    if output_type == "latent" and output_path is not None:
+        raise InvalidValue(
+            "output_path takes images and output_type='latent' makes none; leave one of them out.", param="output_path"
+        )
+
+
+def _target(requests: Sequence[ImageRequest], output_path: str | Path | None) -> Target | None:
+    from multimodal_gen.media.target import find_target
+
+    return None if output_path is None else find_target(output_path, sum(r.n for r in requests), "output_path")
 
 
 def _merge(params: SamplingParams, overrides: dict[str, Any]) -> SamplingParams:

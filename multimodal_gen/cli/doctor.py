@@ -36,7 +36,6 @@ def examine(config: EngineConfig) -> dict[str, Any]:
         "cpu": hardware.cpu(),
         "devices": hardware.devices(),
         "memory": hardware.memory(),
-        "optional": hardware.optional_packages(),
         "problems": [],
     }
     try:
@@ -87,7 +86,6 @@ def _text(report: dict[str, Any]) -> str:
         rows.append(
             (device["device"], f"{device['name']}: computes {', '.join(device['native_dtypes'])} natively{free}")
         )
-    rows.append(("optional", ", ".join(f"{n} {v or 'not installed'}" for n, v in report["optional"].items())))
     if "settings" in report:
         rows += _settings_rows(report["settings"])
     if "model" in report:

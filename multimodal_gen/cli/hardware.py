@@ -22,18 +22,12 @@ HEADROOM = 1.2
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 # Instruction sets that matrix products live on, on x86 and Arm.
 _MATRIX = re.compile(r"amx|avx2|avx512|bf16|f16c|fma|vnni|sve|dot|i8mm|neon|asimd")
-OPTIONAL = ("triton", "flash-attn", "sageattention", "xformers", "uvloop", "httptools")
 
 
 def versions() -> dict[str, str]:
     """This package, Python, and the packages it stands on."""
     found = {"multimodal_gen": __version__, "python": platform.python_version()}
     return {**found, **{name: _version(name) or "missing" for name in REQUIRED}}
-
-
-def optional_packages() -> dict[str, str]:
-    """Name → version, empty where it is not installed."""
-    return {name: _version(name) for name in OPTIONAL}
 
 
 def cpu() -> dict[str, Any]:

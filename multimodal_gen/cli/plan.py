@@ -12,7 +12,7 @@ from multimodal_gen.cli.flags import Arguments, given_settings, number
 from multimodal_gen.cli.replay import Replay, read_replay
 from multimodal_gen.config import EngineConfig, load
 from multimodal_gen.errors import ConfigError, InvalidSize, InvalidValue, ModelNotFound, did_you_mean
-from multimodal_gen.media.files import taken
+from multimodal_gen.media.target import find_target
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ModelCard, SamplingParams, resolve
 
@@ -66,6 +66,8 @@ def make_plan(arguments: Arguments) -> Plan:
 
     Raises: ConfigError, ModelNotFound, CorruptModel, the InvalidValue family.
     """
+    from multimodal_gen.generator import check_total
+
     replay = read_replay(arguments.replay) if arguments.replay else None
     wanted = _given_parameters(arguments)
     prompts = _prompts(arguments, replay)
@@ -76,6 +78,7 @@ def make_plan(arguments: Arguments) -> Plan:
         resolve(request_id="plan", prompt=prompt, params=params, card=card, max_cost=config.max_request_cost)
         for prompt in prompts
     ]
+    check_total(requests, config.max_queue_cost)
     images = len(prompts) * (1 if only is not None else requests[0].n)
     return Plan(
         config=config,
@@ -170,10 +173,10 @@ def _model(arguments: Arguments, replay: Replay | None) -> tuple[EngineConfig, M
 
 
 def _output(arguments: Arguments, replay: Replay | None, images: int) -> Output:
-    from multimodal_gen.media.encode import EXTENSIONS, SUFFIXES
+    from multimodal_gen.media.encode import SUFFIXES
 
-    path = None if arguments.output is None else Path(arguments.output)
-    by_suffix = EXTENSIONS.get(path.suffix.lower()) if path is not None and not path.is_dir() else None
+    target = find_target(DEFAULT_FOLDER if arguments.output is None else arguments.output, images, "--output")
+    by_suffix = target.format
     chosen = arguments.output_format or by_suffix or (replay.recipe.output_format if replay else "png")
     if chosen not in SUFFIXES:
         raise InvalidValue(
@@ -181,7 +184,9 @@ def _output(arguments: Arguments, replay: Replay | None, images: int) -> Output:
             + did_you_mean(chosen, SUFFIXES)
         )
     if by_suffix is not None and chosen != by_suffix:
-        raise InvalidValue(f"--output {path} asks for {by_suffix} and --output-format for {chosen}; drop one of them.")
+        raise InvalidValue(
+            f"--output {target.file} asks for {by_suffix} and --output-format for {chosen}; drop one of them."
+        )
     compression = arguments.output_compression
     if compression is None:
         compression = replay.recipe.output_compression if replay and replay.recipe.output_format == chosen else 100
@@ -189,20 +194,10 @@ def _output(arguments: Arguments, replay: Replay | None, images: int) -> Output:
         raise InvalidValue("--output-compression is the quality of jpeg and webp; png is lossless, leave it out.")
     elif not 0 <= compression <= 100:
         raise InvalidValue(f"--output-compression must be between 0 and 100, got {compression}.")
-    if by_suffix is not None:
-        _check_file(path, images)
     return Output(
-        folder=path or Path(DEFAULT_FOLDER),
-        file=path if by_suffix is not None else None,
+        folder=target.folder,
+        file=target.file,
         format=chosen,
         compression=compression,
         metadata=not arguments.no_metadata,
     )
-
-
-def _check_file(path: Path | None, images: int) -> None:
-    assert path is not None
-    if images > 1:
-        raise InvalidValue(f"--output {path} names one file and {images} images are asked for; name a folder.")
-    if path.exists() or path.is_symlink():
-        raise taken(path)

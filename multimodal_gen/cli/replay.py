@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,17 @@ class Replay:
         where there is none, an image near the original is better than none.
         """
         recipe = self.recipe
+        on_cpu = recipe.device == "cpu"
         return {
-            "model_path": recipe.model,
-            "local_files_only": None if recipe.model in registry.bundled() else True,
-            "device": "cpu" if recipe.device == "cpu" else None,
+            "model_path": recipe.repository or recipe.model,
+            "revision": recipe.revision if recipe.repository else None,
+            "local_files_only": None if _bundled(recipe) else True,
+            "device": "cpu" if on_cpu else None,
             "dtype": recipe.dtype,
             "deterministic": recipe.deterministic,
             "attention_backend": recipe.attention_backend,
+            "max_batch_tokens": recipe.max_batch_tokens,
+            "threads": recipe.threads if on_cpu and not _too_many(recipe) else None,
         }
 
     def parameters(self, card: ModelCard, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -65,4 +70,15 @@ def read_replay(path: str) -> Replay:
         notes.append(
             f"{path} was made by multimodal_gen {recipe.version[:40]}, this is {__version__}: pixels may differ."
         )
+    if recipe.device == "cpu" and _too_many(recipe):
+        notes.append(f"{path} was made by {recipe.threads} threads, more than this machine has: pixels may differ.")
     return Replay(recipe, notes)
+
+
+def _bundled(recipe: Recipe) -> bool:
+    return recipe.repository is None and recipe.model in registry.bundled()
+
+
+def _too_many(recipe: Recipe) -> bool:
+    """Threads without a core of their own would take turns; a recipe from anywhere may not ask for thousands."""
+    return recipe.threads is not None and recipe.threads > (os.cpu_count() or 1)

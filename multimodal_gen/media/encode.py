@@ -21,7 +21,6 @@ from multimodal_gen.media.recipe import EXIF_IFD, PNG_KEY, USER_COMMENT, USER_CO
 EXTENSIONS: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """file name suffix (lower case) → output_format"""
 SUFFIXES: dict[ImageFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
-MIME_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 # zlib level 4 takes half the time of Pillow's default 6 on 1024x1024 and adds 4 % to the file.
 PNG_LEVEL = 4

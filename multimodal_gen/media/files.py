@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -56,9 +57,9 @@ def write_exactly(path: Path, data: bytes) -> Path:
     return path
 
 
-def taken(path: Path) -> InvalidValue:
-    """The error for an output that would overwrite something."""
-    return InvalidValue(f"{path} exists already and is never overwritten; choose another name.", param="output")
+def taken(path: Path, param: str = "output") -> InvalidValue:
+    """The error for an output that would overwrite something; `param` names the setting that holds the path."""
+    return InvalidValue(f"{path} exists already and is never overwritten; choose another name.", param=param)
 
 
 def _publish(folder: Path, data: bytes, candidates: Iterable[Path]) -> Path | None:
@@ -100,11 +101,14 @@ def _claim_without_links(hidden: Path, target: Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut; Windows has no such call."""
+    """Make the new name survive a power cut, where the file system can; Windows has no such call."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # FUSE and CIFS refuse to sync a folder, and a write-only folder cannot be opened. The file is published and its
+    # bytes are synced by now: an error would deny a file that is there, and a retry would write it a second time.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -5,19 +5,21 @@ A recipe travels as ASCII JSON (every other character escaped), so that no promp
     PNG          text chunk `mmgen`
     JPEG, WebP   EXIF UserComment; in a JPEG whose EXIF block would pass 64 KiB, the comment segments
 
-Nothing in it depends on the clock or the place: replaying a recipe gives a byte-identical file.
+It names no time and no folder: replaying a recipe gives a byte-identical file.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import InvalidValue, NotFound
-from multimodal_gen.request import MAX_PROMPT_CHARS, ImageRequest
+from multimodal_gen.request import MAX_PROMPT_CHARS, ImageRequest, ModelCard
 from multimodal_gen.version import __version__
 
 SCHEMA = 1
@@ -25,6 +27,8 @@ PNG_KEY = "mmgen"
 EXIF_IFD = 0x8769
 USER_COMMENT = 0x9286
 USER_COMMENT_ASCII = b"ASCII\0\0\0"
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
@@ -54,6 +58,14 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     deterministic: bool
     attention_backend: str
+    repository: str | None = None
+    """hub repository id; None for bundled models and local folders, whose paths are nobody's business"""
+    revision: str | None = None
+    """of the repository"""
+    max_batch_tokens: int | None = None
+    """as set; None = the device's default"""
+    threads: int | None = None
+    """CPU threads in use: sums over other portions round differently"""
     output_format: ImageFormat = "png"
     """filled by `encode_image`"""
     output_compression: int = 100
@@ -69,8 +81,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         device: str,
         attention_backend: str,
         deterministic: bool,
+        repository: str | None = None,
+        revision: str | None = None,
+        max_batch_tokens: int | None = None,
+        threads: int | None = None,
     ) -> Recipe:
-        """The recipe of image `index` of `request`, run by an engine with these settings (`Ready`, `PipelineInfo`)."""
+        """The recipe of image `index` of `request`, run by an engine with these settings (`Ready`, `PipelineInfo`).
+
+        `repository` and `revision` are what `origin` returns.
+        """
         return cls(
             version=__version__,
             model=request.model,
@@ -89,6 +108,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             device=device,
             deterministic=deterministic,
             attention_backend=attention_backend,
+            repository=repository,
+            revision=revision,
+            max_batch_tokens=max_batch_tokens,
+            threads=threads,
         )
 
     @property
@@ -131,6 +154,17 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(f"Negative prompt: {printable(self.negative_prompt)}")
         lines.append(", ".join(f"{key}: {_quoted(printable(str(value)))}" for key, value in pairs.items()))
         return "\n".join(lines)
+
+
+def origin(config: EngineConfig, card: ModelCard) -> tuple[str | None, str | None]:
+    """The hub repository that a described model came from and its revision, as exactly as known; else (None, None)."""
+    name = config.model_path
+    # Bundled models have no slash in their name, and a local folder is where its name says.
+    if "/" not in name or Path(card.path) == Path(name).expanduser():
+        return None, None
+    # The hub's cache keeps a snapshot in a folder named by its commit; a branch may move on.
+    snapshot = Path(card.path).name
+    return name, snapshot if _COMMIT.fullmatch(snapshot) else config.revision
 
 
 def printable(text: str) -> str:

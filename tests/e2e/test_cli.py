@@ -74,6 +74,9 @@ def test_pictures_carry_their_recipe(place, made):
     assert (recipe.prompt, recipe.seeds, recipe.index) == ("a red apple on a blue background", (7, 3), 1)
     assert (recipe.width, recipe.height, recipe.num_inference_steps, recipe.guidance_scale) == (64, 64, 2, 0.0)
     assert (recipe.model, recipe.attention_backend) == ("emoji-image", "sdpa")
+    assert (recipe.repository, recipe.revision, recipe.max_batch_tokens) == (None, None, None)
+    assert recipe.threads is not None
+    assert recipe.threads >= 1
     with Image.open(_paths(place, made)[1]) as image:
         assert image.info["parameters"].startswith("a red apple on a blue background\nSteps: 2, ")
 
@@ -120,6 +123,16 @@ def test_an_existing_file_is_kept(place):
     assert "precious.png exists already" in done.error
     assert target.read_bytes() == b"precious"
     assert done.seconds < 5
+
+
+@pytest.mark.parametrize("name", ["plain", "x.gif"])
+def test_an_output_that_cannot_be_is_refused_before_anything_is_computed(tmp_path, name):
+    (tmp_path / "plain").write_bytes(b"precious")
+    done = mmgen("generate", "a cat", *QUICK, "--output", name, folder=tmp_path)
+    assert done.code == 2
+    assert f"--output {name} cannot be written" in done.error
+    assert done.seconds < 5
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from multimodal_gen.media.encode import encode_image
 from multimodal_gen.media.recipe import Recipe
 from multimodal_gen.request import ImageRequest
 from multimodal_gen.version import __version__
+from multimodal_gen.weights.hub import ASSETS
 from tests.support.mmgen import environment
 
 pytestmark = [pytest.mark.unit]
@@ -164,6 +166,14 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path, monkeypatch):
         (["x", "--output-format", "jpeg", "--output-compression", "101"], "between 0 and 100"),
         (["x", "--output", "a.png", "--output-format", "webp"], "drop one of them"),
         (["x", "--output", "a.png", "--n", "2"], "name a folder"),
+        (["x", "--output", "x.gif"], "--output x.gif cannot be written: .gif is a format that is not written"),
+        (["x", "--output", "a/x.TIFF"], "the suffixes of files are .png, .jpg, .jpeg, .webp"),
+        (["x", "--output", "/dev/null"], "/dev/null is not a folder"),
+        (["x", "--output", "/dev/null/deep/x.png"], "/dev/null is not a folder"),
+        (["x", "--output", "n" * 300], "File name too long"),
+        (["x", "--output", "/proc/self/new"], "no permission to write into /proc/self"),
+        (["x", "--output", "a\0b"], "null"),
+        (["x", "--max-queue-cost", "100"], "--max-queue-cost"),
         (["x", "--replay", "absent.png"], "There is no file absent.png"),
         (["x", "--config", "absent.yaml"], "No such file"),
     ],
@@ -191,6 +201,16 @@ def test_output_suffix_names_the_format_and_existing_files_are_refused(tmp_path)
         assert (made.output.file, made.output.format) == (Path(name), expected)
     (tmp_path / "a.png").write_bytes(b"precious")
     assert "a.png exists already" in refused("x", "--output", "a.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "elsewhere")
+    assert "dangling.png exists already" in refused("x", "--output", "dangling.png")
+    (tmp_path / "plain").write_bytes(b"precious")
+    assert "plain is not a folder" in refused("x", "--output", "plain")
+    (tmp_path / "outputs").write_bytes(b"precious")
+    assert "outputs is not a folder" in refused("x")
+    assert plan("x", "--output", "new/deep").output.folder == Path("new/deep")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old.gif").mkdir()
+    assert plan("x", "--output", "old.gif").output.folder == Path("old.gif")
     (tmp_path / "folder.png").mkdir()
     made = plan("x", "--output", "folder.png", "--n", "2")
     assert (made.output.folder, made.output.file) == (Path("folder.png"), None)
@@ -249,6 +269,35 @@ def test_replay_of_another_version_or_model_says_so(tmp_path):
     assert "'no-such-model'" in message
     assert "--model-path" in message
     assert plan("--replay", str(image_file(tmp_path, model="no-such-model")), "--model-path", "emoji-image").only == 1
+
+
+def test_replay_finds_a_hub_model_by_its_repository_and_revision(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--someone--emoji-image" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(ASSETS / "emoji-image")
+    path = image_file(tmp_path, repository="someone/emoji-image", revision=commit)
+    made = plan("--replay", str(path))
+    assert (made.config.model_path, made.config.revision) == ("someone/emoji-image", commit)
+    assert made.config.local_files_only
+    message = refused("--replay", str(image_file(tmp_path, repository="someone/emoji-image", revision="f" * 40)))
+    assert "'someone/emoji-image' at revision 'ffff" in message
+    assert plan("--replay", str(image_file(tmp_path, revision="f" * 40))).config.revision is None
+
+
+def test_replay_restores_what_shapes_the_forwards(tmp_path):
+    cores = os.cpu_count() or 1
+    made = plan("--replay", str(image_file(tmp_path, max_batch_tokens=300, threads=cores)))
+    assert (made.config.max_batch_tokens, made.config.threads, made.notes) == (300, cores, [])
+    greedy = plan("--replay", str(image_file(tmp_path, threads=cores + 1)))
+    assert greedy.config.threads is None
+    assert f"by {cores + 1} threads, more than this machine has" in greedy.notes[0]
+    on_gpu = plan("--replay", str(image_file(tmp_path, threads=cores, device="cuda:0")))
+    assert (on_gpu.config.threads, on_gpu.notes) == (None, [])
+    assert "--threads cannot be 0" in refused("--replay", str(image_file(tmp_path, threads=0)))
 
 
 def test_replay_never_downloads_the_model_that_a_file_names(tmp_path):

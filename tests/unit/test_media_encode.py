@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import msgspec
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import InvalidValue, NotFound
 from multimodal_gen.media.encode import EXTENSIONS, SUFFIXES, encode_image
-from multimodal_gen.media.recipe import Recipe, read_recipe
+from multimodal_gen.media.recipe import Recipe, origin, read_recipe
+from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ImageRequest
 
 pytestmark = [pytest.mark.unit]
@@ -177,6 +180,30 @@ def test_files_that_are_no_recipes_are_named_errors(tmp_path):
 def test_damaged_recipes_are_user_errors(change, message):
     with pytest.raises(InvalidValue, match=message):
         Recipe.from_json(change(recipe().to_json()))
+
+
+def test_recipes_from_before_a_field_was_added_are_read():
+    added = {"repository": None, "revision": None, "max_batch_tokens": None, "threads": None}
+    stored = json.loads(recipe().to_json())
+    old = {name: value for name, value in stored.items() if name not in added}
+    assert len(stored) - len(old) == len(added)
+    assert Recipe.from_json(json.dumps(old)) == recipe()
+    full = recipe(repository="owner/name", revision="main", max_batch_tokens=512, threads=2)
+    assert Recipe.from_json(full.to_json()) == full
+
+
+def test_origin_is_a_repository_at_its_commit_and_never_a_folder(tmp_path, monkeypatch):
+    bundled = EngineConfig()
+    card = registry.describe(bundled)
+    assert origin(bundled, card) == (None, None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (card.path, "mine/model", "~/model/", "./model"):
+        local = EngineConfig(model_path=path, revision="main")
+        assert origin(local, msgspec.structs.replace(card, path=str(Path(path).expanduser()))) == (None, None)
+    hub, commit = EngineConfig(model_path="owner/name", revision="main"), "0123456789abcdef0123456789abcdef01234567"
+    assert origin(hub, msgspec.structs.replace(card, path=f"/cache/snapshots/{commit}")) == ("owner/name", commit)
+    assert origin(hub, msgspec.structs.replace(card, path="/cache/elsewhere")) == ("owner/name", "main")
 
 
 def test_truncated_files_are_user_errors_or_keep_their_recipe(tmp_path):

@@ -103,6 +103,25 @@ def test_file_systems_without_hard_links(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_is_no_error_once_the_file_is_there(tmp_path, monkeypatch, call):
+    """FUSE and CIFS answer EINVAL, a write-only folder EACCES."""
+    real = {"open": os.open, "fsync": os.fsync}[call]
+    refused: list[str] = []
+
+    def refuse_folders(what, *rest, **options):
+        if os.path.isdir(f"/proc/self/fd/{what}" if call == "fsync" else what):
+            refused.append(call)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(what, *rest, **options)
+
+    monkeypatch.setattr(os, call, refuse_folders)
+    assert write_new(tmp_path, "a.png", b"x").read_bytes() == b"x"
+    assert write_exactly(tmp_path / "b.png", b"y").read_bytes() == b"y"
+    assert refused == [call, call]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(_handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
