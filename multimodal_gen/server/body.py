@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.types import Message, Receive
 
-from multimodal_gen.errors import RequestTimeout
+from multimodal_gen.errors import Cancelled, RequestTimeout
 from multimodal_gen.server.security import body_too_large
 
 DISCARD_S = 2.0
@@ -24,7 +24,7 @@ class BoundedBody:
         self._seen = 0
 
     async def __call__(self) -> Message:
-        """The next message. Raises: BodyTooLarge, RequestTimeout."""
+        """The next message. Raises: BodyTooLarge, RequestTimeout, Cancelled when the client leaves half-way."""
         if self.complete:
             return await self._receive()
         message = await self._next(self._deadline)
@@ -32,6 +32,8 @@ class BoundedBody:
             raise RequestTimeout(
                 f"The body did not arrive within {self._timeout_s:g} s, which is --body-timeout-s on this server."
             )
+        if message["type"] == "http.disconnect":
+            raise Cancelled("The client went away.")
         self._seen += len(message.get("body", b""))
         if self._seen > self._limit:
             raise body_too_large(self._limit)

@@ -14,6 +14,8 @@ from multimodal_gen.errors import (
     Cancelled,
     CapacityError,
     InvalidSize,
+    InvalidValue,
+    ModelLoading,
     NotFound,
     UnsupportedParameter,
 )
@@ -26,7 +28,7 @@ from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.json_body import parse_object
 from multimodal_gen.server.models import check_model
 from multimodal_gen.server.replies import Form, Maker
-from multimodal_gen.server.schemas import STEP_FACTORS, ImageGenerationRequest, read
+from multimodal_gen.server.schemas import STEP_FACTORS, ImageGenerationRequest, read, shown
 from multimodal_gen.server.sse import ImageStream
 
 if TYPE_CHECKING:
@@ -55,14 +57,14 @@ def router(context: Context) -> APIRouter:
         body = parse_object(await request.body())
         wish, unknown = read(body, unknown=context.config.unknown_fields)
         settled = settle(wish, context, exchange.owner)
+        warnings = [f"Unknown field {name} was ignored." for name in unknown]
         headers = {"x-mmgen-warning": "unknown fields ignored: " + ", ".join(unknown)} if unknown else {}
         ticket, maker = _submit(settled, context)
         form = Form.of(wish, settled, context.card, context.model_name)
         if wish.stream:
-            return ImageStream(context, exchange, ticket, form, maker, headers)
+            return ImageStream(context, exchange, ticket, form, maker, warnings, headers)
         with context.running.hold(exchange.owner, exchange.request_id, ticket):
             finished = await _finished(ticket, request, context)
-        warnings = [f"Unknown field {name} was ignored." for name in unknown]
         content = await _encode(context, settled, exchange.request_id, finished, form, maker, warnings)
         return Response(content, media_type="application/json", headers=headers)
 
@@ -82,6 +84,7 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
     Raises: ModelNotFound, UnsupportedParameter, the InvalidValue family, RequestTooLarge.
     """
     check_model(wish.model, context)
+    _check_priority(wish.priority, context.config.max_priority)
     given = {name: value for name, value in wish.model_dump(include=set(_SAME_NAME)).items() if value is not None}
     if wish.size not in (None, "auto"):
         given["width"], given["height"] = (int(side) for side in (wish.size or "").split("x"))
@@ -107,6 +110,14 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
         raise
 
 
+def _check_priority(priority: int | None, most: int) -> None:
+    if priority is not None and priority > most:
+        raise InvalidValue(
+            f"'priority' may be at most {most} on this server, which is its --max-priority; got {shown(priority)}.",
+            param="priority",
+        )
+
+
 def _steps_of_quality(wish: ImageGenerationRequest, context: Context) -> int | None:
     factor = STEP_FACTORS[wish.quality or "auto"]
     if factor == 1.0:
@@ -121,13 +132,15 @@ def _steps_of_quality(wish: ImageGenerationRequest, context: Context) -> int | N
 
 
 def _submit(settled: ImageRequest, context: Context) -> tuple[Ticket, Maker]:
+    ready = context.engine.ready
     try:
+        if ready is None:
+            raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
         ticket = context.engine.submit(settled)
     except CapacityError as error:
         context.metrics.rejected(error.code)
         raise
-    assert context.engine.ready is not None, context.engine.state
-    return ticket, Maker(context.engine.ready, context.config.deterministic)
+    return ticket, Maker(ready, context.config, context.card)
 
 
 async def _finished(ticket: Ticket, request: Request, context: Context) -> Finished:

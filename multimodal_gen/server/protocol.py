@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import http
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import h11
@@ -24,6 +24,11 @@ from multimodal_gen.server.security import request_id
 MAX_HEADER_BYTES = 1_536 * 1024
 TINY_CHUNK_BYTES = 64
 MAX_TINY_CHUNKS = 4096
+
+# Connections beyond the limit are told so, within these bounds; beyond the spare ones nobody is told anything.
+SPARE_CONNECTIONS = 64
+OVERLOADED_HEADER_BYTES = 16 * 1024
+OVERLOADED_S = 2
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,17 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
-            self.app = self.overloaded
+        if len(self.connections) > self.limits.connections + SPARE_CONNECTIONS:
+            transport.close()
+        elif len(self.connections) > self.limits.connections:
+            self._serve_briefly()
         self._await_head()
+
+    def _serve_briefly(self) -> None:
+        self.app = self.overloaded
+        self.conn = _Connection(h11.SERVER, OVERLOADED_HEADER_BYTES)
+        self.limits = replace(self.limits, read_timeout_s=min(self.limits.read_timeout_s, OVERLOADED_S))
+        self.timeout_keep_alive = min(self.timeout_keep_alive, OVERLOADED_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timers()

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
+from multimodal_gen.config import ServerConfig
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.media.encode import encode_image
-from multimodal_gen.media.recipe import ImageFormat, Recipe
+from multimodal_gen.media.recipe import ImageFormat, Recipe, origin
 from multimodal_gen.messages import Array, Finished, Preview, Ready
 from multimodal_gen.request import ImageRequest, ModelCard
 from multimodal_gen.server.schemas import ImageGenerationRequest
@@ -67,17 +68,23 @@ class Maker:
     """What shapes pixels besides the request; goes into the metadata of files."""
 
     ready: Ready
-    deterministic: bool
+    config: ServerConfig
+    card: ModelCard
 
     def recipe(self, request: ImageRequest, index: int) -> Recipe:
         """The recipe of image `index`."""
+        repository, revision = origin(self.config, self.card)
         return Recipe.of(
             request,
             index,
             dtype=self.ready.dtype,
             device=self.ready.device,
             attention_backend=self.ready.attention_backend,
-            deterministic=self.deterministic,
+            deterministic=self.config.deterministic,
+            repository=repository,
+            revision=revision,
+            max_batch_tokens=self.config.max_batch_tokens,
+            threads=self.config.threads,
         )
 
 
@@ -103,9 +110,11 @@ def answer(
     return msgspec.json.encode(body)
 
 
-def completed_event(request: ImageRequest, finished: Finished, index: int, form: Form, maker: Maker) -> bytes:
+def completed_event(
+    request: ImageRequest, finished: Finished, index: int, form: Form, maker: Maker, warnings: list[str]
+) -> bytes:
     """`image_generation.completed` for image `index`."""
-    event = {
+    event: dict[str, Any] = {
         "type": "image_generation.completed",
         "b64_json": _file(finished.outputs[index], form, maker.recipe(request, index)),
         "created_at": int(time.time()),
@@ -115,6 +124,8 @@ def completed_event(request: ImageRequest, finished: Finished, index: int, form:
         "seed": request.seeds[index],
         "timings": {**msgspec.to_builtins(finished.timings), "per_step": finished.timings.per_step},
     }
+    if warnings or finished.warnings:
+        event["warnings"] = [*warnings, *finished.warnings]
     return event_bytes("image_generation.completed", event)
 
 

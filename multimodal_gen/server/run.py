@@ -8,8 +8,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -48,7 +48,15 @@ def serve(config: ServerConfig) -> int:
     except MmgenError as error:
         return _complain(error)
     with listener:
-        return asyncio.run(_Server(config, listener).run())
+        return _run(_Server(config, listener).run())
+
+
+def _run(main: Coroutine[Any, Any, int]) -> int:
+    try:
+        import uvloop  # type: ignore[import-not-found, unused-ignore]  # the extra fast-http
+    except ImportError:
+        return asyncio.run(main)
+    return int(uvloop.run(main))
 
 
 def bind(config: ServerConfig) -> socket.socket:

@@ -75,7 +75,7 @@ class ImageGenerationRequest(BaseModel):
         None, description="Guidance stops once the normalised time (0 noise, 1 clean) passes this; default 1: never."
     )
     max_sequence_length: int | None = Field(None, description="Prompt tokens kept; default: the model's.")
-    priority: int | None = Field(None, description="-100 to 100: higher runs first; default 0.")
+    priority: int | None = Field(None, description="-100 to the server's --max-priority: higher runs first; default 0.")
     deadline_s: float | None = Field(
         None, description="Seconds after which the answer is worthless: the request is dropped with 504."
     )

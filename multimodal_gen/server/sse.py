@@ -36,7 +36,14 @@ class ImageStream(Response):
     """The streaming answer to one request. Errors after its start travel as events with a top-level `error`."""
 
     def __init__(
-        self, context: Context, exchange: Exchange, ticket: Ticket, form: Form, maker: Maker, headers: dict[str, str]
+        self,
+        context: Context,
+        exchange: Exchange,
+        ticket: Ticket,
+        form: Form,
+        maker: Maker,
+        warnings: list[str],
+        headers: dict[str, str],
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
@@ -45,6 +52,7 @@ class ImageStream(Response):
         self.ticket = ticket
         self.form = form
         self.maker = maker
+        self.warnings = warnings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; the request is cancelled as soon as the client is gone."""
@@ -91,7 +99,9 @@ class ImageStream(Response):
             elif isinstance(event, Finished):
                 self.context.metrics.generated(event.timings, request.n)
                 for index in range(request.n):
-                    yield await self._in_thread(replies.completed_event, request, event, index, self.form, self.maker)
+                    yield await self._in_thread(
+                        replies.completed_event, request, event, index, self.form, self.maker, self.warnings
+                    )
 
     async def _in_thread(self, make: Callable[P, bytes], *args: P.args, **kwargs: P.kwargs) -> bytes:
         loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from typing import Any
 
 import openai
@@ -215,3 +216,14 @@ def test_long_prompt_is_cut_with_a_warning(server: Server) -> None:
     assert len(response.json()["warnings"]) == 1
     assert "cut to 16 tokens" in response.json()["warnings"][0]
     assert response.json()["usage"]["input_tokens"] <= 16
+
+
+def test_a_stream_warns_of_a_cut_prompt_too(server: Server) -> None:
+    body = {**QUICK, "stream": True, "n": 2}
+    for more, warned in (({"prompt": "many words " * 400, "max_sequence_length": 16}, True), ({}, False)):
+        lines = server.post({**body, **more}).text.splitlines()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        assert len(events) == 2
+        for event in events:
+            assert ("warnings" in event) == warned
+            assert not warned or "cut to 16 tokens" in event["warnings"][0]

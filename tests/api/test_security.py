@@ -100,6 +100,7 @@ def test_unknown_fields_as_warnings(locked: Server) -> None:
     assert response.headers["x-mmgen-warning"].startswith("unknown fields ignored: 'promt', '\\xdcnknown\\r\\n")
     assert "x-evil" not in response.headers
     assert len(response.json()["warnings"]) == 2
+    assert "'promt' was ignored" in locked.post({**QUICK, "promt": "x", "stream": True}).text
     assert_error(locked.post({**QUICK, "style": "vivid"}), 400, "unsupported_parameter", "style")
 
 
