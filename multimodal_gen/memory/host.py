@@ -15,8 +15,9 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks up to 1 GiB instead of returning them to the kernel; False on another libc.
 
     A forward on the CPU frees and allocates the same activations layer after layer. With the default thresholds most
-    of them are unmapped and faulted in again, page by page, which costs several times the arithmetic of a norm or a
-    gate (`benchmarks/host_allocator.py`). The process keeps its peak of activations in exchange.
+    of them are unmapped and faulted in again, page by page: about a tenth of a step at 512 x 512, and several times the
+    arithmetic of a single norm or gate (`benchmarks/host_allocator.py`). The process keeps its peak of activations in
+    exchange.
     """
     if sys.platform != "linux":
         return False
