@@ -220,8 +220,13 @@ def resolve(
 
 def _check_unguided(params: SamplingParams, guidance: float, card: ModelCard) -> None:
     """What only guidance reads must not be accepted and ignored."""
-    for name in ("negative_prompt", "cfg_normalization"):
-        if msgspec.structs.asdict(params)[name]:
+    idle = {
+        "negative_prompt": not params.negative_prompt,
+        "cfg_normalization": not params.cfg_normalization,
+        "cfg_truncation": params.cfg_truncation in (None, _UNSET_PARAMS["cfg_truncation"]),
+    }
+    for name, unused in idle.items():
+        if not unused:
             raise InvalidValue(
                 f"{name!r} has no effect at guidance_scale {guidance:g}; leave it out, or set guidance_scale above "
                 f"{card.guidance_threshold:g}.",

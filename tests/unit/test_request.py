@@ -182,7 +182,7 @@ def test_image_i_uses_seed_plus_i():
 
 
 def test_what_only_guidance_reads_is_refused_without_guidance():
-    for given in ({"negative_prompt": "blur"}, {"cfg_normalization": 1.0}):
+    for given in ({"negative_prompt": "blur"}, {"cfg_normalization": 1.0}, {"cfg_truncation": 0.5}):
         assert refused(InvalidValue, guidance_scale=0.0, **given).param == next(iter(given))
     settle(guidance_scale=0.0, negative_prompt="")
 
