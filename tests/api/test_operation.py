@@ -87,4 +87,4 @@ def test_headers_of_every_answer(server: Server) -> None:
         assert response.headers["x-content-type-options"] == "nosniff"
         assert "server" not in response.headers
     assert server.get("/health", **{"x-request-id": "mine"}).headers["x-request-id"] == "mine"
-    assert f"{server.get('/health').headers['x-request-id']} GET '/health' 200" in server.log
+    assert server.logged(f"{server.get('/health').headers['x-request-id']} GET '/health' 200"), server.log

@@ -53,6 +53,15 @@ class Server:
         """Everything it said so far."""
         return self.stdout.read_text() + self.stderr.read_text()
 
+    def logged(self, text: str, *, timeout_s: float = 10.0) -> bool:
+        """Whether it says `text`, now or soon: a request's line is written after its answer was sent."""
+        end = time.monotonic() + timeout_s
+        while text not in self.log:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
+
     def worker_pid(self) -> int:
         """The process id of the one worker."""
         workers = [
