@@ -61,6 +61,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3
+    lora_root: Annotated[
+        list[str],
+        Meta(description="folders that adapters may be loaded from; default of the server: loras/ where it started"),
+    ] = []
+    lora: Annotated[
+        list[str], Meta(description="adapters to use from the start, in order: NAME=PATH[:STRENGTH[:TARGET]]")
+    ] = []
+    lora_merge_mode: Annotated[
+        Literal["auto", "merge", "dynamic"], Meta(description="how the adapters of --lora are applied")
+    ] = "auto"
+    max_loras: Annotated[int, Meta(ge=0, description="adapters loaded at once; 0 refuses all")] = 64
+    max_lora_mb: Annotated[int, Meta(ge=1, description="memory for the tensors of all loaded adapters")] = 4096
+    max_lora_rank: Annotated[int, Meta(ge=1, description="largest rank of an adapter's modules")] = 1024
     fault: Annotated[
         str | None, Meta(description="tests only: STAGE:ACTION:COUNT, injects a failure into the worker")
     ] = None
@@ -74,12 +87,17 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
     api_key: Annotated[str | None, Meta(description="clients must send it as a bearer token; prefer the variable")] = (
         None
     )
+    admin_api_key: Annotated[
+        str | None,
+        Meta(description="loading and switching adapters asks for this key; default: the API key; prefer the variable"),
+    ] = None
     served_model_name: Annotated[str | None, Meta(description="id in /v1/models; default: the model's name")] = None
     allowed_hosts: Annotated[
         list[str], Meta(description="Host headers accepted besides loopback names and the bound address")
     ] = []
     allowed_origins: Annotated[list[str], Meta(description="browser origins allowed to call (CORS)")] = []
     max_body_mb: Annotated[float, Positive, Meta(description="largest request body")] = 1.0
+    max_upload_mb: Annotated[float, Positive, Meta(description="largest adapter that may be uploaded")] = 1024.0
     body_timeout_s: Annotated[float, Positive, Meta(description="time for a client to send its request")] = 30.0
     max_priority: Annotated[
         int, Meta(ge=-100, le=100, description="highest priority that an HTTP request may ask for")
@@ -129,7 +147,7 @@ class Option(msgspec.Struct, frozen=True):
     @property
     def is_secret(self) -> bool:
         """Whether the value must not be shown."""
-        return self.name == "api_key"
+        return self.name in ("api_key", "admin_api_key")
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -207,12 +225,13 @@ def is_loopback(host: str) -> bool:
 
 def check_bind(config: ServerConfig) -> None:
     """Refuse to serve other machines without a key. Raises: ConfigError."""
-    key = config.api_key
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
-        raise ConfigError(
-            "--api-key must be printable ASCII without spaces around it: it travels in an HTTP header.", param="api_key"
-        )
-    if key is None and not is_loopback(config.host):
+    for name, key in (("api_key", config.api_key), ("admin_api_key", config.admin_api_key)):
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} must be printable ASCII without spaces around it: it travels in an HTTP header.", param=name
+            )
+    if config.api_key is None and not is_loopback(config.host):
         raise ConfigError(
             f"--host {config.host} lets other machines in, and no API key is set. Set MMGEN_API_KEY (or --api-key), "
             "or bind 127.0.0.1.",

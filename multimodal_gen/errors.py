@@ -21,7 +21,17 @@
     │   ├── RequestTimeout                  408 request_timeout
     │   ├── UnsupportedMediaType            415 unsupported_media_type
     │   ├── ConfigError                     400 invalid_config
-    │   └── CorruptModel                    400 corrupt_model
+    │   ├── CorruptModel                    400 corrupt_model
+    │   ├── AdminRequired                   403 admin_key_required
+    │   └── AdapterError                    400 invalid_adapter
+    │       ├── AdapterNotFound             404 adapter_not_found
+    │       ├── AdapterMismatch             400 adapter_mismatch
+    │       ├── AdapterMergeOnly            400 adapter_merge_only
+    │       ├── AdapterInUse                409 adapter_in_use
+    │       ├── AdapterLimit                429 adapter_limit
+    │       ├── CorruptAdapter              400 corrupt_adapter
+    │       ├── PathNotAllowed              403 path_not_allowed
+    │       └── UnsafeFormat                400 unsafe_format
     ├── CapacityError                       try again later
     │   ├── QueueFull                       429 queue_full
     │   ├── ModelLoading                    503 model_loading
@@ -162,6 +172,61 @@ class CorruptModel(UserError):
     """A model file is missing, truncated or not what its index says; the message names the file."""
 
     code = "corrupt_model"
+
+
+class AdminRequired(UserError):
+    status = 403
+    type = "permission_error"
+    code = "admin_key_required"
+
+
+class AdapterError(UserError):
+    code = "invalid_adapter"
+
+
+class AdapterNotFound(AdapterError):
+    status = 404
+    type = "not_found_error"
+    code = "adapter_not_found"
+
+
+class AdapterMismatch(AdapterError):
+    """The adapter was made for another model: names or shapes have no place in this one."""
+
+    code = "adapter_mismatch"
+
+
+class AdapterMergeOnly(AdapterError):
+    """The update is no low-rank product, so it exists only merged into the weights."""
+
+    code = "adapter_merge_only"
+
+
+class AdapterInUse(AdapterError):
+    status = 409
+    code = "adapter_in_use"
+
+
+class AdapterLimit(AdapterError):
+    status = 429
+    type = "rate_limit_error"
+    code = "adapter_limit"
+
+
+class CorruptAdapter(AdapterError):
+    code = "corrupt_adapter"
+
+
+class PathNotAllowed(AdapterError):
+    status = 403
+    type = "permission_error"
+    code = "path_not_allowed"
+
+
+class UnsafeFormat(AdapterError):
+    """A pickle, or a pickle that calls itself safetensors: loading it could run code."""
+
+    code = "unsafe_format"
 
 
 class CapacityError(MmgenError):

@@ -1,7 +1,8 @@
 """Everything that crosses a process border, as typed msgspec structs. Nothing here is ever unpickled.
 
-front → worker: `Load`, `Generate`, `Cancel`, `Shutdown`.
-worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Preview`, `Finished`, `Failed`, `Gauges`.
+front → worker: `Load`, `Generate`, `Cancel`, `ChangeLoras`, `Shutdown`.
+worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Preview`, `Finished`, `Failed`, `LorasChanged`,
+`LorasRefused`, `Gauges`.
 
 The in-process engine yields the same events (`Event`), so both faces of the engine speak one language.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.request import ImageRequest, ModelCard, Timings
 
@@ -46,6 +48,8 @@ class Load(Message, frozen=True):
 
     card: ModelCard
     config: EngineConfig
+    loras: LoraState | None = None
+    """of the worker before this one; None: the first worker loads those of the configuration"""
 
 
 class Generate(Message, frozen=True):
@@ -56,6 +60,13 @@ class Cancel(Message, frozen=True):
     """Stop a request before its next step; unknown ids are ignored, because the request may just have finished."""
 
     request_id: str
+
+
+class ChangeLoras(Message, frozen=True):
+    """A transaction on the adapters; answered by `LorasChanged` or `LorasRefused` with the same id."""
+
+    id: str
+    change: Change
 
 
 class Shutdown(Message, frozen=True):
@@ -71,6 +82,11 @@ class Ready(Message, frozen=True):
     attention_backend: str
     parameters: int
     load_seconds: float
+    targets: tuple[str, ...] = ()
+    """module trees that adapters can change"""
+    loras: LoraState = LoraState()
+    lora_error: ErrorInfo | None = None
+    """why the adapters of the worker before this one could not be brought back"""
 
 
 class LoadFailed(Message, frozen=True):
@@ -116,6 +132,22 @@ class Failed(Message, frozen=True):
     error: ErrorInfo
 
 
+class LorasChanged(Message, frozen=True):
+    """The change is done: requests sent from now on may use it. `changed` is False where nothing had to be done."""
+
+    id: str
+    state: LoraState
+    changed: bool
+    seconds: float
+
+
+class LorasRefused(Message, frozen=True):
+    """The change failed; everything is as it was before."""
+
+    id: str
+    error: ErrorInfo
+
+
 class Gauges(Message, frozen=True):
     """The worker's state, sent when it changes by a step; feeds /metrics and the stall watchdog."""
 
@@ -129,8 +161,8 @@ class Gauges(Message, frozen=True):
     cache_misses: int
 
 
-ToWorker = Load | Generate | Cancel | Shutdown
-Event = Started | Progress | Preview | Finished | Failed | Gauges
+ToWorker = Load | Generate | Cancel | ChangeLoras | Shutdown
+Event = Started | Progress | Preview | Finished | Failed | LorasChanged | LorasRefused | Gauges
 FromWorker = Ready | LoadFailed | Event
 
 _encoder = msgspec.msgpack.Encoder()

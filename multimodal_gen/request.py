@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from multimodal_gen.adapters import Pin
 from multimodal_gen.errors import (
     InvalidN,
     InvalidSize,
@@ -112,6 +113,10 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):
     cfg_normalization: float
     cfg_truncation: float | None
     max_sequence_length: int
+    loras: tuple[Pin, ...] = ()
+    """adapters per module tree, in the order of addition"""
+    own_loras: bool = False
+    """the list came with the request; False: it is the active one of the moment when the request arrived"""
     output: OutputKind = "image"
     previews: int = 0
     """intermediate images per output"""
@@ -161,6 +166,8 @@ def resolve(
     output: OutputKind = "image",
     previews: int = 0,
     fair_key: str = "",
+    loras: tuple[Pin, ...] = (),
+    own_loras: bool = False,
 ) -> ImageRequest:
     """Settle every open value from the model's card and check each of them.
 
@@ -202,6 +209,8 @@ def resolve(
         cfg_normalization=_number(params.cfg_normalization, "cfg_normalization", 0.0, 100.0),
         cfg_truncation=None if truncation is None else _number(truncation, "cfg_truncation", 0.0, 1e6),
         max_sequence_length=length,
+        loras=loras,
+        own_loras=own_loras,
         output=output,
         previews=_previews(previews, steps),
         priority=_integer(params.priority, "priority", -100, 100),

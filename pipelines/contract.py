@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from multimodal_gen.lora.names import AdapterTarget
 from multimodal_gen.request import Defaults, ImageRequest, ModelCard
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Spec:
     pipeline: str  # "module:Class", imported in the worker only
     describe: str  # "module:function", (name, folder) -> ModelCard, without torch
     variants: tuple[Variant, ...] = ()
+    adapters: tuple[AdapterTarget, ...] = ()  # what LoRA files may change
 
 
 @dataclass

@@ -6,9 +6,42 @@ from pathlib import Path
 from typing import Any
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.lora.names import AdapterTarget, Alias
 from multimodal_gen.pipelines.contract import Spec, Variant
 from multimodal_gen.request import Defaults, ModelCard, SamplingParams
 from multimodal_gen.weights.checkpoint import read_json
+
+# Besides the checkpoint's names, adapter files use those of the original repository (ComfyUI, kohya, ai-toolkit).
+TRANSFORMER = AdapterTarget(
+    tree="transformer",
+    folder="transformer",
+    modules=(
+        r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_[qkv]|to_out\.0)",
+        r"(layers|noise_refiner|context_refiner)\.\d+\.feed_forward\.w[123]",
+        r"(layers|noise_refiner)\.\d+\.adaLN_modulation\.0",
+        r"all_x_embedder\.2-1|all_final_layer\.2-1\.(linear|adaLN_modulation\.1)",
+        r"t_embedder\.mlp\.[02]|cap_embedder\.1",
+    ),
+    aliases=(
+        Alias(
+            r"(.+\.attention)\.to_q",
+            r"\1.qkv",
+            parts=(r"\1.to_q", r"\1.to_k", r"\1.to_v"),
+        ),
+        Alias(r"(.+\.attention)\.to_out\.0", r"\1.out"),
+        Alias(r"(.+\.attention)\.to_out\.0", r"\1.to_out"),
+        Alias(r"(.+\.attention)\.norm_([qk])", r"\1.\2_norm"),
+        Alias(r"all_x_embedder\.2-1", "x_embedder"),
+        Alias(r"all_final_layer\.2-1\.(.+)", r"final_layer.\1"),
+    ),
+)
+TEXT_ENCODER = AdapterTarget(
+    tree="text_encoder",
+    folder="text_encoder",
+    modules=(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",),
+    aliases=(Alias(r"(layers\..+)", r"model.\1"),),
+    strip=r"model\.",
+)
 
 MAX_SIDE = 2048  # pixels; beyond it the VAE's activations alone take tens of gigabytes
 
@@ -23,6 +56,7 @@ SPEC = Spec(
         Variant(("z-image-turbo",), Defaults(width=1024, height=1024, num_inference_steps=8, guidance_scale=0.0)),
         Variant(("emoji-image",), Defaults(width=128, height=128, num_inference_steps=20, guidance_scale=3.0)),
     ),
+    adapters=(TRANSFORMER, TEXT_ENCODER),
 )
 
 
