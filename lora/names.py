@@ -47,7 +47,7 @@ class TreeLayout:
     def modules(self) -> dict[str, tuple[str, ...]]:
         """Every known spelling → the canonical modules it means, in row order."""
         canonical = {name.rpartition(".")[0] or name for name in (*self.shapes, *self.inert)}
-        names = {module: (module,) for module in canonical}
+        names: dict[str, tuple[str, ...]] = {module: (module,) for module in canonical}
         for alias in self.target.aliases:
             for module in canonical:
                 match = re.fullmatch(alias.pattern, module)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
-from multimodal_gen.errors import AdapterMismatch, AdapterNotFound, InvalidValue, did_you_mean
+from multimodal_gen.errors import AdapterMismatch, AdapterNotFound, InvalidValue, UnknownParameter, did_you_mean
 
 Target = Literal["all", "transformer", "transformer_2", "text_encoder"]
 MergeMode = Literal["auto", "merge", "dynamic"]
@@ -188,32 +188,75 @@ def check_word(value: Any, words: tuple[Word, ...], param: str) -> Word:
 
 
 def broadcast(
-    nickname: Any, path: Any = None, target: Any = "all", strength: Any = 1.0
-) -> tuple[tuple[AdapterUse, ...], tuple[str | None, ...]]:
-    """The uses and the paths of a set_lora call, whose arguments are scalars or lists of one length.
+    nickname: Any, path: Any = None, target: Any = "all", strength: Any = 1.0, alpha: Any = None
+) -> tuple[tuple[AdapterUse, ...], dict[str, tuple[str, float | None]]]:
+    """The uses of a set_lora call, and what is to be loaded: nickname → (path, alpha).
 
+    Arguments are scalars or lists of one length.
     Raises: InvalidValue naming the field, with both lengths where they differ.
     """
     nicknames = nickname if isinstance(nickname, (list, tuple)) else [nickname]
     count = len(nicknames)
     if count > MAX_ACTIVE:
         raise InvalidValue(f"'lora_nickname' lists {count} adapters; the limit is {MAX_ACTIVE}.", param="lora_nickname")
-    columns = [
+    paths, targets, strengths, alphas = (
         _column(value, count, param)
-        for value, param in ((path, "lora_path"), (target, "target"), (strength, "strength"))
-    ]
+        for value, param in (
+            (path, "lora_path"),
+            (target, "target"),
+            (strength, "strength"),
+            (alpha, "lora_alpha"),
+        )
+    )
     uses = tuple(
         AdapterUse(nickname=check_nickname(n), strength=check_strength(s), target=check_word(t, TARGETS, "target"))
-        for n, t, s in zip(nicknames, columns[1], columns[2], strict=True)
+        for n, t, s in zip(nicknames, targets, strengths, strict=True)
     )
-    paths: dict[str, str | None] = {}
-    for use, where in zip(uses, columns[0], strict=True):
-        if where is not None and not isinstance(where, str):
+    files: dict[str, tuple[str, float | None]] = {}
+    for use, where, number in zip(uses, paths, alphas, strict=True):
+        own = check_alpha(number)
+        if where is None:
+            if own is not None and use.nickname not in files:
+                raise InvalidValue(
+                    "'lora_alpha' is read when a file is loaded; give 'lora_path' with it.", param="lora_alpha"
+                )
+            continue
+        if not isinstance(where, str):
             raise InvalidValue(f"'lora_path' must be a string or null, got {str(where)[:40]!a}.", param="lora_path")
-        if paths.get(use.nickname) not in (None, where) and where is not None:
-            raise InvalidValue(f"{use.nickname!r} is listed twice with different paths.", param="lora_path")
-        paths[use.nickname] = where or paths.get(use.nickname)
-    return uses, tuple(paths[use.nickname] for use in uses)
+        if files.get(use.nickname, (where, own)) != (where, own):
+            raise InvalidValue(f"{use.nickname!r} is listed twice with different files.", param="lora_path")
+        files[use.nickname] = (where, own)
+    return uses, files
+
+
+def read_uses(value: Any, param: str = "loras") -> tuple[AdapterUse, ...]:
+    """A request's own list: objects with `nickname` and, if need be, `strength` and `target`.
+
+    Raises: InvalidValue, UnknownParameter.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) > MAX_ACTIVE:
+        raise InvalidValue(f"{param!r} must be a list of at most {MAX_ACTIVE} adapters.", param=param)
+    return tuple(
+        item if isinstance(item, AdapterUse) else _read_use(item, f"{param}[{i}]") for i, item in enumerate(value)
+    )
+
+
+def _read_use(item: Any, param: str) -> AdapterUse:
+    fields = AdapterUse.__struct_fields__
+    if not isinstance(item, dict) or "nickname" not in item:
+        raise InvalidValue(
+            f'{param!r} must be an object such as {{"nickname": "sepia", "strength": 0.8}}.', param=param
+        )
+    for name in item:
+        if name not in fields:
+            raise UnknownParameter(
+                f"{param!r} has no field {str(name)[:40]!a}.{did_you_mean(str(name)[:40], fields)}", param=param
+            )
+    return AdapterUse(
+        nickname=check_nickname(item["nickname"], f"{param}.nickname"),
+        strength=check_strength(item.get("strength", 1.0), f"{param}.strength"),
+        target=check_word(item.get("target", "all"), TARGETS, f"{param}.target"),
+    )
 
 
 def _column(value: Any, count: int, param: str) -> Sequence[Any]:
@@ -224,6 +267,21 @@ def _column(value: Any, count: int, param: str) -> Sequence[Any]:
             f"{param!r} lists {len(value)} values for {count} adapters; give one for all, or one for each.", param=param
         )
     return value
+
+
+def merge_change(target: Any = "all", strength: Any = 1.0) -> MergeLora:
+    """Raises: InvalidValue."""
+    return MergeLora(target=check_word(target, TARGETS, "target"), strength=check_strength(strength))
+
+
+def unmerge_change(target: Any = "all") -> UnmergeLora:
+    """Raises: InvalidValue."""
+    return UnmergeLora(target=check_word(target, TARGETS, "target"))
+
+
+def pins_of(uses: Iterable[AdapterUse], state: LoraState, targets: Iterable[str]) -> tuple[Pin, ...]:
+    """The pins of a request's own list. Raises as `expand`."""
+    return expand(uses, {info.nickname: info for info in state.loaded}, tuple(targets), "loras")
 
 
 def expand(

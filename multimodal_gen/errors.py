@@ -40,6 +40,7 @@
         ├── GenerationFailed                500 generation_failed
         ├── WorkerCrashed                   500 worker_crashed
         ├── OutOfMemory                     503 out_of_memory
+        ├── StorageFull                     503 storage_full
         ├── DeadlineExceeded                504 deadline_exceeded
         └── Cancelled                       499 cancelled
 
@@ -266,6 +267,11 @@ class WorkerCrashed(EngineError):
 class OutOfMemory(EngineError):
     status = 503
     code = "out_of_memory"
+
+
+class StorageFull(EngineError):
+    status = 503
+    code = "storage_full"
 
 
 class DeadlineExceeded(EngineError):

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import msgspec
 
 from multimodal_gen import config as settings
+from multimodal_gen.adapters import (
+    AdapterUse,
+    Change,
+    LoraState,
+    MergeMode,
+    UnloadLora,
+    check_nickname,
+    merge_change,
+    pins_of,
+    read_uses,
+    unmerge_change,
+)
+from multimodal_gen.adapters import (
+    Target as LoraTarget,
+)
 from multimodal_gen.config import DEFAULT_MODEL, EngineConfig
 from multimodal_gen.errors import (
     InvalidValue,
@@ -23,7 +38,9 @@ from multimodal_gen.errors import (
     did_you_mean,
     from_code,
 )
+from multimodal_gen.lora.sources import set_change
 from multimodal_gen.media.arrays import to_numpy
+from multimodal_gen.media.outputs import OutputType, check_output, convert, stack
 from multimodal_gen.messages import Event, Failed, Finished, Progress
 from multimodal_gen.request import ImageRequest, ModelCard, SamplingParams, Timings, resolve
 
@@ -37,9 +54,6 @@ if TYPE_CHECKING:
     from multimodal_gen.pipelines.contract import PipelineInfo
 
 log = logging.getLogger(__name__)
-
-OutputType = Literal["pil", "np", "pt", "latent"]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -61,6 +75,8 @@ class GenerationResult:
     warnings: list[str] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
     """files written, where `output_path` was given"""
+    merged: tuple[str, ...] = ()
+    """module trees whose adapters were merged into the weights; the others ran beside them"""
 
 
 class DiffGenerator:
@@ -83,6 +99,7 @@ class DiffGenerator:
         self.card: ModelCard = registry.describe(config)
         self._origin = origin(config, self.card)
         self._closed = False
+        self._loras: LoraState | None = None  # of an engine that was let go
         self._core: EngineCore | None = self._load(config)
         self._ids = itertools.count()
 
@@ -111,6 +128,7 @@ class DiffGenerator:
         output_type: OutputType = "pil",
         output_path: str | Path | None = None,
         on_step: Callable[[Progress], None] | None = None,
+        loras: Sequence[AdapterUse | Mapping[str, Any]] | None = None,
         **overrides: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """Generate images; a list of prompts runs as one batch and gives a list in the same order.
@@ -123,13 +141,18 @@ class DiffGenerator:
                 is the file of the one image, and nothing may be there yet; anything else is a folder for PNG files,
                 whose names never collide.
             on_step: called after every step of every image.
+            loras: adapters of this call, in order, instead of the active ones: {"nickname", "strength", "target"}
+                each; [] is the base model.
 
         Raises: the errors of `multimodal_gen.errors`, before anything runs where the arguments are wrong; never
             returns None. After `max_consecutive_errors` failures in a row, the next call loads the model anew.
         """
-        _check_output(output_type, output_path)
+        check_output(output_type, output_path)
         params = _merge(sampling_params or SamplingParams(), overrides)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._drop_if_sick()
+        state = self._engine.loras.state
+        pins = state.active if loras is None else pins_of(read_uses(loras), state, self._engine.pipeline.trees)
         requests = [
             resolve(
                 request_id=f"local-{next(self._ids)}",
@@ -138,6 +161,8 @@ class DiffGenerator:
                 card=self.card,
                 max_cost=self.config.max_request_cost,
                 output="latent" if output_type == "latent" else "image",
+                loras=pins,
+                own_loras=loras is not None,
             )
             for text in prompts
         ]
@@ -146,6 +171,69 @@ class DiffGenerator:
         answers = self._run(requests, on_step)
         results = [self._result(r, answers[r.id], output_type, target) for r in requests]
         return results[0] if isinstance(prompt, str) else results
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    def set_lora(
+        self,
+        lora_nickname: str | Sequence[str],
+        lora_path: str | Path | Sequence[str | Path | None] | None = None,
+        target: str | Sequence[str] = "all",
+        strength: float | Sequence[float] = 1.0,
+        merge_mode: MergeMode | None = None,
+        *,
+        lora_alpha: float | Sequence[float | None] | None = None,
+        allow_partial: bool = False,
+    ) -> LoraState:
+        """Make these adapters the active ones, in this order, instead of those before; [] is the base model.
+
+        Args:
+            lora_nickname: one name or several; the other arguments are scalars for all, or lists of that length.
+            lora_path: safetensors files or folders; None for those that are loaded already.
+            target: "all", "transformer", "transformer_2" or "text_encoder".
+            merge_mode: "merge" into the weights, "dynamic" beside them, or "auto"; None: the setting lora_merge_mode.
+            lora_alpha: replaces the alpha of the file.
+            allow_partial: load a file of which some modules have no place in the model; they are listed as skipped.
+
+        Raises: the AdapterError family, InvalidValue; the adapters are then as before.
+        """
+        if isinstance(lora_path, Path):
+            lora_path = str(lora_path)
+        elif lora_path is not None and not isinstance(lora_path, str):
+            lora_path = [None if path is None else str(path) for path in lora_path]
+        return self._change(
+            set_change(
+                lora_nickname,
+                lora_path,
+                target,
+                strength,
+                merge_mode,
+                alpha=lora_alpha,
+                allow_partial=allow_partial,
+                roots=[Path(root) for root in self.config.lora_root] or None,
+                default_mode=self.config.lora_merge_mode,
+            )
+        )
+
+    def merge_lora_weights(self, target: LoraTarget = "all", strength: float = 1.0) -> LoraState:
+        """Bring the adapters of the last `set_lora` back, merged, their strengths multiplied by `strength`."""
+        return self._change(merge_change(target, strength))
+
+    def unmerge_lora_weights(self, target: LoraTarget = "all") -> LoraState:
+        """Bring the base weights of a target back, bit for bit; the adapters stay loaded."""
+        return self._change(unmerge_change(target))
+
+    def list_loras(self) -> LoraState:
+        """What is loaded and what is active."""
+        return self._engine.loras.state
+
+    def unload_lora(self, lora_nickname: str) -> LoraState:
+        """Forget an adapter. Raises: AdapterNotFound; AdapterInUse while it is active."""
+        return self._change(UnloadLora(nickname=check_nickname(lora_nickname)))
+
+    def _change(self, change: Change) -> LoraState:
+        self._drop_if_sick()
+        return self._engine.change_adapters(change).state
 
     def close(self) -> None:
         """Free the model; the object cannot generate any more."""
@@ -169,20 +257,23 @@ class DiffGenerator:
     def _load(self, config: EngineConfig) -> EngineCore:
         from multimodal_gen.engine.core import EngineCore
 
-        return EngineCore(self.card, config)
+        core = EngineCore(self.card, config)
+        core.bring_adapters(self._loras)
+        return core
 
     def _drop_if_sick(self) -> None:
         """Let go of an engine that is not to be trusted; the memory must be free before the next one is loaded."""
         if self._core is not None and self._core.sick:
             log.warning("%d failures in a row: loading %s anew", self.config.max_consecutive_errors, self.card.name)
+            self._loras = self._core.loras.state
             self._core = None
 
     def _run(self, requests: Sequence[ImageRequest], on_step: Callable[[Progress], None] | None) -> dict[str, Finished]:
-        self._drop_if_sick()
         engine, answers = self._engine, dict[str, Finished]()
-        for request in requests:
-            engine.add(request)
         try:
+            for request in requests:
+                for event in engine.add(request):
+                    _collect(event, answers, on_step)
             while not engine.idle:
                 for event in engine.step():
                     _collect(event, answers, on_step)
@@ -197,21 +288,22 @@ class DiffGenerator:
         arrays = [to_numpy(array) for array in answer.outputs]
         result = GenerationResult(
             prompt=request.prompt,
-            images=[] if output_type == "latent" else [_image(array, output_type) for array in arrays],
-            latents=_stack(arrays) if output_type == "latent" else None,
+            images=[] if output_type == "latent" else [convert(array, output_type) for array in arrays],
+            latents=stack(arrays) if output_type == "latent" else None,
             seed=request.seeds[0],
             seeds=request.seeds,
             timings=answer.timings,
             request=request,
             prompt_tokens=answer.prompt_tokens,
             warnings=answer.warnings,
+            merged=answer.merged,
         )
         if target is not None:
-            result.paths = [self._write(request, i, array, target) for i, array in enumerate(arrays)]
+            result.paths = [self._write(result, i, array, target) for i, array in enumerate(arrays)]
         return result
 
-    def recipe(self, request: ImageRequest, index: int) -> Recipe:
-        """All that is needed to make image `index` of a request again."""
+    def recipe(self, result: GenerationResult, index: int) -> Recipe:
+        """All that is needed to make image `index` of a result again."""
         import torch
 
         from multimodal_gen.media.recipe import Recipe
@@ -219,7 +311,7 @@ class DiffGenerator:
         info = self.info
         repository, revision = self._origin
         return Recipe.of(
-            request,
+            result.request,
             index,
             device=info.device,
             dtype=info.dtype,
@@ -229,13 +321,15 @@ class DiffGenerator:
             revision=revision,
             max_batch_tokens=self.config.max_batch_tokens,
             threads=torch.get_num_threads(),
+            merged=result.merged,
         )
 
-    def _write(self, request: ImageRequest, index: int, pixels: np.ndarray, target: Target) -> Path:
+    def _write(self, result: GenerationResult, index: int, pixels: np.ndarray, target: Target) -> Path:
         from multimodal_gen.media.encode import encode_image
         from multimodal_gen.media.files import file_name, write_exactly, write_new
 
-        data = encode_image(pixels, target.format or "png", recipe=self.recipe(request, index))
+        data = encode_image(pixels, target.format or "png", recipe=self.recipe(result, index))
+        request = result.request
         if target.file is not None:
             return write_exactly(target.file, data)
         return write_new(target.folder, file_name(request.seeds[index], request.prompt, "png", datetime.now()), data)
@@ -248,19 +342,6 @@ def check_total(requests: Sequence[ImageRequest], max_queue_cost: int) -> None:
         raise RequestTooLarge(
             f"The {len(requests)} prompt(s) need about {total:,} token-steps together and {max_queue_cost:,} may wait "
             "at once. Give fewer at a time, or raise max_queue_cost (--max-queue-cost)."
-        )
-
-
-def _check_output(output_type: str, output_path: str | Path | None) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise InvalidValue(
-            f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}."
-            + did_you_mean(str(output_type), OUTPUT_TYPES),
-            param="output_type",
-        )
-    if output_type == "latent" and output_path is not None:
-        raise InvalidValue(
-            "output_path takes images and output_type='latent' makes none; leave one of them out.", param="output_path"
         )
 
 
@@ -287,21 +368,3 @@ def _collect(event: Event, answers: dict[str, Finished], on_step: Callable[[Prog
         raise error
     elif isinstance(event, Progress) and on_step is not None:
         on_step(event)
-
-
-def _image(pixels: np.ndarray, output_type: OutputType) -> Any:
-    if output_type == "np":
-        return pixels
-    if output_type == "pt":
-        import torch
-
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-    from PIL import Image
-
-    return Image.fromarray(pixels)
-
-
-def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    import torch
-
-    return torch.stack([torch.from_numpy(array.copy()) for array in arrays])

@@ -125,6 +125,8 @@ class Finished(Message, frozen=True):
     timings: Timings
     prompt_tokens: int
     warnings: list[str] = []
+    merged: tuple[str, ...] = ()
+    """module trees whose adapters were merged into the weights; the others ran beside them"""
 
 
 class Failed(Message, frozen=True):

@@ -6,16 +6,19 @@ of rows, again and again) and `decode` (latents → pixels). There is no other d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from multimodal_gen.lora.applied import BASE, Applied
 from multimodal_gen.lora.names import AdapterTarget
 from multimodal_gen.request import Defaults, ImageRequest, ModelCard
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from multimodal_gen.weights.loading import WeightTree
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Row:
 
     request: ImageRequest  # filled by the engine
     index: int  # filled by the engine: which of the request's images
+    adapters: Applied = BASE  # filled by the engine: what the request's adapters come to
     conditions: Conditions | None = None  # filled by encode
     latents: torch.Tensor | None = None  # filled by prepare, replaced by denoise: float32 [C, h, w]
     sampler: Sampler | None = None  # filled by prepare
@@ -101,6 +105,7 @@ class Pipeline(Protocol):
 
     card: ModelCard
     info: PipelineInfo
+    trees: Mapping[str, WeightTree]  # what adapters can change, by the names of the spec's targets
 
     def encode(self, rows: Sequence[Row]) -> None:
         """Fill `row.conditions`; rows of one request share the object."""

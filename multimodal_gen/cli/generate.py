@@ -89,7 +89,7 @@ def run(arguments: Arguments) -> int:
                 "attention_backend": generator.info.attention_backend,
                 "load_seconds": round(loaded, 3),
             }
-            _note(plan.differences(generator.info.device))
+            _note(plan.differences(generator.info.device, generator.list_loras().active))
     _note(dict.fromkeys(warning for result in results for warning in result.warnings))
     if arguments.json:
         print(as_json({**facts, "images": written, "requests": [_request_facts(result) for result in results]}))
@@ -114,7 +114,7 @@ def _write(generator: DiffGenerator, plan: Plan, result: GenerationResult) -> li
     for index, pixels in enumerate(result.images):
         if plan.only is not None and index != plan.only:
             continue
-        recipe = generator.recipe(request, index) if output.metadata else None
+        recipe = generator.recipe(result, index) if output.metadata else None
         data = encode_image(pixels, output.format, compression=output.compression, recipe=recipe)
         if output.file is not None:
             path = write_exactly(output.file, data)
@@ -142,6 +142,9 @@ def _request_facts(result: GenerationResult) -> dict[str, Any]:
         "negative_prompt": result.request.negative_prompt,
         "seeds": list(result.request.seeds),
         "num_inference_steps": result.request.num_inference_steps,
+        "loras": [
+            {"nickname": pin.nickname, "strength": pin.strength, "target": pin.tree} for pin in result.request.loras
+        ],
         "guidance_scale": result.request.guidance_scale,
         "prompt_tokens": result.prompt_tokens,
         "timings": {name: round(value, 4) for name, value in msgspec.structs.asdict(result.timings).items()},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multimodal_gen.adapters import Pin
 from multimodal_gen.cli.flags import Arguments, given_settings, number
 from multimodal_gen.cli.replay import Replay, read_replay
 from multimodal_gen.config import EngineConfig, load
@@ -54,11 +56,14 @@ class Plan:
     notes: list[str]  # what the user should know before it starts
     replay: Replay | None
 
-    def differences(self, device: str) -> list[str]:
-        """Why a replay that ran on `device` may differ from its original."""
-        if self.replay is None or self.replay.recipe.device == device:
+    def differences(self, device: str, pins: Sequence[Pin]) -> list[str]:
+        """Why a replay that ran on `device` with these adapters may differ from its original."""
+        if self.replay is None:
             return []
-        return [f"the original was made on {self.replay.recipe.device}, this one on {device}: pixels may differ."]
+        notes = self.replay.other_adapters(pins)
+        if self.replay.recipe.device != device:
+            notes.append(f"the original was made on {self.replay.recipe.device}, this one on {device}.")
+        return [f"{note[:-1]}: pixels may differ." for note in notes]
 
 
 def make_plan(arguments: Arguments) -> Plan:
@@ -159,7 +164,8 @@ def _model(arguments: Arguments, replay: Replay | None) -> tuple[EngineConfig, M
     if replay is None:
         config = load(EngineConfig, flags, file=arguments.config)
         return config, registry.describe(config)
-    config = load(EngineConfig, {**replay.settings(), **flags}, file=arguments.config)
+    own = replay.settings(flags)
+    config = load(EngineConfig, {**own, **flags, "lora": own["lora"]}, file=arguments.config)
     try:
         return config, registry.describe(config)
     except ModelNotFound as error:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from multimodal_gen.adapters import Pin
+from multimodal_gen.errors import ConfigError
+from multimodal_gen.lora.sources import parse_flag
 from multimodal_gen.media.recipe import Recipe, read_recipe
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ModelCard
@@ -19,8 +23,8 @@ class Replay:
     recipe: Recipe
     notes: list[str]
 
-    def settings(self) -> dict[str, Any]:
-        """Engine settings of the original.
+    def settings(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """Engine settings of the original, given the user's own.
 
         The recipe may come from anywhere, so its model is looked for on this machine only. A GPU is not asked for:
         where there is none, an image near the original is better than none.
@@ -37,7 +41,35 @@ class Replay:
             "attention_backend": recipe.attention_backend,
             "max_batch_tokens": recipe.max_batch_tokens,
             "threads": recipe.threads if on_cpu and not _too_many(recipe) else None,
+            "lora": self._adapters(flags.get("lora", [])),
+            "lora_merge_mode": "merge" if recipe.merged else "dynamic",
         }
+
+    def _adapters(self, given: Sequence[str]) -> list[str]:
+        """`--lora` flags with the strengths and targets of the original; a recipe names files, not where they are.
+
+        Raises: ConfigError for adapters whose place is not given.
+        """
+        paths = {use.nickname: path for use, path in map(parse_flag, given)}
+        pins = self.recipe.loras
+        missing = [pin for pin in pins if pin.nickname not in paths]
+        if missing:
+            pin = missing[0]
+            raise ConfigError(
+                f"The image was made with the adapter {pin.nickname!r} (SHA-256 {pin.digest[:12]}…): say where it is "
+                f"with --lora {pin.nickname}=PATH.",
+                param="lora",
+            )
+        return [f"{pin.nickname}={paths[pin.nickname]}:{pin.strength!r}:{pin.tree}" for pin in pins]
+
+    def other_adapters(self, pins: Sequence[Pin]) -> list[str]:
+        """Why the adapters in use are not those of the original."""
+        wanted = {(pin.nickname, pin.digest) for pin in self.recipe.loras}
+        return [
+            f"the adapter {pin.nickname!r} is another file than the one the original was made with."
+            for pin in dict.fromkeys(pins)
+            if (pin.nickname, pin.digest) not in wanted
+        ]
 
     def parameters(self, card: ModelCard, overrides: dict[str, Any]) -> dict[str, Any]:
         """Sampling parameters of the original that this model takes and that nobody overrides.
@@ -70,6 +102,8 @@ def read_replay(path: str) -> Replay:
         notes.append(
             f"{path} was made by multimodal_gen {recipe.version[:40]}, this is {__version__}: pixels may differ."
         )
+    if recipe.merged and {pin.tree for pin in recipe.loras} != set(recipe.merged):
+        notes.append(f"{path} was made with adapters partly merged, which is not repeated: pixels may differ.")
     if recipe.device == "cpu" and _too_many(recipe):
         notes.append(f"{path} was made by {recipe.threads} threads, more than this machine has: pixels may differ.")
     return Replay(recipe, notes)

@@ -7,6 +7,8 @@ seen at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import select
 import socket
 import struct
@@ -50,6 +52,9 @@ class WorkerChannel:
         self._socket = sock
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._woken, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        self._poll.register(self._woken, select.POLLIN)
         self._buffer = bytearray()
 
     def send(self, message: object) -> None:
@@ -59,17 +64,28 @@ class WorkerChannel:
         except ConnectionError:
             raise ChannelClosed("the front closed its channel") from None
 
+    def wake(self) -> None:
+        """End a wait of `receive`; from any thread."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: whoever reads it wakes up anyway
+            os.write(self._waker, b"\0")
+
     def receive(self, *, wait: bool) -> list[ToWorker]:
-        """All messages that are there; with `wait`, at least one. Raises: ChannelClosed."""
+        """All messages that are there; with `wait`, at least one, or none after `wake`. Raises: ChannelClosed."""
         messages = self._complete()
-        while (wait and not messages) or self._poll.poll(0):
-            self._poll.poll()
+        woken = False
+        while True:
+            ready = {number for number, _ in self._poll.poll(None if wait and not messages and not woken else 0)}
+            if self._woken in ready:
+                woken = bool(os.read(self._woken, CHUNK))
+            if self._socket.fileno() not in ready:
+                if messages or woken or not wait:
+                    return messages
+                continue
             data = self._socket.recv(CHUNK)
             if not data:
                 raise ChannelClosed("the front closed its channel")
             self._buffer += data
             messages += self._complete()
-        return messages
 
     def _complete(self) -> list[ToWorker]:
         messages = []

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections import deque
 from typing import Literal
 
 import msgspec
 
+from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import ServerConfig, check_engine, engine_part
 from multimodal_gen.engine.process import WorkerProcess
 from multimodal_gen.engine.ticket import Ticket
@@ -30,6 +32,7 @@ from multimodal_gen.errors import (
 )
 from multimodal_gen.messages import (
     Cancel,
+    ChangeLoras,
     Failed,
     Finished,
     FromWorker,
@@ -37,6 +40,8 @@ from multimodal_gen.messages import (
     Generate,
     Load,
     LoadFailed,
+    LorasChanged,
+    LorasRefused,
     Preview,
     Progress,
     Ready,
@@ -68,6 +73,7 @@ class EngineClient:
         self.state: State = "stopped"
         self.ready: Ready | None = None
         self.gauges: Gauges | None = None
+        self.loras = LoraState()
         self.restarts = 0
         self.failure: MmgenError | None = None
         self.failed = asyncio.Event()
@@ -79,6 +85,8 @@ class EngineClient:
         self._supervisor: asyncio.Task[None] | None = None
         self._deaths: deque[float] = deque()
         self._tokens_per_second = 0.0
+        self._changing = asyncio.Lock()
+        self._change: tuple[str, asyncio.Future[LorasChanged]] | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -110,6 +118,7 @@ class EngineClient:
         for ticket in list(self._tickets.values()):
             message = "The server shut down before this request was finished."
             self._resolve(ticket, GenerationFailed(message) if ticket.started else ShuttingDown(message))
+        self._fail_change(ShuttingDown("The server shut down before this change was done."))
         if self._worker is not None:
             self._worker.send(Shutdown())
             await self._worker.stop(patience_s)
@@ -139,10 +148,7 @@ class EngineClient:
 
     def submit(self, request: ImageRequest) -> Ticket:
         """Admit a request. Raises: ModelLoading, ShuttingDown, QueueFull with an estimate of when to come back."""
-        if self.ready is None and self.state in ("loading", "restarting"):
-            raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
-        if self.state in ("draining", "stopped", "failed"):
-            raise ShuttingDown("The server is shutting down and takes no new requests.")
+        self._check_open()
         waiting = self.outstanding_cost
         if waiting and waiting + request.cost > self.config.max_queue_cost:
             raise QueueFull(
@@ -156,6 +162,12 @@ class EngineClient:
         self._send(ticket)
         return ticket
 
+    def _check_open(self) -> None:
+        if self.ready is None and self.state in ("loading", "restarting"):
+            raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
+        if self.state in ("draining", "stopped", "failed"):
+            raise ShuttingDown("The server is shutting down and takes no new requests.")
+
     def cancel(self, request_id: str) -> None:
         """Stop a request before its next step; its ticket then raises Cancelled. Unknown ids are ignored."""
         ticket = self._tickets.get(request_id)
@@ -166,6 +178,24 @@ class EngineClient:
             self._worker.send(Cancel(request_id))
         else:  # it waits for the next worker
             self._resolve(ticket, Cancelled("The request was cancelled."))
+
+    async def change_loras(self, change: Change) -> LorasChanged:
+        """A transaction on the adapters; changes are made one after another.
+
+        Raises: ModelLoading, ShuttingDown, WorkerCrashed; the change's own error. The adapters are then as before.
+        """
+        async with self._changing:
+            self._check_open()
+            assert self._worker is not None, self.state
+            if self.state == "restarting":
+                raise ModelLoading("The worker is restarting; try again in a few seconds.", retry_after=5.0)
+            answer: asyncio.Future[LorasChanged] = asyncio.get_running_loop().create_future()
+            self._change = (uuid.uuid4().hex, answer)
+            try:
+                self._worker.send(ChangeLoras(self._change[0], change))
+                return await answer
+            finally:
+                self._change = None
 
     def _send(self, ticket: Ticket) -> None:
         if self.state not in ("ready", "draining") or self._worker is None:
@@ -204,7 +234,7 @@ class EngineClient:
         config = engine_part(self.config)
         while True:
             self._worker = await WorkerProcess.start(self.config.log_level)
-            self._worker.send(Load(self.card, config))
+            self._worker.send(Load(self.card, config, self.loras if self.ready else None))
             async for message in self._worker.messages(self._stall_limit):
                 self._handle(message)
             code = await self._worker.stop(STOP_SECONDS)
@@ -217,6 +247,7 @@ class EngineClient:
                 return
             log.error("the worker ended with exit code %s; restarting it", code)
             self._fail_started()
+            self._fail_change(WorkerCrashed("The worker process died during this change; the adapters are as before."))
             self.restarts += 1
             if self.state != "draining":
                 self.state = "restarting" if self.ready else "loading"
@@ -227,11 +258,12 @@ class EngineClient:
 
     def _stall_limit(self) -> float | None:
         """Seconds of silence after which the worker counts as hung; None while silence is natural."""
-        return self.config.step_timeout_s if any(ticket.sent for ticket in self._tickets.values()) else None
+        busy = self._change is not None or any(ticket.sent for ticket in self._tickets.values())
+        return self.config.step_timeout_s if busy else None
 
     def _handle(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
-            self.ready = message
+            self.ready, self.loras = message, message.loras
             self.state = "draining" if self.state == "draining" else "ready"
             self._ready_or_failed.set()
             for ticket in list(self._tickets.values()):
@@ -248,8 +280,24 @@ class EngineClient:
             self._tokens_per_second = (
                 rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
             )
+        elif isinstance(message, (LorasChanged, LorasRefused)):
+            self._loras_answered(message)
         elif message.request_id in self._tickets:
             self._deliver(self._tickets[message.request_id], message)
+
+    def _loras_answered(self, message: LorasChanged | LorasRefused) -> None:
+        if isinstance(message, LorasChanged):
+            self.loras = message.state
+        if self._change is None or self._change[0] != message.id or self._change[1].done():
+            return  # a change of policy by itself, or whoever asked is gone
+        if isinstance(message, LorasChanged):
+            self._change[1].set_result(message)
+        else:
+            self._fail_change(from_code(message.error.code, message.error.message, message.error.param))
+
+    def _fail_change(self, error: MmgenError) -> None:
+        if self._change is not None and not self._change[1].done():
+            self._change[1].set_exception(error)
 
     def _deliver(self, ticket: Ticket, message: Started | Progress | Preview | Finished | Failed) -> None:
         if isinstance(message, Finished):
@@ -280,5 +328,6 @@ class EngineClient:
         self.state = "failed"
         for ticket in list(self._tickets.values()):
             self._resolve(ticket, WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
+        self._fail_change(WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
         self._ready_or_failed.set()
         self.failed.set()

@@ -15,10 +15,14 @@ from functools import partial
 
 import torch
 
+from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.engine.changes import Changes, first_change
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.scheduler import Scheduler, Slot
 from multimodal_gen.errors import Cancelled, DeadlineExceeded, GenerationFailed, MmgenError, OutOfMemory, UserError
+from multimodal_gen.lora.applied import Applied
+from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.media.arrays import from_numpy
 from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.messages import (
@@ -28,6 +32,7 @@ from multimodal_gen.messages import (
     Failed,
     Finished,
     Gauges,
+    LorasChanged,
     Preview,
     Progress,
     Started,
@@ -47,6 +52,8 @@ class Active:
 
     request: ImageRequest  # filled by add
     arrived: float  # filled by add: clock time
+    adapters: Applied  # filled by add
+    unpin: Callable[[], None]  # filled by add: lets go of the request's adapters
     started: bool = False  # set when its first row is planned
     rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
     outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
@@ -70,6 +77,9 @@ class EngineCore:
         if device == "cpu":
             keep_freed_memory()
         self.scheduler = Scheduler(config.max_batch_tokens or BATCH_TOKENS[device], card.exclusive, clock)
+        targets = registry.find(card.pipeline_class).adapters
+        self.loras = LoraManager(targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"))
+        self.changes = Changes(self.loras, self.fault)
         self._clock = clock
         self._active: dict[str, Active] = {}
         self._failures = 0  # requests failed in a row
@@ -82,18 +92,48 @@ class EngineCore:
     @property
     def sick(self) -> bool:
         """Whether so many requests failed in a row that the process is not to be trusted any more."""
-        return self._failures >= self.config.max_consecutive_errors
+        return self.loras.broken or self._failures >= self.config.max_consecutive_errors
 
-    def add(self, request: ImageRequest) -> None:
-        """Queue a request; it joins at the next step."""
-        self._active[request.id] = Active(request, self._clock())
-        self.scheduler.add(request)
+    def add(self, request: ImageRequest) -> list[Event]:
+        """Queue a request; it joins at the next step. Its adapters are settled now, whatever changes later."""
+        try:
+            adapters = self.loras.apply(request)
+        except MmgenError as error:
+            return [Failed(request.id, ErrorInfo(error.code, error.message, error.param))]
+        self._active[request.id] = Active(request, self._clock(), adapters, self.loras.pin(request))
+        self.scheduler.add(request, adapters.weights)
+        return [LorasChanged("", self.loras.state, True, 0.0)] if self.loras.note(request) else []
 
     def cancel(self, request_id: str) -> list[Event]:
         """Drop a request before its next step; an unknown id is one that has just finished."""
         if request_id not in self._active:
             return []
         return [self._drop(request_id, Cancelled("The request was cancelled."))]
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    def bring_adapters(self, state: LoraState | None) -> None:
+        """Before the first request: the adapters of the engine before this one, or those of the configuration.
+
+        Raises: the AdapterError family.
+        """
+        change = RestoreLora(state=state) if state is not None and state.loaded else first_change(self.config)
+        if change is not None:
+            self.changes.run(change, weights_too=True)
+
+    def change_adapters(self, change: Change) -> LorasChanged:
+        """A transaction, done when this returns. Raises: the AdapterError family."""
+        return self.changes.run(change, weights_too=self._weights_are_free)
+
+    def finish_changes(self) -> list[Event]:
+        """Commit the changes that are staged; to be called between steps."""
+        return [*self.changes.finish(weights_too=self._weights_are_free)]
+
+    @property
+    def _weights_are_free(self) -> bool:
+        return self.scheduler.running_rows == 0
+
+    # --- steps --------------------------------------------------------------------------------------------------
 
     def step(self) -> Iterator[Event]:
         """Run one denoising step for the rows that the scheduler picks; yields what happens, as it happens.
@@ -111,7 +151,7 @@ class EngineCore:
                 active.timings.queue = self._clock() - active.arrived
                 yield Started(slot.request_id)
         begin, events = self._clock(), list[Event]()
-        rows = self._denoise(self._start(slots, events), events)
+        rows = self._denoise(self._start(self._on_their_weights(slots, events), events), events)
         yield from events
         tokens = sum(self.scheduler.tokens(row.request.id) for row in rows)
         for row in rows:
@@ -123,6 +163,19 @@ class EngineCore:
             yield self._gauges(len(rows), tokens, self._clock() - begin)
 
     # --- the parts of a step ------------------------------------------------------------------------------------
+
+    def _on_their_weights(self, slots: list[Slot], events: list[Event]) -> list[Slot]:
+        """The slots, once the weights hold what they share; a merge that fails ends their requests."""
+        if not slots:
+            return slots
+        wanted = self._active[slots[0].request_id].adapters.weights
+        error = self._attempt(partial(self.loras.set_weights, wanted))
+        if error is None:
+            return slots
+        log.error("adapters could not be merged", exc_info=error)
+        self._failures += 1
+        events += [self._drop(request_id, _as_ours(error)) for request_id in dict.fromkeys(s.request_id for s in slots)]
+        return []
 
     def _start(self, slots: list[Slot], events: list[Event]) -> list[Row]:
         """Rows of the plan; new ones are encoded and prepared."""
@@ -139,7 +192,7 @@ class EngineCore:
 
     def _prepare(self, active: Active, index: int) -> None:
         begin = self._clock()
-        row = Row(active.request, index)
+        row = Row(active.request, index, active.adapters)
         active.rows[index] = row
         self.fault.trip("encode")
         self.pipeline.encode([row])
@@ -218,8 +271,10 @@ class EngineCore:
         timings.steps = request.num_inference_steps
         outputs = [active.outputs[index] for index in range(request.n)]
         del self._active[request.id]
+        active.unpin()
         self._failures = 0
-        events.append(Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings))
+        merged = tuple(tree for tree, _ in active.adapters.weights)
+        events.append(Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings, merged))
 
     # --- failure ------------------------------------------------------------------------------------------------
 
@@ -248,6 +303,7 @@ class EngineCore:
 
     def _drop(self, request_id: str, error: MmgenError) -> Failed:
         active = self._active.pop(request_id)
+        active.unpin()
         self.scheduler.remove(request_id)
         for row in active.rows.values():
             self.pipeline.release(row)

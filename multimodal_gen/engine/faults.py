@@ -1,6 +1,7 @@
 """Failures on demand, for tests: `--fault STAGE:ACTION:COUNT` makes the next COUNT calls of a stage go wrong.
 
-Stages: load, encode, prepare, denoise, decode. Actions: raise, oom, kill (the process dies), hang (it never returns),
+Stages: load, encode, prepare, denoise, decode, adapter (a change of adapters is worked out), merge (a merged weight has
+been written). Actions: raise, oom, kill (the process dies), hang (it never returns),
 slow (each call takes half a second longer).
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from multimodal_gen.errors import ConfigError, OutOfMemory
 
-STAGES = ("load", "encode", "prepare", "denoise", "decode")
+STAGES = ("load", "encode", "prepare", "denoise", "decode", "adapter", "merge")
 ACTIONS = ("raise", "oom", "kill", "hang", "slow")
 SLOW_SECONDS = 0.5
 

@@ -8,12 +8,16 @@ and a large one is passed by no more work than its own, so nobody starves.
 
 A step is filled in that order up to a budget of tokens; a row that does not fit lets the ones behind it pass, but the
 first in line always runs. Requests wait as requests and become rows only when their first step is planned.
+
+Rows of one step share one state of the model's weights (which adapters are merged into them). As long as rows run, the
+state is theirs, and rows of the same state join them; once the first in line waits for another state, nobody joins any
+more, and the state changes when those that run are done.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from multimodal_gen.request import ImageRequest
@@ -29,6 +33,7 @@ class Job:
     finish: int  # filled by add: virtual finish, in token-steps
     deadline: float  # filled by add: clock time, infinite where the user set none
     tokens: int  # filled by add from the request's estimate, corrected by set_tokens
+    weights: Hashable  # filled by add: the state of the model's weights that its rows need
     waiting: list[int] = field(default_factory=list)  # image indices not yet started
     running: list[int] = field(default_factory=list)  # image indices between prepare and decode
 
@@ -64,7 +69,7 @@ class Scheduler:
         self._work = 0  # token-steps planned since start: the virtual time
         self._served: dict[str, float] = {}  # fair key → virtual time: token-steps served since it became active
 
-    def add(self, request: ImageRequest) -> None:
+    def add(self, request: ImageRequest, weights: Hashable = ()) -> None:
         """Queue a request. A key that was idle starts level with the least served active one, with no credit."""
         assert request.id not in self._jobs, f"request {request.id} was added twice"
         key = request.fair_key
@@ -73,7 +78,7 @@ class Scheduler:
             self._served[key] = min(active, default=0.0)
         deadline = math.inf if request.deadline_s is None else self._clock() + request.deadline_s
         self._jobs[request.id] = Job(
-            request, self._work + request.cost, deadline, request.row_tokens, waiting=list(range(request.n))
+            request, self._work + request.cost, deadline, request.row_tokens, weights, waiting=list(range(request.n))
         )
 
     def remove(self, request_id: str) -> None:
@@ -110,10 +115,13 @@ class Scheduler:
         chosen: list[Slot] = []
         budget = self.max_batch_tokens
         now = self._clock()
-        for job in sorted(self._jobs.values(), key=lambda job: self._rank(job, now)):
+        jobs = sorted(self._jobs.values(), key=lambda job: self._rank(job, now))
+        joining = self._joining(jobs)
+        for job in jobs:
             tokens = job.tokens
             started = [(index, False) for index in job.running]
-            for index, starts in started + [(index, True) for index in job.waiting]:
+            waiting = job.waiting if job.weights == joining else []
+            for index, starts in started + [(index, True) for index in waiting]:
                 if self.exclusive and (chosen or (starts and self._busy())):
                     break
                 if chosen and tokens > budget:
@@ -128,6 +136,14 @@ class Scheduler:
             self._served[job.request.fair_key] += job.tokens
             self._work += job.tokens
         return chosen
+
+    def _joining(self, jobs: list[Job]) -> Hashable | None:
+        """The state of the weights whose rows may start now, given the jobs, best first; None: nobody may."""
+        first = next((job for job in jobs if job.waiting), None)
+        running = next((job for job in jobs if job.running), first)
+        if first is None or running is None or first.weights != running.weights:
+            return None
+        return first.weights
 
     def _rank(self, job: Job, now: float) -> tuple[bool, int, float, float, int]:
         # An exclusive model's running row goes first whatever its rank: it cannot be paused for another.

@@ -12,11 +12,23 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from multimodal_gen.engine.channel import ChannelClosed, WorkerChannel
 from multimodal_gen.errors import GenerationFailed, MmgenError
-from multimodal_gen.messages import Cancel, ErrorInfo, Generate, Load, LoadFailed, Ready, Shutdown, ToWorker
+from multimodal_gen.messages import (
+    Cancel,
+    ChangeLoras,
+    ErrorInfo,
+    Event,
+    Generate,
+    Load,
+    LoadFailed,
+    Ready,
+    Shutdown,
+    ToWorker,
+)
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.core import EngineCore
@@ -50,6 +62,7 @@ def _serve(channel: WorkerChannel, log_level: str) -> int:
         from multimodal_gen.engine.core import EngineCore
 
         core = EngineCore(first.card, first.config)
+        lora_error = _bring_adapters(core, first)
     except MmgenError as error:
         channel.send(LoadFailed(ErrorInfo(error.code, error.message, error.param)))
         return EXIT_LOAD_FAILED
@@ -59,8 +72,32 @@ def _serve(channel: WorkerChannel, log_level: str) -> int:
         channel.send(LoadFailed(ErrorInfo(failure.code, failure.message)))
         return EXIT_LOAD_FAILED
     info = core.pipeline.info
-    channel.send(Ready(info.device, info.dtype, info.attention_backend, info.parameters, time.monotonic() - begin))
+    channel.send(
+        Ready(
+            info.device,
+            info.dtype,
+            info.attention_backend,
+            info.parameters,
+            time.monotonic() - begin,
+            targets=tuple(core.pipeline.trees),
+            loras=core.loras.state,
+            lora_error=lora_error,
+        )
+    )
+    core.changes.on_staged = channel.wake
     return _loop(channel, core, rest)
+
+
+def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
+    """Adapters of the worker before this one, or of the configuration; only the latter may fail the start."""
+    try:
+        core.bring_adapters(load.loras)
+    except MmgenError as error:
+        if load.loras is None:
+            raise
+        log.error("the adapters of the worker before could not be brought back: %s", error.message)
+        return ErrorInfo(error.code, error.message, error.param)
+    return None
 
 
 def _loop(channel: WorkerChannel, core: EngineCore, messages: list[ToWorker]) -> int:
@@ -68,21 +105,27 @@ def _loop(channel: WorkerChannel, core: EngineCore, messages: list[ToWorker]) ->
     while True:
         for message in messages:
             if isinstance(message, Generate):
-                core.add(message.request)
+                _tell(channel, core.add(message.request))
             elif isinstance(message, Cancel):
-                for event in core.cancel(message.request_id):
-                    channel.send(event)
+                _tell(channel, core.cancel(message.request_id))
+            elif isinstance(message, ChangeLoras):
+                core.changes.begin(message.id, message.change)
             elif isinstance(message, Shutdown):
                 stopping = True
+        _tell(channel, core.finish_changes())
         if core.idle and stopping:
             return 0
         if not core.idle:
-            for event in core.step():
-                channel.send(event)
+            _tell(channel, core.step())
         if core.sick:
             log.error("%d requests failed in a row; this process ends", core.config.max_consecutive_errors)
             return EXIT_SICK
         messages = channel.receive(wait=core.idle and not stopping)
+
+
+def _tell(channel: WorkerChannel, events: Iterable[Event]) -> None:
+    for event in events:
+        channel.send(event)
 
 
 def _die_with_parent() -> None:

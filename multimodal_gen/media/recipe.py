@@ -17,6 +17,7 @@ from typing import Literal
 
 import msgspec
 
+from multimodal_gen.adapters import Pin
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import InvalidValue, NotFound
 from multimodal_gen.request import MAX_PROMPT_CHARS, ImageRequest, ModelCard
@@ -66,6 +67,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """as set; None = the device's default"""
     threads: int | None = None
     """CPU threads in use: sums over other portions round differently"""
+    loras: tuple[Pin, ...] = ()
+    """adapters in order, per module tree, by name and by the digest of their file"""
+    merged: tuple[str, ...] = ()
+    """module trees whose adapters were merged into the weights"""
     output_format: ImageFormat = "png"
     """filled by `encode_image`"""
     output_compression: int = 100
@@ -85,6 +90,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         revision: str | None = None,
         max_batch_tokens: int | None = None,
         threads: int | None = None,
+        merged: tuple[str, ...] = (),
     ) -> Recipe:
         """The recipe of image `index` of `request`, run by an engine with these settings (`Ready`, `PipelineInfo`).
 
@@ -112,6 +118,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             revision=revision,
             max_batch_tokens=max_batch_tokens,
             threads=threads,
+            loras=request.loras,
+            merged=merged,
         )
 
     @property
@@ -149,7 +157,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             "Model": self.model,
             "Version": f"multimodal_gen {self.version}",
         }
-        lines = [printable(self.prompt)]
+        if self.loras:
+            pairs["Lora hashes"] = ", ".join(f"{pin.nickname}: {pin.digest[:12]}" for pin in self.loras)
+        tags = dict.fromkeys(f" <lora:{pin.nickname}:{pin.strength:g}>" for pin in self.loras)
+        lines = [printable(self.prompt) + "".join(tags)]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {printable(self.negative_prompt)}")
         lines.append(", ".join(f"{key}: {_quoted(printable(str(value)))}" for key, value in pairs.items()))

@@ -1,7 +1,7 @@
 """Linear layers: plain, and several projections of the same input fused into one matrix product.
 
-A layer tells the loader where a checkpoint tensor goes through `slot(part)`: a view of its weight. Families name the
-parts in their rename table; nobody concatenates weights after loading.
+A layer tells the loader where a checkpoint tensor goes through `extent(part)`. Families name the parts in their rename
+table; nobody concatenates weights after loading. Inputs are [T, in] where adapters are routed, else [..., in].
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal_gen.nn.lowrank import Routing
 from multimodal_gen.nn.precision import compute_dtype
-from multimodal_gen.nn.slots import Slotted
+from multimodal_gen.nn.slots import Extent, Slotted
 
 
 def align(size: int, multiple: int = 16) -> int:
@@ -46,13 +47,14 @@ class Linear(Slotted):
         self.weight = _weight(out_features, stored_in or in_features, padded=stored_in not in (None, in_features))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
-    def slot(self, part: str | None) -> Tensor:
-        """The view of the weight that the checkpoint fills: [out, in]."""
+    def extent(self, part: str | None) -> Extent:
+        """Where the checkpoint's [out, in] stands in the weight."""
         assert part is None, f"a plain Linear has no part {part!r}"
-        return self.weight[:, : self.in_features]
+        return Extent(slice(0, len(self.weight)), slice(0, self.in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        y = linear(x, self.weight, self.bias)
+        return y if routing is None else routing.add_(self, x, y)
 
 
 class FusedLinear(Slotted):
@@ -68,11 +70,12 @@ class FusedLinear(Slotted):
         self.stored = [align(size, multiple) for size in parts.values()]
         self.weight = _weight(sum(self.stored), in_features, padded=tuple(self.stored) != self.sizes)
 
-    def slot(self, part: str | None) -> Tensor:
-        """The view of the weight that the checkpoint fills for `part`: [size(part), in]."""
+    def extent(self, part: str | None) -> Extent:
+        """Where the checkpoint's [size(part), in] stands in the weight."""
         index = self.part_names.index(part)
         start = sum(self.stored[:index])
-        return self.weight[start : start + self.sizes[index]]
+        return Extent(slice(start, start + self.sizes[index]), slice(0, self.weight.shape[1]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, None)
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        y = linear(x, self.weight, None)
+        return y if routing is None else routing.add_(self, x, y)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal_gen.nn.linear import FusedLinear, Linear, align
+from multimodal_gen.nn.lowrank import Routing
 
 
 class SwiGLU(nn.Module):
@@ -19,6 +20,6 @@ class SwiGLU(nn.Module):
         self.gate_up = FusedLinear(dim, {"gate": hidden, "up": hidden}, multiple=16)
         self.down = Linear(hidden, dim, stored_in=align(hidden))
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        gate, up = self.gate_up(x, routing).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up), routing)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal_gen.nn.slots import Slotted
+from multimodal_gen.nn.slots import Extent, Slotted
 
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
@@ -39,9 +39,14 @@ class PartedRMSNorm(Slotted):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(len(parts), dim), requires_grad=False)
 
+    def extent(self, part: str | None) -> Extent:
+        """The row of one part."""
+        index = self.part_names.index(part)
+        return Extent(slice(index, index + 1), slice(0, self.weight.shape[1]))
+
     def slot(self, part: str | None) -> Tensor:
         """Weight of one part: [D]."""
-        return self.weight[self.part_names.index(part)]
+        return super().slot(part)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_normalize(x, self.eps).mul_(self.weight[:, None])

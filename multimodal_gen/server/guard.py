@@ -42,7 +42,6 @@ class Guard:
         self.app = app
         self.config = config
         self.metrics = metrics
-        self.body_limit = int(config.max_body_mb * 2**20)
         self.owner = fingerprint(config.api_key or "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,8 +56,8 @@ class Guard:
         body = BoundedBody(
             receive,
             expected=security.has_body(headers),
-            limit=self.body_limit,
-            timeout_s=self.config.body_timeout_s,
+            limit=security.body_limit(scope["path"], self.config),
+            timeout_s=security.body_timeout(scope["path"], self.config),
         )
         answer = _Answer(exchange, body, send)
         try:
@@ -93,7 +92,8 @@ class Guard:
         if exchange.origin is not None and method == "OPTIONS" and asked is not None:
             return Response(status_code=204, headers=_PREFLIGHT)
         security.check_key(headers, scope["path"], self.config)
-        security.check_body_headers(method, headers, self.body_limit)
+        path = scope["path"]
+        security.check_body_headers(method, path, headers, security.body_limit(path, self.config))
         return None
 
 

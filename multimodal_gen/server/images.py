@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
+from multimodal_gen.adapters import Pin, pins_of, read_uses
 from multimodal_gen.errors import (
     Cancelled,
     CapacityError,
@@ -93,6 +94,7 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
         given["num_inference_steps"] = steps
     if wish.n is not None:
         given["num_outputs_per_prompt"] = wish.n
+    pins = _pins(wish, context)
     try:
         return resolve(
             # Client-chosen request ids may repeat; the engine's must not.
@@ -103,11 +105,28 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
             max_cost=context.config.max_request_cost,
             previews=wish.partial_images or 0,
             fair_key=fingerprint(owner, wish.safety_identifier or wish.user or ""),
+            loras=pins,
+            own_loras=wish.loras is not None,
         )
     except InvalidSize as error:
         if wish.size is not None:
             error.param = "size"
         raise
+
+
+def _pins(wish: ImageGenerationRequest, context: Context) -> tuple[Pin, ...]:
+    """The request's own adapters, else the active ones, by what they are now."""
+    engine = context.engine
+    if wish.loras is None:
+        return engine.loras.active
+    uses = read_uses(wish.loras)
+    if engine.ready is None:
+        raise _loading()
+    return pins_of(uses, engine.loras, engine.ready.targets)
+
+
+def _loading() -> ModelLoading:
+    return ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
 
 
 def _check_priority(priority: int | None, most: int) -> None:
@@ -135,7 +154,7 @@ def _submit(settled: ImageRequest, context: Context) -> tuple[Ticket, Maker]:
     ready = context.engine.ready
     try:
         if ready is None:
-            raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
+            raise _loading()
         ticket = context.engine.submit(settled)
     except CapacityError as error:
         context.metrics.rejected(error.code)

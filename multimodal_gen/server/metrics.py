@@ -112,6 +112,12 @@ class _EngineState(Collector):
             "mmgen_last_step_seconds", "The latest step of the batch.", gauges.step_seconds if gauges else 0
         )
         yield GaugeMetricFamily("mmgen_last_step_tokens", "Its tokens.", gauges.step_tokens if gauges else 0)
+        loras = engine.loras
+        yield GaugeMetricFamily("mmgen_lora_loaded", "Adapters in memory.", len(loras.loaded))
+        yield GaugeMetricFamily("mmgen_lora_bytes", "Their tensors.", sum(info.bytes for info in loras.loaded))
+        yield GaugeMetricFamily(
+            "mmgen_lora_active", "Adapters that requests get.", len({p.digest for p in loras.active})
+        )
         yield GaugeMetricFamily(
             "mmgen_condition_cache_bytes", "Memory of encoded prompts.", gauges.cache_bytes if gauges else 0
         )

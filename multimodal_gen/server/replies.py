@@ -49,6 +49,7 @@ class Form:
             "quality": self.quality,
             "background": "opaque",
             "output_format": self.output_format,
+            **_adapters(request),
         }
 
     def usage(self, prompt_tokens: int, images: int) -> dict[str, Any]:
@@ -63,6 +64,15 @@ class Form:
         }
 
 
+def _adapters(request: ImageRequest) -> dict[str, Any]:
+    """The adapters that were in effect; nothing for the base model."""
+    if not request.loras:
+        return {}
+    return {
+        "loras": [{"nickname": pin.nickname, "strength": pin.strength, "target": pin.tree} for pin in request.loras]
+    }
+
+
 @dataclass(frozen=True)
 class Maker:
     """What shapes pixels besides the request; goes into the metadata of files."""
@@ -71,7 +81,7 @@ class Maker:
     config: ServerConfig
     card: ModelCard
 
-    def recipe(self, request: ImageRequest, index: int) -> Recipe:
+    def recipe(self, request: ImageRequest, index: int, finished: Finished) -> Recipe:
         """The recipe of image `index`."""
         repository, revision = origin(self.config, self.card)
         return Recipe.of(
@@ -85,6 +95,7 @@ class Maker:
             revision=revision,
             max_batch_tokens=self.config.max_batch_tokens,
             threads=self.config.threads,
+            merged=finished.merged,
         )
 
 
@@ -98,7 +109,7 @@ def answer(
         "id": request_id,
         "model": form.model,
         "data": [
-            {"b64_json": _file(finished.outputs[i], form, maker.recipe(request, i)), "seed": seed}
+            {"b64_json": _file(finished.outputs[i], form, maker.recipe(request, i, finished)), "seed": seed}
             for i, seed in enumerate(request.seeds)
         ],
         **form.facts(request),
@@ -116,7 +127,7 @@ def completed_event(
     """`image_generation.completed` for image `index`."""
     event: dict[str, Any] = {
         "type": "image_generation.completed",
-        "b64_json": _file(finished.outputs[index], form, maker.recipe(request, index)),
+        "b64_json": _file(finished.outputs[index], form, maker.recipe(request, index, finished)),
         "created_at": int(time.time()),
         **form.facts(request),
         "usage": form.usage(finished.prompt_tokens, 1),

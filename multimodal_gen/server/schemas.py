@@ -75,6 +75,11 @@ class ImageGenerationRequest(BaseModel):
         None, description="Guidance stops once the normalised time (0 noise, 1 clean) passes this; default 1: never."
     )
     max_sequence_length: int | None = Field(None, description="Prompt tokens kept; default: the model's.")
+    loras: list[dict[str, Any]] | None = Field(
+        None,
+        description="Adapters for this request, in order, instead of the active ones: objects of `nickname`, "
+        "`strength` (default 1) and `target` (default `all`); [] is the base model.",
+    )
     priority: int | None = Field(None, description="-100 to the server's --max-priority: higher runs first; default 0.")
     deadline_s: float | None = Field(
         None, description="Seconds after which the answer is worthless: the request is dropped with 504."

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from multimodal_gen.config import ServerConfig
 from multimodal_gen.errors import (
+    AdminRequired,
     AuthenticationFailed,
     BodyTooLarge,
     HostNotAllowed,
@@ -22,6 +23,9 @@ from multimodal_gen.errors import (
 Headers = Iterable[tuple[bytes, bytes]]
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+ADMIN_PATHS = frozenset({"/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"})
+UPLOAD_PATH = "/v1/loras"
+UPLOAD_TYPE = "application/octet-stream"  # a page of another site cannot send it without asking, as it can text/plain
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?")
@@ -98,23 +102,37 @@ def _same_origin(origin: str, host: str) -> bool:
 
 
 def check_key(headers: Headers, path: str, config: ServerConfig) -> None:
-    """Every path but the health checks needs the key, if there is one. `path` is the raw ASGI path, never a URL
-    rebuilt from headers.
+    """Every path but the health checks needs the key, if there is one; what changes the server for everybody needs the
+    admin key, if there is one. The admin key opens everything. `path` is the raw ASGI path, never a URL rebuilt from
+    headers.
 
-    Raises: AuthenticationFailed.
+    Raises: AuthenticationFailed; AdminRequired for a valid key that is not the admin's.
     """
-    if config.api_key is None or path in OPEN_PATHS:
+    admin = needs_admin(path)
+    if path in OPEN_PATHS or (config.api_key is None and not (admin and config.admin_api_key)):
         return
     given = [value for key, value in headers if key == b"authorization"]
     scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
-    # Equal-length digests: the comparison's time tells neither the key nor its length.
-    matches = hmac.compare_digest(_digest(key.strip()), _digest(config.api_key.encode()))
-    if not matches or scheme.lower() != b"bearer":
+    # Both are compared, in full, whatever the first comparison says: the time tells nothing.
+    is_user, is_admin = (_same(key, known) for known in (config.api_key, config.admin_api_key))
+    if scheme.lower() != b"bearer" or not (is_user or is_admin):
         raise AuthenticationFailed(
             "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
             if given
-            else "This server needs an API key; send it as 'Authorization: Bearer KEY'."
+            else "This server needs an API key here; send it as 'Authorization: Bearer KEY'."
         )
+    if admin and config.admin_api_key is not None and not is_admin:
+        raise AdminRequired("Loading and switching adapters needs the admin key (--admin-api-key) of this server.")
+
+
+def needs_admin(path: str) -> bool:
+    """Whether requests to a path change the server for everybody."""
+    return path in ADMIN_PATHS or path == UPLOAD_PATH or path.startswith(UPLOAD_PATH + "/")
+
+
+def _same(given: bytes, known: str | None) -> bool:
+    # Equal-length digests: the comparison's time tells neither the key nor its length.
+    return hmac.compare_digest(_digest(given.strip()), _digest((known or "").encode())) and known is not None
 
 
 def _digest(value: bytes) -> bytes:
@@ -127,16 +145,18 @@ def has_body(headers: Headers) -> bool:
     return get(headers, b"transfer-encoding") is not None or (length is not None and length.strip() != b"0")
 
 
-def check_body_headers(method: str, headers: Headers, limit: int) -> None:
+def check_body_headers(method: str, path: str, headers: Headers, limit: int) -> None:
     """Type and announced length (bytes) of a body.
 
     A page of another site can post forms and plain text anywhere without asking; JSON it cannot.
     Raises: UnsupportedMediaType, BodyTooLarge.
     """
     if method in ("POST", "PUT", "PATCH"):
-        kind = (get(headers, b"content-type") or b"").decode("latin-1")
-        if kind.partition(";")[0].strip().lower() != "application/json":
-            raise UnsupportedMediaType("Send the body as JSON, with the header 'Content-Type: application/json'.")
+        kind = (get(headers, b"content-type") or b"").decode("latin-1").partition(";")[0].strip().lower()
+        wanted = UPLOAD_TYPE if path == UPLOAD_PATH else "application/json"
+        if kind != wanted:
+            what = "JSON" if path != UPLOAD_PATH else "the bytes of a safetensors file"
+            raise UnsupportedMediaType(f"Send the body as {what}, with the header 'Content-Type: {wanted}'.")
         if (get(headers, b"content-encoding") or b"identity").lower() != b"identity":
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is.")
     length = get(headers, b"content-length")
@@ -144,6 +164,19 @@ def check_body_headers(method: str, headers: Headers, limit: int) -> None:
         raise body_too_large(limit)
 
 
+def body_limit(path: str, config: ServerConfig) -> int:
+    """Bytes that a body may have."""
+    return int((config.max_upload_mb if path == UPLOAD_PATH else config.max_body_mb) * 2**20)
+
+
+def body_timeout(path: str, config: ServerConfig) -> float:
+    """Seconds that a body may take: adapters get one more for every MiB that they may have."""
+    return config.body_timeout_s + (config.max_upload_mb if path == UPLOAD_PATH else 0.0)
+
+
 def body_too_large(limit: int) -> BodyTooLarge:
     """The error for a body of more than `limit` bytes."""
-    return BodyTooLarge(f"The body is larger than {limit / 2**20:g} MiB, which is --max-body-mb on this server.")
+    return BodyTooLarge(
+        f"The body is larger than {limit / 2**20:g} MiB, the limit of this server (--max-body-mb, and --max-upload-mb "
+        "for adapters)."
+    )

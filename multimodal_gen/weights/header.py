@@ -36,6 +36,14 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
 
+class Header(NamedTuple):
+    """What stands before the tensors of a file."""
+
+    tensors: dict[str, TensorInfo]  # in file order
+    metadata: dict[str, str]  # free text that the writer added
+    data_start: int  # byte of the file at which the tensors begin
+
+
 def read_header(path: Path, shown: str) -> dict[str, TensorInfo]:
     """All tensors of a safetensors file, in file order.
 
@@ -45,29 +53,44 @@ def read_header(path: Path, shown: str) -> dict[str, TensorInfo]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, MAX_HEADER_BYTES):
-                raise CorruptModel(
-                    f"{shown} is damaged or no safetensors file: it announces a header of {length:,} bytes and has "
-                    f"{size:,} bytes in all. Download it again."
-                )
+            length = _length(file.read(LENGTH_BYTES), size, MAX_HEADER_BYTES, shown)
             raw = file.read(length)
     except OSError as error:
         raise CorruptModel(f"{shown} cannot be read: {error.strerror}.") from None
-    tensors = _parse(raw, shown)
-    _check_layout(tensors, size - LENGTH_BYTES - length, shown)
-    return tensors
+    return _header(raw, size, shown).tensors
 
 
-def _parse(raw: bytes, shown: str) -> dict[str, TensorInfo]:
+def parse_header(data: memoryview, shown: str, max_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """The header of a whole file in memory, checked as `read_header` does; at most `max_bytes` long."""
+    length = _length(data[:LENGTH_BYTES], len(data), max_bytes, shown)
+    return _header(bytes(data[LENGTH_BYTES : LENGTH_BYTES + length]), len(data), shown)
+
+
+def _length(first: bytes | memoryview, size: int, limit: int, shown: str) -> int:
+    length = int.from_bytes(first, "little")
+    if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, limit):
+        raise CorruptModel(
+            f"{shown} is damaged or no safetensors file: it announces a header of {length:,} bytes and has "
+            f"{size:,} bytes in all. Download it again."
+        )
+    return length
+
+
+def _header(raw: bytes, size: int, shown: str) -> Header:
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
         raise CorruptModel(f"{shown} is damaged: its header is not valid JSON. Download it again.") from None
     if not isinstance(content, dict):
         raise CorruptModel(f"{shown} is damaged: its header is not a JSON object. Download it again.")
-    found = {name: _tensor(name, entry, shown) for name, entry in content.items() if name != "__metadata__"}
-    return dict(sorted(found.items(), key=lambda item: item[1].begin))
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptModel(f"{shown} is damaged: its metadata must map names to text. Download it again.")
+    found = {name: _tensor(name, entry, shown) for name, entry in content.items()}
+    tensors = dict(sorted(found.items(), key=lambda item: item[1][2:]))
+    start = LENGTH_BYTES + len(raw)
+    _check_layout(tensors, size - start, shown)
+    return Header(tensors, metadata, start)
 
 
 def _tensor(name: str, entry: Any, shown: str) -> TensorInfo:

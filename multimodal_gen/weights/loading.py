@@ -1,13 +1,14 @@
 """Safetensors shards, read one tensor at a time straight into the places where the model computes with them.
 
 The model is constructed first, in its final dtype and on its final device; every checkpoint tensor is then copied (and
-cast) from the memory-mapped file into its slot. Peak memory is the model plus one tensor.
+cast) from the memory-mapped file into its slot. Peak memory is the model plus one tensor. The table of places stays:
+adapters find a layer by its checkpoint name through it, and read the pristine weights again from the same files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.nn.slots import Slotted
+from multimodal_gen.weights.header import read_header
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,96 @@ class Rename:
         return match.expand(self.target), None if self.part is None else match.expand(self.part)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one checkpoint tensor lives in a model."""
+
+    layer: nn.Module  # the module that holds it
+    name: str  # its name there: "weight", "bias"
+    part: str | None  # of a fused layer
+
+    def view(self) -> Tensor:
+        """The memory that the checkpoint's tensor fills, in the checkpoint's shape."""
+        if isinstance(self.layer, Slotted) and self.name == "weight":
+            return self.layer.slot(self.part)
+        own = dict(self.layer.named_parameters(recurse=False)) | dict(self.layer.named_buffers(recurse=False))
+        return own[self.name].detach()
+
+
+class WeightTree:
+    """A model whose tensors are known by the names that its checkpoint files give them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        files: Sequence[Path],
+        renames: Sequence[Rename] = (),
+        ignored: Sequence[str] = (),
+    ) -> None:
+        """`ignored` are patterns of checkpoint keys that the model has no use for. Raises: CorruptModel."""
+        self.model = model
+        self.files = tuple(files)
+        self.shapes: dict[str, tuple[int, ...]] = {}  # every tensor of the files, those without use included
+        self.places: dict[str, Place] = {}  # every tensor that the model has a place for
+        self._file_of: dict[str, Path] = {}
+        self._stamps = {file: _stamp(file) for file in self.files}
+        self._names: dict[str, str] = {}  # checkpoint key → the model's own name
+        layers, names = dict(model.named_modules()), set(model.state_dict())
+        for file in self.files:
+            for key, info in read_header(file, str(file)).items():
+                if key in self.shapes:
+                    raise CorruptModel(f"{file}: tensor {key!r} is doubled; {self._file_of[key].name} has it too.")
+                self.shapes[key] = info.shape
+                self._file_of[key] = file
+                if any(re.fullmatch(pattern, key) for pattern in ignored):
+                    continue
+                name, part = next(filter(None, (row.apply(key) for row in renames)), (key, None))
+                if name not in names:
+                    raise CorruptModel(
+                        f"{file}: tensor {key!r} has no place in {type(model).__name__}; is it another model's?"
+                    )
+                self._names[key] = name
+                layer, _, own = name.rpartition(".")
+                self.places[key] = Place(layers[layer], own, part)
+
+    def load(self) -> None:
+        """Fill every parameter of the model.
+
+        Raises: CorruptModel naming the file and the tensor that is missing, doubled or of the wrong shape.
+        """
+        missing = {name: tensor.numel() for name, tensor in self.model.state_dict().items()}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, Slotted):
+                missing[f"{name}.weight"] = sum(layer.slot(part).numel() for part in layer.part_names)
+        for key, tensor in self.read(self.places):
+            place = self.places[key]
+            slot = place.view()
+            if slot.shape != tensor.shape:
+                raise CorruptModel(
+                    f"{self._file_of[key]}: tensor {key!r} has shape {tuple(tensor.shape)} and the model's "
+                    f"configuration wants {tuple(slot.shape)}. The weights and config.json do not belong together."
+                )
+            slot.copy_(tensor)
+            missing[self._names[key]] -= slot.numel()
+        wrong = [name for name, count in missing.items() if count]
+        if wrong:
+            where = self.files[0].parent if self.files else "the checkpoint"
+            raise CorruptModel(f"{where}: {len(wrong)} tensors are missing or doubled, for example {wrong[0]!r}.")
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these keys as the files hold them, file by file; each is mapped only while it is in use.
+
+        Raises: CorruptModel naming the file, also for one that was changed since the model was loaded.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for key in keys:
+            wanted.setdefault(self._file_of[key], []).append(key)
+        for file, names in wanted.items():
+            if _stamp(file) != self._stamps[file]:
+                raise CorruptModel(f"{file} was changed while the model was in use; restart with the right file.")
+            yield from _tensors(file, names)
+
+
 @contextmanager
 def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Modules made inside are allocated on `device` with floating parameters of `dtype`."""
@@ -54,45 +146,25 @@ def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def load_weights(
     model: nn.Module, files: Sequence[Path], renames: Sequence[Rename] = (), ignored: Sequence[str] = ()
-) -> None:
-    """Fill every parameter of `model` from `files`.
-
-    `ignored` are patterns of checkpoint keys that the model has no use for.
-    Raises: CorruptModel naming the file and the tensor that is missing, left over, doubled or of the wrong shape.
-    """
-    tensors = dict(model.state_dict())
-    missing = {name: tensor.numel() for name, tensor in tensors.items()}
-    slots = {f"{name}.weight": module.slot for name, module in model.named_modules() if isinstance(module, Slotted)}
-    for name, module in model.named_modules():
-        if isinstance(module, Slotted):
-            missing[f"{name}.weight"] = sum(module.slot(part).numel() for part in module.part_names)
-    for file in files:
-        for key, tensor in _tensors(file):
-            if any(re.fullmatch(pattern, key) for pattern in ignored):
-                continue
-            name, part = next(filter(None, (row.apply(key) for row in renames)), (key, None))
-            if name not in tensors:
-                raise CorruptModel(
-                    f"{file}: tensor {key!r} has no place in {type(model).__name__}; is it another model's?"
-                )
-            slot = slots[name](part) if name in slots else tensors[name]
-            if slot.shape != tensor.shape:
-                raise CorruptModel(
-                    f"{file}: tensor {key!r} has shape {tuple(tensor.shape)} and the model's configuration wants "
-                    f"{tuple(slot.shape)}. The weights and config.json do not belong together."
-                )
-            slot.copy_(tensor)
-            missing[name] -= slot.numel()
-    wrong = [name for name, count in missing.items() if count]
-    if wrong:
-        where = files[0].parent if files else "the checkpoint"
-        raise CorruptModel(f"{where}: {len(wrong)} tensors are missing or doubled, for example {wrong[0]!r}.")
+) -> WeightTree:
+    """Fill every parameter of `model` from `files`. Raises as `WeightTree` and `WeightTree.load`."""
+    tree = WeightTree(model, files, renames, ignored)
+    tree.load()
+    return tree
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise CorruptModel(f"{file} cannot be read: {error.strerror}.") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _tensors(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(file, framework="pt", device="cpu") as reader:
-            for key in reader.keys():  # noqa: SIM118 (not a mapping)
+            for key in keys:
                 yield key, reader.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise CorruptModel(f"{file} cannot be read: {error}. Download it again.") from None

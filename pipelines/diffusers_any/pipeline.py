@@ -24,6 +24,7 @@ from multimodal_gen.pipelines.diffusers_any.signature import CallSignature
 from multimodal_gen.pipelines.diffusers_any.spec import guidance_argument, step_callback, takes_negative
 from multimodal_gen.request import ImageRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
+from multimodal_gen.weights.loading import WeightTree
 
 
 class DiffusersPipeline:
@@ -41,6 +42,7 @@ class DiffusersPipeline:
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         self.card = card
+        self.trees: dict[str, WeightTree] = {}
         self.pipe = _load(checkpoint.folder, checkpoint.pipeline_class, dtype).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call = _signature_of(self.pipe)

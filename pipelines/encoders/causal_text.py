@@ -7,14 +7,19 @@ changes nothing that is kept; and a layer whose output is not read is not loaded
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.nn.lowrank import Overlay, Update
 from multimodal_gen.nn.precision import compute_dtype
+from multimodal_gen.weights.loading import Rename, WeightTree
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class Tokens:
 class CausalTextEncoder:
     """Tokenizer with chat template and a transformers decoder, cut after its second last layer."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        """`folder` holds tokenizer/ and text_encoder/. Raises: CorruptModel."""
+    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
+        """`folder` holds tokenizer/ and text_encoder/, `files` are the encoder's weights. Raises: CorruptModel."""
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -55,6 +60,9 @@ class CausalTextEncoder:
         model.norm = nn.Identity()  # the reference reads the state before the final norm
         self.model = model.to(device).eval()
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        # The last layer, the final norm and an output head are in the files, and nothing here reads them.
+        unread = (rf"(model\.)?layers\.{config.num_hidden_layers}\..+", r"(model\.)?norm\.weight", r"lm_head\.weight")
+        self.weights = WeightTree(self.model, files, (Rename(r"model\.(.+)", r"\1"),), unread)
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:
         """The prompt in the chat template of one user turn, cut to `max_length` tokens."""
@@ -65,7 +73,25 @@ class CausalTextEncoder:
         dropped = len(self.tokenizer(text).input_ids) - len(ids) if len(ids) == max_length else 0
         return Tokens(torch.tensor(ids, dtype=torch.long, device=self.device), dropped)
 
-    def encode(self, tokens: Tokens) -> Tensor:
-        """[l] tokens → hidden states [l, D]."""
-        states: Tensor = self.model(input_ids=tokens.ids[None], use_cache=False).last_hidden_state
+    def encode(self, tokens: Tokens, overlay: Overlay | None = None) -> Tensor:
+        """[l] tokens → hidden states [l, D], with unmerged adapters."""
+        with _hooked(overlay):
+            states: Tensor = self.model(input_ids=tokens.ids[None], use_cache=False).last_hidden_state
         return states[0]
+
+
+@contextmanager
+def _hooked(overlay: Overlay | None) -> Iterator[None]:
+    """While inside, the layers of a model that is not ours add the overlay's updates."""
+    updates = overlay.updates if overlay is not None else {}
+    handles = [layer.register_forward_hook(partial(_add, update)) for layer, update in updates.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(update: Update, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    update.add_(inputs[0].flatten(0, -2), output.flatten(0, -2))  # views: both are contiguous
+    return output

@@ -21,6 +21,7 @@ from multimodal_gen.attention.segments import Segments
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.nn.embed import sinusoidal
 from multimodal_gen.nn.linear import FusedLinear, Linear
+from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.nn.mlp import SwiGLU
 from multimodal_gen.nn.modulation import add_gated_, norm_scaled, scale_segments_
 from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
@@ -95,10 +96,10 @@ class Attention(nn.Module):
         self.out = Linear(dim, dim)
         self.backend = backend
 
-    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, d]
+    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments, routing: Routing | None) -> Tensor:
+        qkv = self.qkv(x, routing).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, d]
         q, k = rotate_(self.qk_norm(qkv[:, :2]), frequencies).unbind(1)
-        return self.out(self.backend(q, k, qkv[:, 2], segments).flatten(-2))
+        return self.out(self.backend(q, k, qkv[:, 2], segments).flatten(-2), routing)
 
 
 class Block(nn.Module):
@@ -114,10 +115,10 @@ class Block(nn.Module):
         self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.modulation = Linear(config.time_dim, 4 * dim, bias=True) if modulated else None
 
-    def fold(self, time: Tensor) -> Tensor:
+    def fold(self, time: Tensor, routing: Routing | None) -> Tensor:
         """What the timestep does to this block, norm weights included: time [1, time_dim] → [4, D]."""
         assert self.modulation is not None, "only modulated blocks see the timestep"
-        scale_attn, gate_attn, scale_mlp, gate_mlp = self.modulation(time)[0].chunk(4)
+        scale_attn, gate_attn, scale_mlp, gate_mlp = self.modulation(time, routing)[0].chunk(4)
         return torch.stack(
             [
                 (1 + scale_attn) * self.attention_norm1.weight,
@@ -127,16 +128,23 @@ class Block(nn.Module):
             ]
         )
 
-    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments, folded: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        frequencies: Tensor,
+        segments: Segments,
+        routing: Routing | None,
+        folded: Tensor | None = None,
+    ) -> Tensor:
         """x [T, D] → [T, D], overwritten; folded [S, 4, D] is `fold` of each segment's timestep."""
         if folded is None:
-            x += self.attention_norm2(self.attention(self.attention_norm1(x), frequencies, segments))
-            x += self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            x += self.attention_norm2(self.attention(self.attention_norm1(x), frequencies, segments, routing))
+            x += self.ffn_norm2(self.feed_forward(self.ffn_norm1(x), routing))
             return x
         scale_attn, gate_attn, scale_mlp, gate_mlp = folded.unbind(1)  # [S, D] each
-        h = self.attention(norm_scaled(x, scale_attn, self.eps, segments), frequencies, segments)
+        h = self.attention(norm_scaled(x, scale_attn, self.eps, segments), frequencies, segments, routing)
         x = add_gated_(x, gate_attn, h, self.eps, segments)
-        h = self.feed_forward(norm_scaled(x, scale_mlp, self.eps, segments))
+        h = self.feed_forward(norm_scaled(x, scale_mlp, self.eps, segments), routing)
         return add_gated_(x, gate_mlp, h, self.eps, segments)
 
 
@@ -148,13 +156,14 @@ class FinalLayer(nn.Module):
         self.modulation = Linear(config.time_dim, config.dim, bias=True)
         self.linear = Linear(config.dim, config.patch_dim, bias=True)
 
-    def fold(self, time: Tensor) -> Tensor:
+    def fold(self, time: Tensor, routing: Routing | None) -> Tensor:
         """time [1, time_dim] → scale [D]."""
-        return 1 + self.modulation(F.silu(time))[0]
+        return 1 + self.modulation(F.silu(time), routing)[0]
 
-    def forward(self, x: Tensor, scale: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor, segments: Segments, routing: Routing | None) -> Tensor:
         """x [T, D], scale [S, D] → [T, patch_dim]."""
-        return self.linear(scale_segments_(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS), scale, segments))
+        x = scale_segments_(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS), scale, segments)
+        return self.linear(x, routing)
 
 
 @dataclass(frozen=True)
@@ -192,26 +201,33 @@ class ZImageTransformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.n_layers))
         self.final = FinalLayer(config)
 
-    def refine_caption(self, features: Tensor, frequencies: Tensor) -> Tensor:
+    def refine_caption(self, features: Tensor, frequencies: Tensor, overlay: Overlay | None) -> Tensor:
         """Text features [l, cap_feat_dim] → caption tokens [L, D] with L the next multiple of 32."""
-        x = self.caption_embedder(self.caption_norm(features))
+        x = self.caption_embedder(self.caption_norm(features), Routing.of([len(features)], [overlay]))
         x = torch.cat([x, self.caption_pad.expand(pad_count(len(x)), -1)])
+        routing = Routing.of([len(x)], [overlay])
         for block in self.context_refiner:
-            x = block(x, frequencies, Segments.of([len(x)]))
+            x = block(x, frequencies, Segments.of([len(x)]), routing)
         return x
 
-    def modulate(self, t: Tensor) -> Modulation:
+    def modulate(self, t: Tensor, overlay: Overlay | None) -> Modulation:
         """Normalised time float32 [1] (0 noise … 1 clean), alone: the result must not depend on a batch."""
+        routing = Routing.of([1], [overlay])
         h = sinusoidal(t * self.config.t_scale, TIME_FREQUENCIES).to(self.time_in.weight.dtype)
-        time = self.time_out(F.silu(self.time_in(h)))
+        time = self.time_out(F.silu(self.time_in(h, routing)), routing)
         return Modulation(
-            refiner=_fold(self.noise_refiner, time),
-            layers=_fold(self.layers, time),
-            final=self.final.fold(time),
+            refiner=_fold(self.noise_refiner, time, routing),
+            layers=_fold(self.layers, time, routing),
+            final=self.final.fold(time, routing),
         )
 
     def forward(
-        self, patches: Sequence[Tensor], times: Sequence[Modulation], captions: Sequence[Tensor], layout: Layout
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        captions: Sequence[Tensor],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
     ) -> list[Tensor]:
         """One velocity per joint sequence of the layout.
 
@@ -220,23 +236,29 @@ class ZImageTransformer(nn.Module):
             times: per row, `modulate` of its timestep.
             captions: per joint sequence, refined tokens [L, D], in layout order.
             layout: who attends to whom; see `packing.Layout`.
+            overlays: per row, its unmerged adapters.
 
         Returns: per joint sequence, in layout order, [l, patch_dim].
         """
         refiner = torch.stack([time.refiner for time in times], dim=1)[:, layout.image_rows]  # [n, S, 4, D]
         layers = torch.stack([time.layers for time in times], dim=1)[:, layout.joint_rows]
         final = torch.stack([time.final for time in times])[layout.joint_rows]  # [S, D]
-        x = self._embed_images(patches, layout)
+        of_images = [overlays[row] for row in layout.image_rows_list]
+        of_joints = [overlays[joint.row] for joint in layout.joints]
+        x = self._embed_images(patches, layout, Routing.of(layout.image_lengths, of_images))
+        routing = Routing.of(layout.image_segments.lengths, of_images)
         for block, folded in zip(self.noise_refiner, refiner, strict=True):
-            x = block(x, layout.image_frequencies, layout.image_segments, folded)
+            x = block(x, layout.image_frequencies, layout.image_segments, routing, folded)
         x = self._join(x, captions, layout)
+        routing = Routing.of(layout.joint_segments.lengths, of_joints)
         for block, folded in zip(self.layers, layers, strict=True):
-            x = block(x, layout.joint_frequencies, layout.joint_segments, folded)
+            x = block(x, layout.joint_frequencies, layout.joint_segments, routing, folded)
         x, segments = self._image_tokens(x, layout.joints)
-        return list(self.final(x, final, segments).split(segments.lengths))
+        routing = Routing.of(segments.lengths, of_joints)
+        return list(self.final(x, final, segments, routing).split(segments.lengths))
 
-    def _embed_images(self, patches: Sequence[Tensor], layout: Layout) -> Tensor:
-        x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows_list]))
+    def _embed_images(self, patches: Sequence[Tensor], layout: Layout, routing: Routing | None) -> Tensor:
+        x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows_list]), routing)
         pieces = []
         for tokens in x.split(layout.image_lengths):
             pieces += [tokens, self.image_pad.expand(pad_count(len(tokens)), -1)]
@@ -252,6 +274,6 @@ class ZImageTransformer(nn.Module):
         return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]), Segments.of(lengths)
 
 
-def _fold(blocks: nn.ModuleList, time: Tensor) -> Tensor:
+def _fold(blocks: nn.ModuleList, time: Tensor, routing: Routing | None) -> Tensor:
     """[blocks, 4, D]."""
-    return torch.stack([block.fold(time) for block in blocks if isinstance(block, Block)])
+    return torch.stack([block.fold(time, routing) for block in blocks if isinstance(block, Block)])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from multimodal_gen.attention import registry as attention
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.lora.applied import Applied
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
@@ -73,8 +74,9 @@ class ZImagePipeline:
         settings = ZImageConfig.from_json(json.loads((folder / "transformer" / "config.json").read_text()))
         with construction(self.device, self.dtype):
             self.transformer = ZImageTransformer(settings, backend).eval()
-        load_weights(self.transformer, components["transformer"].files, RENAMES)
-        self.text = CausalTextEncoder(folder, self.device, self.dtype)
+        weights = load_weights(self.transformer, components["transformer"].files, RENAMES)
+        self.text = CausalTextEncoder(folder, components["text_encoder"].files, self.device, self.dtype)
+        self.trees = {"transformer": weights, "text_encoder": self.text.weights}
         self.vae = KLDecoder(folder / "vae", components["vae"].files, self.device, self.dtype)
         self.scheduler = FlowMatchEuler(folder / "scheduler")
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
@@ -100,13 +102,14 @@ class ZImagePipeline:
         for row in rows:
             request = row.request
             if request.id not in done:
-                done[request.id] = self._encode(request)
+                done[request.id] = self._encode(request, row.adapters)
             row.conditions = done[request.id]
 
-    def _encode(self, request: ImageRequest) -> Captions:
-        positive = self._caption(request.prompt, request.max_sequence_length)
+    def _encode(self, request: ImageRequest, adapters: Applied) -> Captions:
+        length = request.max_sequence_length
+        positive = self._caption(request.prompt, length, adapters)
         guided = request.guidance_scale > self.card.guidance_threshold
-        negative = self._caption(request.negative_prompt or "", request.max_sequence_length) if guided else None
+        negative = self._caption(request.negative_prompt or "", length, adapters) if guided else None
         warnings = tuple(
             f"{name} was cut to {request.max_sequence_length} tokens; the last {caption.dropped} were not read"
             for name, caption in (("prompt", positive), ("negative_prompt", negative))
@@ -122,14 +125,16 @@ class ZImagePipeline:
         captions.row_tokens = sum(image + pad_count(image) + len(caption) for caption in captions.branches(guided))
         return captions
 
-    def _caption(self, prompt: str, max_length: int) -> Caption:
-        return self.cache.get((prompt, max_length), lambda: self._encode_caption(prompt, max_length))
+    def _caption(self, prompt: str, max_length: int, adapters: Applied) -> Caption:
+        key = (prompt, max_length, adapters.key(*self.trees))
+        return self.cache.get(key, lambda: self._encode_caption(prompt, max_length, adapters))
 
-    def _encode_caption(self, prompt: str, max_length: int) -> Caption:
+    def _encode_caption(self, prompt: str, max_length: int, adapters: Applied) -> Caption:
         tokens = self.text.tokenize(prompt, max_length)
-        features = self.text.encode(tokens).to(self.dtype)
+        features = self.text.encode(tokens, adapters.overlay("text_encoder")).to(self.dtype)
         length = len(features) + pad_count(len(features))
-        refined = self.transformer.refine_caption(features, self.rope.caption(length).to(self.device))
+        frequencies = self.rope.caption(length).to(self.device)
+        refined = self.transformer.refine_caption(features, frequencies, adapters.overlay("transformer"))
         return Caption(refined, len(features), tokens.dropped)
 
     @torch.inference_mode()
@@ -169,9 +174,10 @@ class ZImagePipeline:
         layout = self.layouts.get(shapes, lambda: make_layout(shapes, self.rope, self.device))
         outputs = self.transformer(
             [patchify(x.to(self.dtype), size) for x in latents],
-            [self._modulation(t) for t in times],
+            [self._modulation(t, row.adapters) for t, row in zip(times, rows, strict=True)],
             [branches[joint.row][joint.branch] for joint in layout.joints],
             layout,
+            [row.adapters.overlay("transformer") for row in rows],
         )
         found = {(j.row, j.branch): out for j, out in zip(layout.joints, outputs, strict=True)}
         velocities = []
@@ -188,10 +194,10 @@ class ZImagePipeline:
         """Normalised time of the row's next step, exact in float32: 0 noise … 1 clean."""
         return float((TRAIN_STEPS - _state(row)[0].timesteps[row.step]) / TRAIN_STEPS)
 
-    def _modulation(self, time: float) -> Modulation:
-        return self.times.get(
-            time, lambda: self.transformer.modulate(torch.tensor([time], dtype=torch.float32, device=self.device))
-        )
+    def _modulation(self, time: float, adapters: Applied) -> Modulation:
+        t = torch.tensor([time], dtype=torch.float32, device=self.device)
+        overlay = adapters.overlay("transformer")
+        return self.times.get((time, adapters.key("transformer")), lambda: self.transformer.modulate(t, overlay))
 
     def _guided(self, row: Row, time: float) -> bool:
         request = row.request

@@ -308,8 +308,8 @@ def test_replay_never_downloads_the_model_that_a_file_names(tmp_path):
 def test_a_replay_on_another_device_is_noted(tmp_path):
     made = plan("--replay", str(image_file(tmp_path, device="cuda:0")))
     assert made.config.device == "auto"
-    assert made.differences("cuda:0") == []
-    assert "made on cuda:0, this one on cpu" in made.differences("cpu")[0]
+    assert made.differences("cuda:0", ()) == []
+    assert "made on cuda:0, this one on cpu" in made.differences("cpu", ())[0]
 
 
 def test_commands_and_top_level_flags(capsys):

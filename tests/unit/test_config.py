@@ -54,9 +54,15 @@ def test_every_option_has_help_and_one_of_the_known_shapes():
         assert option.flag == "--" + option.name.replace("_", "-")
     switches = {option.name for option in options(ServerConfig) if option.is_switch}
     assert {"deterministic", "local_files_only"} <= switches
-    assert {option.name for option in options(ServerConfig) if option.is_list} == {"allowed_hosts", "allowed_origins"}
+    assert {option.name for option in options(ServerConfig) if option.is_list} == {
+        "allowed_hosts",
+        "allowed_origins",
+        "lora",
+        "lora_root",
+    }
     assert {option.name: option.choices for option in options(ServerConfig) if option.choices} == {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "lora_merge_mode": ("auto", "merge", "dynamic"),
         "unknown_fields": ("error", "warn"),
         "log_level": ("debug", "info", "warning", "error"),
     }

@@ -1,0 +1,165 @@
+"""An adapter file in memory: read once, checked, hashed; its tensors are views of the bytes read.
+
+The bytes are read rather than mapped: a file that is replaced or cut while it is in use must not change an adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal_gen.errors import (
+    AdapterLimit,
+    AdapterMismatch,
+    AdapterNotFound,
+    CorruptAdapter,
+    CorruptModel,
+    UnsafeFormat,
+)
+from multimodal_gen.weights.header import TensorInfo, parse_header
+
+CONFIG = "adapter_config.json"
+MAX_HEADER_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TENSORS = 100_000
+FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's and diffusers' names
+PICKLES = frozenset({".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"})
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's zip; bare pickles
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """Filled by `read_adapter`."""
+
+    name: str  # of the file, for messages
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]  # of the safetensors header
+    config: Mapping[str, Any]  # adapter_config.json beside it; {} where there is none
+    digest: str  # SHA-256 of file and config, hexadecimal
+    size: int  # bytes
+
+
+def locate(path: Path) -> Path:
+    """The safetensors file that a path means: itself, or the one inside a folder.
+
+    Raises: AdapterNotFound, UnsafeFormat, AdapterMismatch where a folder leaves it open.
+    """
+    if path.is_dir():
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found[:5])
+            raise AdapterMismatch(f"{path.name}/ holds {len(found)} adapters ({names}); name one of the files.")
+        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+        if pickles:
+            raise _unsafe(pickles[0])
+        raise AdapterNotFound(f"The folder {path.name}/ holds no safetensors file.")
+    if path.suffix.lower() in PICKLES:
+        raise _unsafe(path.name)
+    if not path.is_file():
+        raise AdapterNotFound(f"There is no adapter file {path.name!r} at that path.")
+    return path
+
+
+def read_adapter(path: Path, max_bytes: int) -> AdapterFile:
+    """Read one safetensors file, and the `adapter_config.json` beside it.
+
+    Raises: AdapterLimit above `max_bytes`; UnsafeFormat for a pickle, whatever its name; CorruptAdapter for a broken
+    header, an unreadable file, and numbers that are not finite.
+    """
+    path = locate(path)
+    name = path.name
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise AdapterLimit(
+                f"{name} has {size / 2**20:,.0f} MiB and {max_bytes / 2**20:,.0f} MiB are left for adapters "
+                "(--max-lora-mb); unload others, or raise the limit."
+            )
+        data = bytearray(path.read_bytes())
+    except OSError as error:
+        raise CorruptAdapter(f"{name} cannot be read: {error.strerror}.") from None
+    if any(data.startswith(start) for start in PICKLE_STARTS):
+        raise _unsafe(name)
+    raw_config, config = _read_config(path.parent / CONFIG)
+    tensors, metadata = _tensors(data, name)
+    digest = hashlib.sha256(data)
+    digest.update(raw_config)
+    return AdapterFile(name, tensors, metadata, config, digest.hexdigest(), size)
+
+
+def _tensors(data: bytearray, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        header = parse_header(memoryview(data), name, MAX_HEADER_BYTES)
+    except CorruptModel as error:
+        raise CorruptAdapter(error.message) from None
+    if not 0 < len(header.tensors) <= MAX_TENSORS:
+        raise CorruptAdapter(f"{name} holds {len(header.tensors):,} tensors; 1 to {MAX_TENSORS:,} are possible.")
+    found = {key: _tensor(data, header.data_start, key, info, name) for key, info in header.tensors.items()}
+    return found, header.metadata
+
+
+def _tensor(data: bytearray, start: int, key: str, info: TensorInfo, name: str) -> Tensor:
+    dtype = _DTYPES.get(info.dtype)
+    if dtype is None:
+        raise CorruptAdapter(f"{name}, tensor {key[:80]!r}: {info.dtype} is not a dtype of adapter weights.")
+    if info.elements == 0:
+        raise CorruptAdapter(f"{name}, tensor {key[:80]!r} is empty.")
+    offset = start + info.begin
+    if offset % dtype.itemsize:  # a header of odd length: vector instructions want aligned numbers
+        data, offset = data[offset : start + info.end], 0
+    tensor = torch.frombuffer(data, dtype=dtype, count=info.elements, offset=offset).view(info.shape)
+    if dtype.is_floating_point and not _finite(tensor):
+        raise CorruptAdapter(f"{name}, tensor {key[:80]!r} holds NaN or infinity.")
+    return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """By numpy, on one thread: adapters are read while the engine's threads denoise."""
+    if tensor.dtype == torch.bfloat16:
+        exponents = tensor.view(torch.uint16).numpy() & np.uint16(0x7F80)
+        return bool((exponents != 0x7F80).all())
+    if tensor.dtype.itemsize == 1:
+        return bool(np.isfinite(tensor.float().numpy()).all())
+    return bool(np.isfinite(tensor.numpy()).all())
+
+
+def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        if not path.is_file():
+            return b"", {}
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        config = json.loads(raw) if len(raw) <= MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise CorruptAdapter(f"{CONFIG} beside the adapter is not a JSON object of less than 1 MiB.")
+    return raw, config
+
+
+def _unsafe(name: str) -> UnsafeFormat:
+    return UnsafeFormat(
+        f"{name} is a pickle, which can run code when it is read, and is never opened. Convert it to safetensors where "
+        "you trust it."
+    )

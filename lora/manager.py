@@ -1,0 +1,185 @@
+"""The adapters of one loaded model: changes as transactions, and what each request computes with.
+
+A change is staged (read, checked, decided: in any thread, altering nothing) and then committed between two steps. A
+commit alters what new requests get. The weights follow when the scheduler runs rows of another set (`set_weights`):
+rows that run keep the weights that they began with, and no output is ever a mixture.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from multimodal_gen.adapters import Change, LoraState, Pin
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.lora.applied import BASE, Applied, SetKey, TreeUse, WeightsKey, set_key
+from multimodal_gen.lora.changes import Staged, Stager
+from multimodal_gen.lora.merge import MergedTree
+from multimodal_gen.lora.names import AdapterTarget
+from multimodal_gen.lora.overlay import make_overlay
+from multimodal_gen.lora.policy import Choice, Traffic
+from multimodal_gen.lora.store import AdapterStore, Loaded
+from multimodal_gen.lora.tree import AdaptedTree, Members
+from multimodal_gen.nn.lowrank import Overlay
+from multimodal_gen.request import ImageRequest
+from multimodal_gen.weights.loading import WeightTree
+
+OVERLAY_BYTES = 1 << 30
+REMEMBERED_SETS = 64
+
+Pins = tuple[Pin, ...]
+
+
+class LoraManager:
+    """One per engine; everything but `stage` belongs to the engine's thread."""
+
+    def __init__(
+        self,
+        targets: Sequence[AdapterTarget],
+        weights: Mapping[str, WeightTree],
+        config: EngineConfig,
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            targets: of the family; those without weights here are left out.
+            weights: tree → its weights.
+            on_layer: called after every weight that a merge wrote.
+        """
+        self.trees = {t.tree: AdaptedTree(t, weights[t.tree]) for t in targets if t.tree in weights}
+        self.store = AdapterStore(config, {name: tree.spellings for name, tree in self.trees.items()})
+        self.state = LoraState()
+        self._fixed = config.deterministic  # the way a set is applied never follows the traffic
+        self._choices: Mapping[str, Choice] = {}
+        self._merged = {name: MergedTree(tree, on_layer) for name, tree in self.trees.items()}
+        self._weights: dict[str, SetKey] = {}
+        self._traffic = Traffic()
+        self._ways: OrderedDict[tuple[str, SetKey], bool] = OrderedDict()  # sets that were active → merged?
+        self._overlays: OrderedDict[tuple[str, SetKey], Overlay] = OrderedDict()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the weights are in no known state."""
+        return any(merged.broken for merged in self._merged.values())
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def stage(self, change: Change) -> Staged:
+        """Work out a change; no other may be staged or committed meanwhile. Raises: the AdapterError family."""
+        return Stager(self.store, self.trees, self.state, self._choices).stage(change)
+
+    def commit(self, staged: Staged, *, weights_too: bool) -> None:
+        """Make it so. With `weights_too`, merging is part of the transaction.
+
+        Raises: what merging raised; nothing has changed then.
+        """
+        before = self.store.by_name, self.state, self._choices
+        self._become(staged.names, staged.state, staged.choices)
+        if not weights_too:
+            return
+        weights = self.weights
+        try:
+            self.set_weights(self._active().weights)
+        except BaseException:
+            self._become(*before)
+            self.set_weights(weights)  # another tree may have been written already
+            raise
+
+    def _become(self, names: Mapping[str, Loaded], state: LoraState, choices: Mapping[str, Choice]) -> None:
+        used = {pin.digest for pin in (*state.active, *state.remembered)}
+        self.store.replace(names, used)
+        if state.active != self.state.active:
+            self._traffic = Traffic()
+        self.state, self._choices = state, choices
+        for tree, choice in choices.items():
+            self._remember(tree, choice.merged)
+        for key in [key for key in self._overlays if not self.store.holds(digest for digest, _ in key[1])]:
+            del self._overlays[key]
+
+    def _remember(self, tree: str, merged: bool) -> None:
+        self._ways[tree, _key(self.state.active, tree)] = merged
+        self._ways.move_to_end((tree, _key(self.state.active, tree)))
+        while len(self._ways) > REMEMBERED_SETS:
+            self._ways.popitem(last=False)
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def apply(self, request: ImageRequest) -> Applied:
+        """What the rows of a request compute with. Raises: AdapterNotFound, AdapterMergeOnly."""
+        if not request.loras:
+            return BASE
+        return Applied({tree: self._use(tree, request) for tree in dict.fromkeys(pin.tree for pin in request.loras)})
+
+    def pin(self, request: ImageRequest) -> Callable[[], None]:
+        """Keep the request's adapters until the returned function is called."""
+        return self.store.pin({pin.digest for pin in request.loras})
+
+    def note(self, request: ImageRequest) -> bool:
+        """Count a request for the `auto` policy; returns whether it changed how the active set is applied."""
+        self._traffic.note(request.own_loras and request.loras != self.state.active)
+        movable = {} if self._fixed else {tree: c.merged for tree, c in self._choices.items() if not c.settled}
+        moved = {tree: not now for tree, now in movable.items() if self._traffic.merged(now) != now}
+        for tree, merged in moved.items():
+            reason = "one set dominates" if merged else "requests mix sets"
+            self._choices = {**self._choices, tree: Choice(merged, reason, settled=False)}
+            self.state = msgspec.structs.replace(
+                self.state,
+                merged={**self.state.merged, tree: merged},
+                reasons={**self.state.reasons, tree: reason},
+            )
+            self._remember(tree, merged)
+        return bool(moved)
+
+    def _use(self, tree: str, request: ImageRequest) -> TreeUse:
+        key = _key(request.loras, tree)
+        active = key == _key(self.state.active, tree)
+        if active or not request.own_loras:
+            way = self._ways.get((tree, key))
+            if way is None:  # pinned before the worker was restarted
+                way = any(self.store.find(digest).merge_only(tree) for digest, _ in key)
+            if way:
+                return TreeUse(merged=key)
+        return TreeUse(beside=key, overlay=self._overlay(tree, key))
+
+    def _active(self) -> Applied:
+        trees = [tree for tree, choice in self._choices.items() if choice.merged]
+        return Applied({tree: TreeUse(merged=_key(self.state.active, tree)) for tree in trees})
+
+    def _overlay(self, tree: str, key: SetKey) -> Overlay | None:
+        if (tree, key) in self._overlays:
+            self._overlays.move_to_end((tree, key))
+            return self._overlays[tree, key]
+        overlay = make_overlay(self.trees[tree], self._members(key))
+        if overlay is not None:
+            self._overlays[tree, key] = overlay
+            while sum(kept.nbytes for kept in self._overlays.values()) > OVERLAY_BYTES and len(self._overlays) > 1:
+                self._overlays.popitem(last=False)
+        return overlay
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> WeightsKey:
+        """What is merged into the weights now."""
+        return tuple((tree, key) for tree, key in sorted(self._weights.items()) if key)
+
+    def set_weights(self, wanted: WeightsKey) -> None:
+        """Bring the weights of every tree to `wanted`; nothing is done for those that are there.
+
+        Raises: what reading or merging raised; the tree at fault is as before, or `broken`.
+        """
+        keys = dict(wanted)
+        for tree, merged in self._merged.items():
+            key = keys.get(tree, ())
+            if key != self._weights.get(tree, ()):
+                merged.set(self._members(key))
+                self._weights[tree] = key
+
+    def _members(self, key: SetKey) -> Members:
+        return [(self.store.find(digest), strength) for digest, strength in key]
+
+
+def _key(pins: Pins, tree: str) -> SetKey:
+    return set_key(pin for pin in pins if pin.tree == tree)

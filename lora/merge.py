@@ -1,0 +1,95 @@
+"""Adapters merged into the weights: W = round(W0 + Σ s_i · Δ_i), summed in list order in float32, rounded once.
+
+W0 comes from the checkpoint's files each time, never from the model: unmerging is exact, and no copy of the model is
+kept. The tree is written layer by layer; when that fails half-way, the set before is written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from multimodal_gen.lora.tree import AdaptedTree, Members
+from multimodal_gen.lora.updates import Update
+
+CHUNK_BYTES = 1 << 21  # float32 rows that are summed at a time: they stay in the cache
+SAMPLED_WEIGHTS = 12
+SAMPLED_ROWS = 64
+
+
+class MergedTree:
+    """The weights of one tree and what is merged into them."""
+
+    def __init__(self, tree: AdaptedTree, on_layer: Callable[[], None] = lambda: None) -> None:
+        """`on_layer` is called after every weight that was written; tests fail there."""
+        self.tree = tree
+        self.broken = False  # set when neither the new set nor the one before could be written
+        self._members: Members = ()
+        self._touched: frozenset[str] = frozenset()
+        self._on_layer = on_layer
+
+    @torch.inference_mode()
+    def set(self, members: Members) -> None:
+        """Bring the weights to `members`; () is the base model.
+
+        Raises: what reading or allocating raised; the weights are then as before, or `broken` is set.
+        """
+        before = self._members
+        wanted = self.tree.gather(members)
+        try:
+            self._write(wanted, self._touched | wanted.keys())
+        except BaseException:
+            self.broken = True
+            old = self.tree.gather(before)
+            self._write(old, self._touched | wanted.keys() | old.keys())
+            self.broken = False
+            raise
+        self._members, self._touched = tuple(members), frozenset(wanted)
+
+    def _write(self, wanted: dict[str, list[tuple[Update, float]]], names: Iterable[str]) -> None:
+        for name, pristine in self.tree.pristine(sorted(names)):
+            write(self.tree.place(name).view(), pristine, wanted.get(name, ()))
+            self._on_layer()
+
+
+def write(view: Tensor, pristine: Tensor, updates: Sequence[tuple[Update, float]]) -> None:
+    """view = round(pristine + Σ strength · Δ), a block of rows at a time."""
+    if not updates:
+        view.copy_(pristine)
+        return
+    ready = [(update.on(view.device), strength) for update, strength in updates]
+    row_bytes = 4 * pristine[:1].numel()
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(0, len(pristine), step):
+        rows = slice(start, min(start + step, len(pristine)))
+        view[rows].copy_(_sum(pristine[rows].to(view.device, torch.float32), ready, rows))
+
+
+def _sum(base: Tensor, updates: Sequence[tuple[Update, float]], rows: slice) -> Tensor:
+    total = base.clone()
+    for update, strength in updates:
+        update.add_(total, base, rows, strength)
+    return total
+
+
+@torch.inference_mode()
+def rounding_loss(tree: AdaptedTree, members: Members) -> float:
+    """‖round(W) - round(W0) - Δ‖ / ‖Δ‖ over a sample of weights: the share of the update that merging would lose.
+
+    Near 0 in float32; 1 means that the merged model is the base model. Sampled evenly over the tree, some rows each.
+    """
+    wanted = sorted(tree.gather(members).items())
+    sample = dict(wanted[:: max(1, len(wanted) // SAMPLED_WEIGHTS)])
+    lost = whole = 0.0
+    for name, pristine in tree.pristine(sample):
+        rows = slice(0, min(SAMPLED_ROWS, len(pristine)))
+        dtype = tree.place(name).view().dtype
+        base = pristine[rows].float()
+        ready = [(update.on(base.device), strength) for update, strength in sample[name]]
+        delta = _sum(base, ready, rows) - base
+        kept = (base + delta).to(dtype).float() - base.to(dtype).float()
+        lost += float((kept - delta).square().sum())
+        whole += float(delta.square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0

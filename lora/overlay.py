@@ -1,0 +1,72 @@
+"""Unmerged adapters: an ordered list becomes one wider low-rank update per layer (ranks stacked)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from multimodal_gen.errors import AdapterMergeOnly
+from multimodal_gen.lora.tree import AdaptedTree, Members
+from multimodal_gen.lora.updates import LowRank
+from multimodal_gen.nn.linear import FusedLinear, Linear
+from multimodal_gen.nn.lowrank import Overlay, Piece, Update
+from multimodal_gen.nn.precision import compute_dtype
+from multimodal_gen.nn.slots import Extent
+
+Addends = list[tuple[LowRank, float]]  # updates of one weight with their strengths, in list order
+
+
+def make_overlay(tree: AdaptedTree, members: Members) -> Overlay | None:
+    """What `members` do to the tree, unmerged; None where they do nothing.
+
+    Raises: AdapterMergeOnly for updates that are no low-rank product of a linear layer.
+    """
+    layers = _collect(tree, members)
+    return Overlay({layer: _stack(layer, blocks) for layer, blocks in layers.items()}) if layers else None
+
+
+def _collect(tree: AdaptedTree, members: Members) -> dict[nn.Module, list[tuple[Extent, Addends]]]:
+    layers: dict[nn.Module, list[tuple[Extent, Addends]]] = {}
+    for name, updates in tree.gather(members).items():
+        place = tree.place(name)
+        reason = next((update.merge_only for update, _ in updates if update.merge_only), "")
+        if not reason and (not isinstance(place.layer, (Linear, FusedLinear, nn.Linear)) or place.name != "weight"):
+            reason = f"{name} is no weight of a linear layer"
+        if reason:
+            raise AdapterMergeOnly(
+                f"An adapter of this list exists only merged into the weights ({reason}), so it cannot be used in a "
+                "request's own list or in merge_mode 'dynamic'; activate it with set_lora and merge_mode 'merge'."
+            )
+        low_rank = [(update, strength) for update, strength in updates if isinstance(update, LowRank)]
+        layers.setdefault(place.layer, []).append((_extent(place.layer, place.part), low_rank))
+    return layers
+
+
+def _extent(layer: nn.Module, part: str | None) -> Extent:
+    if isinstance(layer, (Linear, FusedLinear)):
+        return layer.extent(part)
+    assert isinstance(layer, nn.Linear)
+    return Extent(slice(0, layer.out_features), slice(0, layer.in_features))
+
+
+def _stack(layer: nn.Module, blocks: Sequence[tuple[Extent, Addends]]) -> Update:
+    weight = layer.get_parameter("weight")
+    dtype = compute_dtype(weight.dtype, weight.device)
+    ranks: dict[tuple[int, ...], slice] = {}  # factors that blocks share (one A for q, k and v) are multiplied once
+    downs: list[Tensor] = []
+    pieces = []
+    for extent, addends in blocks:
+        shared = tuple(update.down.data_ptr() for update, _ in addends)
+        if shared not in ranks:
+            start = sum(down.shape[0] for down in downs)
+            downs += [update.down for update, _ in addends]
+            ranks[shared] = slice(start, sum(down.shape[0] for down in downs))
+        up = torch.cat([update.up.float() * (strength * update.scale) for update, strength in addends], dim=1)
+        pieces.append(Piece(extent.rows, ranks[shared], up.T.to(weight.device, dtype).contiguous()))
+    total = sum(down.shape[0] for down in downs)
+    down = torch.zeros(weight.shape[1], total, dtype=dtype, device=weight.device)  # zero for padded inputs
+    columns = blocks[0][0].columns
+    down[columns] = torch.cat([d.float() for d in downs]).T.to(weight.device, dtype)
+    return Update(down, tuple(pieces))

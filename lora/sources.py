@@ -1,0 +1,135 @@
+"""Which files adapters may come from, and the `NAME=PATH:STRENGTH:TARGET` of command lines. No torch here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from multimodal_gen.adapters import (
+    MERGE_MODES,
+    TARGETS,
+    AdapterSource,
+    AdapterUse,
+    MergeMode,
+    SetLora,
+    Target,
+    broadcast,
+    check_nickname,
+    check_strength,
+    check_word,
+)
+from multimodal_gen.errors import AdapterNotFound, InvalidValue, PathNotAllowed
+
+DEFAULT_ROOT = "loras"  # of a server, in the folder where it was started
+MAX_PATH = 4096
+
+_FOREIGN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|\\\\|~")
+
+
+def server_roots(given: Sequence[str]) -> tuple[Path, ...]:
+    """The folders that a server's clients may name adapters in."""
+    return tuple(Path(root) for root in given or [DEFAULT_ROOT])
+
+
+def resolve_path(text: str, roots: Sequence[Path] | None, param: str = "lora_path") -> Path:
+    """The real path of an adapter file or folder.
+
+    Args:
+        roots: the path must lie inside one of them, links followed; relative paths are looked up in each. None: any
+            path of this machine, as its own user may read.
+
+    Raises: PathNotAllowed for paths outside, whether something is there or not; AdapterNotFound; InvalidValue.
+    """
+    if not text or "\0" in text or len(text) > MAX_PATH:
+        raise InvalidValue(f"{param!r} must be a path of 1 to {MAX_PATH} characters.", param=param)
+    if roots is None:
+        return _existing(Path(text).expanduser(), text, param)
+    if _FOREIGN.match(text):
+        raise _outside(text, param)
+    allowed = [Path(os.path.realpath(root)) for root in roots]
+    candidates = [Path(os.path.realpath(root / text)) for root in allowed]  # an absolute text replaces the root
+    inside = [path for path in candidates if any(path.is_relative_to(root) for root in allowed)]
+    if not inside:
+        raise _outside(text, param)
+    return _existing(next((path for path in inside if path.exists()), inside[0]), text, param)
+
+
+def make_source(
+    nickname: str, text: str, roots: Sequence[Path] | None, alpha: float | None = None, allow_partial: bool = False
+) -> AdapterSource:
+    """The source that a checked nickname and a user's path mean. Raises as `resolve_path`."""
+    path = resolve_path(text, roots)
+    return AdapterSource(nickname=nickname, path=str(path), alpha=alpha, allow_partial=allow_partial)
+
+
+def set_change(
+    nickname: Any,
+    path: Any = None,
+    target: Any = "all",
+    strength: Any = 1.0,
+    merge_mode: Any = None,
+    *,
+    alpha: Any = None,
+    allow_partial: bool = False,
+    roots: Sequence[Path] | None,
+    default_mode: MergeMode,
+) -> SetLora:
+    """The change that a set_lora call means: scalars or lists, `path` None where the adapter is loaded already.
+
+    Raises: InvalidValue naming the field; as `resolve_path`.
+    """
+    uses, files = broadcast(nickname, path, target, strength, alpha)
+    sources = [make_source(name, text, roots, own, allow_partial) for name, (text, own) in files.items()]
+    mode = default_mode if merge_mode is None else check_word(merge_mode, MERGE_MODES, "merge_mode")
+    return SetLora(sources=tuple(sources), uses=uses, mode=mode)
+
+
+def parse_flag(text: str) -> tuple[AdapterUse, str]:
+    """`NAME=PATH[:STRENGTH[:TARGET]]` as (use, path). Raises: InvalidValue."""
+    name, equals, rest = text.partition("=")
+    if not equals or not rest:
+        raise InvalidValue(f"--lora must be NAME=PATH[:STRENGTH[:TARGET]], got {text[:80]!a}.", param="lora")
+    path, strength, target = rest, 1.0, TARGETS[0]
+    head, colon, last = path.rpartition(":")
+    if colon and last in TARGETS:
+        path, target = head, check_word(last, TARGETS, "lora")
+    head, colon, last = path.rpartition(":")
+    if colon and _is_number(last):
+        path, strength = head, check_strength(float(last), "lora")
+    elif target != TARGETS[0] or (colon and "/" not in last and "." not in last):
+        raise InvalidValue(
+            f"--lora {text[:80]!a}: {last[:40]!a} is no strength; write NAME=PATH[:STRENGTH[:TARGET]] with a target of "
+            f"{', '.join(TARGETS)}.",
+            param="lora",
+        )
+    return AdapterUse(nickname=check_nickname(name, "lora"), strength=strength, target=_target(target)), path
+
+
+def _target(word: str) -> Target:
+    return check_word(word, TARGETS, "lora")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _existing(path: Path, text: str, param: str) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError):  # missing, a loop of links, no permission to look
+        raise AdapterNotFound(f"There is no adapter at {text[:200]!a}.", param=param) from None
+
+
+def _outside(text: str, param: str) -> PathNotAllowed:
+    return PathNotAllowed(
+        f"{text[:200]!a} is not inside a folder that adapters may be loaded from (--lora-root); put the file there, or "
+        "upload it with POST /v1/loras.",
+        param=param,
+    )

@@ -1,0 +1,134 @@
+"""The adapters that are loaded, by nickname and by digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from multimodal_gen.adapters import AdapterInfo, AdapterSource
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import AdapterError, AdapterLimit, AdapterNotFound
+from multimodal_gen.lora.adapter import Adapter
+from multimodal_gen.lora.bind import Spellings, bind
+from multimodal_gen.lora.file import locate, read_adapter
+from multimodal_gen.lora.formats.registry import parse
+
+Stamp = tuple[int, int, int]
+
+
+class Loaded(NamedTuple):
+    """One adapter in memory."""
+
+    info: AdapterInfo
+    adapter: Adapter
+    stamp: Stamp  # of the file: the same source with the same stamp is not read again
+
+
+class AdapterStore:
+    """Owns every adapter's tensors.
+
+    A nickname can be loaded anew or unloaded while requests still run with what it meant: such an adapter stays until
+    nobody pins it, and one change longer, for requests that were sent before the change was known.
+    """
+
+    def __init__(self, config: EngineConfig, spellings: Mapping[str, Spellings]) -> None:
+        self.config = config
+        self.by_name: dict[str, Loaded] = {}
+        self._by_digest: dict[str, Loaded] = {}
+        self._spellings = spellings
+        self._pinned: Counter[str] = Counter()  # digest → requests that run with it
+        self._before: frozenset[str] = frozenset()  # digests that had a name before the last change
+
+    def find(self, digest: str) -> Adapter:
+        """The adapter of a pin. Raises: AdapterNotFound."""
+        if digest not in self._by_digest:
+            raise AdapterNotFound("An adapter of this request was unloaded before the request ran; send it again.")
+        return self._by_digest[digest].adapter
+
+    def holds(self, digests: Iterable[str]) -> bool:
+        """Whether all of these can be found."""
+        return all(digest in self._by_digest for digest in digests)
+
+    def load(self, source: AdapterSource, names: Mapping[str, Loaded]) -> Loaded:
+        """Read, check and bind a file; the store is unchanged. Safe beside a running engine.
+
+        Args:
+            names: what will be loaded besides, for the limits.
+
+        Raises: the AdapterError family.
+        """
+        known = names.get(source.nickname)
+        stamp = _stamp(locate(Path(source.path)))
+        if known is not None and known.info.source == source and known.stamp == stamp:
+            return known
+        others = [loaded for name, loaded in names.items() if name != source.nickname]
+        if len(others) >= self.config.max_loras:
+            raise AdapterLimit(
+                f"{len(others)} adapters are loaded, which is --max-loras; unload one (DELETE /v1/loras/NAME)."
+            )
+        held = sum(loaded.info.bytes for loaded in others)
+        loaded = self._read(source, stamp, (self.config.max_lora_mb << 20) - held)
+        if held + loaded.info.bytes > self.config.max_lora_mb << 20:
+            raise AdapterLimit(
+                f"With {source.nickname!r} the adapters would take more than --max-lora-mb, which is "
+                f"{self.config.max_lora_mb}; unload others."
+            )
+        return loaded
+
+    def _read(self, source: AdapterSource, stamp: Stamp, max_bytes: int) -> Loaded:
+        file = read_adapter(Path(source.path), max_bytes)
+        parsed = parse(file, source.alpha)
+        bound = bind(parsed, self._spellings, allow_partial=source.allow_partial, name=file.name)
+        adapter = bound.adapter
+        if adapter.rank > self.config.max_lora_rank:
+            raise AdapterError(
+                f"{file.name} has rank {adapter.rank}; --max-lora-rank is {self.config.max_lora_rank} on this server."
+            )
+        digest = hashlib.sha256(f"{file.digest} alpha={source.alpha}".encode()).hexdigest()
+        info = AdapterInfo(
+            nickname=source.nickname,
+            path=source.path,
+            digest=digest,
+            format=parsed.format,
+            rank=adapter.rank,
+            bytes=adapter.nbytes,
+            modules=bound.modules,
+            skipped=bound.skipped,
+            merge_only=adapter.merge_only(),
+            source=source,
+        )
+        return Loaded(info, adapter, stamp)
+
+    def replace(self, names: Mapping[str, Loaded], used: Iterable[str]) -> None:
+        """Make `names` what is loaded; `used` are digests of active pins, kept even without a name."""
+        before = frozenset(loaded.info.digest for loaded in self.by_name.values())
+        self.by_name = dict(names)
+        for loaded in names.values():
+            self._by_digest[loaded.info.digest] = loaded
+        self._before = before | set(used)
+        self._drop()
+
+    def pin(self, digests: Iterable[str]) -> Callable[[], None]:
+        """Keep these adapters until the returned function is called."""
+        kept = tuple(digests)
+        self._pinned.update(kept)
+
+        def release() -> None:
+            self._pinned.subtract(kept)
+
+        return release
+
+    def _drop(self) -> None:
+        wanted = {loaded.info.digest for loaded in self.by_name.values()} | self._before
+        wanted |= {digest for digest, count in self._pinned.items() if count > 0}
+        self._pinned = +self._pinned
+        self._by_digest = {digest: loaded for digest, loaded in self._by_digest.items() if digest in wanted}
+
+
+def _stamp(file: Path) -> Stamp:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ino

@@ -1,0 +1,52 @@
+"""One module tree of a loaded model, as adapters see it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from multimodal_gen.lora.adapter import Adapter
+from multimodal_gen.lora.bind import Spellings
+from multimodal_gen.lora.names import AdapterTarget, TreeLayout
+from multimodal_gen.lora.updates import Update
+from multimodal_gen.weights.loading import Place, WeightTree
+
+Members = Sequence[tuple[Adapter, float]]  # adapters with their strengths, in the order of addition
+
+
+class AdaptedTree:
+    """Canonical names (a target's spelling of the checkpoint's) → places and pristine weights."""
+
+    def __init__(self, target: AdapterTarget, weights: WeightTree) -> None:
+        self.target = target
+        self.weights = weights
+        prefix = re.compile(f"(?:{target.strip})?") if target.strip else re.compile("")
+        self._keys = {prefix.sub("", key, count=1): key for key in weights.shapes}  # canonical → the checkpoint's
+        shapes = {name: weights.shapes[key] for name, key in self._keys.items()}
+        inert = {name.rpartition(".")[0] or name for name, key in self._keys.items() if key not in weights.places}
+        self.spellings = Spellings(TreeLayout(target, shapes, frozenset(inert)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.weights.model.parameters()).device
+
+    def place(self, name: str) -> Place:
+        """Where the weight of a canonical name lives."""
+        return self.weights.places[self._keys[name]]
+
+    def pristine(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, W0 as the checkpoint holds it). Raises: CorruptModel."""
+        wanted = {self._keys[name]: name for name in names}
+        return ((wanted[key], tensor) for key, tensor in self.weights.read(wanted))
+
+    def gather(self, members: Members) -> dict[str, list[tuple[Update, float]]]:
+        """Canonical name → (update, strength) in the order of addition; strength 0 adds nothing and is left out."""
+        found: dict[str, list[tuple[Update, float]]] = {}
+        for adapter, strength in members:
+            for name, updates in adapter.trees.get(self.target.tree, {}).items() if strength else ():
+                found.setdefault(name, []).extend((update, strength) for update in updates)
+        return found

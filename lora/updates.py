@@ -1,0 +1,229 @@
+"""What an adapter does to one weight, as a function of the pristine weight W0.
+
+Every kind answers `add_`: total += strength · Δ(W0), in float32, for a block of output rows. Low-rank products are the
+normal form; the others exist because files hold them, and can only be merged.
+
+    LowRank     Δ = scale · B·A                                   LoRA (Hu et al., 2021)
+    Full        Δ = D                                             `.diff`, biases, norms
+    Hadamard    Δ = scale · (B1·A1) ⊙ (B2·A2)                     LoHa (Hyeon-Woo et al., 2021)
+    Kronecker   Δ = scale · C ⊗ W                                 LoKr (Edalati et al., 2022; LyCORIS)
+    Decomposed  Δ = m · V / ‖V‖ - W0 with V = W0 + inner Δ        DoRA (Liu et al., 2024)
+
+Shapes: A [r, in], B [out, r], W0 [out, in]; biases and norms are vectors [out].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+class Update(Protocol):
+    """A change of one weight; immutable."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it changes."""
+
+    @property
+    def rank(self) -> int:
+        """Of its low-rank factors; 0 where it has none."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds."""
+
+    @property
+    def merge_only(self) -> str:
+        """Why it cannot run beside the weight, or an empty string."""
+
+    def on(self, device: torch.device) -> Update:
+        """The same in float32 on a device."""
+
+    def take(self, rows: slice) -> Update:
+        """The part for some output rows, where a file stores several layers as one."""
+
+    def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
+        """total [rows, …] += strength · Δ(W0)[rows]; base is W0[rows]; all float32."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale · B·A."""
+
+    down: Tensor  # A [r, in]
+    up: Tensor  # B [out, r]
+    scale: float  # alpha / r, or alpha / √r for rank-stabilised files
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.down, self.up
+
+    merge_only = ""
+
+    def on(self, device: torch.device) -> LowRank:
+        return replace(self, down=_float(self.down, device), up=_float(self.up, device))
+
+    def take(self, rows: slice) -> LowRank:
+        return replace(self, up=self.up[rows])
+
+    def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
+        total.addmm_(self.up[rows], self.down, alpha=strength * self.scale)
+
+
+@dataclass(frozen=True)
+class Full:
+    """A difference stored whole."""
+
+    diff: Tensor  # as the weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.diff.shape)
+
+    rank = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.diff,)
+
+    merge_only = "whole weight differences (.diff)"
+
+    def on(self, device: torch.device) -> Full:
+        return Full(_float(self.diff, device))
+
+    def take(self, rows: slice) -> Full:
+        return Full(self.diff[rows])
+
+    def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
+        total.add_(self.diff[rows], alpha=strength)
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """scale · (B1·A1) ⊙ (B2·A2)."""
+
+    up1: Tensor  # [out, r]
+    down1: Tensor  # [r, in]
+    up2: Tensor
+    down2: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up1.shape[0], self.down1.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.down1.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.up1, self.down1, self.up2, self.down2
+
+    merge_only = "LoHa, an elementwise product"
+
+    def on(self, device: torch.device) -> Hadamard:
+        up1, down1, up2, down2 = (_float(tensor, device) for tensor in self.tensors)
+        return Hadamard(up1, down1, up2, down2, self.scale)
+
+    def take(self, rows: slice) -> Hadamard:
+        return replace(self, up1=self.up1[rows], up2=self.up2[rows])
+
+    def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
+        total.addcmul_(self.up1[rows] @ self.down1, self.up2[rows] @ self.down2, value=strength * self.scale)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """scale · C ⊗ W: out = c_out · w_out, in = c_in · w_in. A factor stored as a product has been multiplied out."""
+
+    outer: Tensor  # C [c_out, c_in], the small one
+    inner: Tensor  # W [w_out, w_in]
+    scale: float
+    rank: int  # of the factor that was stored as a product; 0 where both were whole
+    rows: slice | None = None  # the share of the output rows that is meant; None: all
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self._meant), self.outer.shape[1] * self.inner.shape[1]
+
+    @property
+    def _meant(self) -> range:
+        rows = range(self.outer.shape[0] * self.inner.shape[0])
+        return rows if self.rows is None else rows[self.rows]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.outer, self.inner
+
+    merge_only = "LoKr, a Kronecker product"
+
+    def on(self, device: torch.device) -> Kronecker:
+        return replace(self, outer=_float(self.outer, device), inner=_float(self.inner, device))
+
+    def take(self, rows: slice) -> Kronecker:
+        assert self.rows is None, "taken once, when the adapter is bound"
+        return replace(self, rows=rows)
+
+    def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
+        height, wanted = self.inner.shape[0], self._meant[rows]
+        first, last = wanted[0] // height, wanted[-1] // height + 1  # the rows of C that these rows need
+        product = torch.kron(self.outer[first:last], self.inner)
+        start = wanted[0] - first * height
+        total.add_(product[start : start + len(wanted)], alpha=strength * self.scale)
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """m · V / ‖V‖ - W0 with V = W0 + inner Δ; the norm runs along each output row.
+
+    Strengths other than 1 scale the difference from W0.
+    """
+
+    inner: Update
+    magnitude: Tensor  # m [out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.inner.tensors, self.magnitude
+
+    merge_only = "DoRA, which rescales whole rows of the weight"
+
+    def on(self, device: torch.device) -> Decomposed:
+        return Decomposed(self.inner.on(device), _float(self.magnitude, device))
+
+    def take(self, rows: slice) -> Decomposed:
+        return Decomposed(self.inner.take(rows), self.magnitude[rows])
+
+    def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
+        direction = base.clone()
+        self.inner.add_(direction, base, rows, 1.0)
+        norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True) + NORM_EPS
+        direction.mul_(self.magnitude[rows, None] / norm).sub_(base)
+        total.add_(direction, alpha=strength)
+
+
+def _float(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.float32)
