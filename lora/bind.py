@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from multimodal_gen.errors import AdapterMismatch, did_you_mean
 from multimodal_gen.lora.adapter import Adapter, Entry, Parsed
 from multimodal_gen.lora.names import TreeLayout
 from multimodal_gen.lora.updates import Update
 
 SHOWN = 3  # examples in a message
+SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def bind(parsed: Parsed, trees: Mapping[str, Spellings], *, allow_partial: bool,
 
     Raises: AdapterMismatch.
     """
-    found: dict[str, dict[str, list[Update]]] = {}
+    found: dict[str, dict[str, list[tuple[str, Update]]]] = {}  # tree → parameter → (the file's module, update)
     lost: list[str] = []
     touched: dict[str, set[str]] = {}
     for entry in parsed.entries:
@@ -65,14 +68,17 @@ def bind(parsed: Parsed, trees: Mapping[str, Spellings], *, allow_partial: bool,
         for module, update in _split(entry, canonical, trees[tree].layout, name):
             if module in trees[tree].layout.inert:  # trained, but nothing reads its result
                 continue
-            found.setdefault(tree, {}).setdefault(f"{module}.{entry.parameter}", []).append(update)
+            found.setdefault(tree, {}).setdefault(f"{module}.{entry.parameter}", []).append((entry.source, update))
             touched.setdefault(tree, set()).add(module)
     lost = [*dict.fromkeys(lost), *parsed.strange]
     if not touched:
         raise AdapterMismatch(_nothing_fits(parsed, trees, lost, name))
     if lost and not allow_partial:
         raise AdapterMismatch(_does_not_fit(parsed, trees, lost, name))
-    fixed = {tree: {key: tuple(updates) for key, updates in keys.items()} for tree, keys in found.items()}
+    fixed = {
+        tree: {key: _without_doubles(key, updates, name) for key, updates in keys.items()}
+        for tree, keys in found.items()
+    }
     return Bound(Adapter(fixed), {tree: len(modules) for tree, modules in touched.items()}, tuple(lost))
 
 
@@ -104,6 +110,25 @@ def _split(entry: Entry, canonical: Sequence[str], layout: TreeLayout, name: str
         pairs.append((module, entry.update.take(slice(start, start + shape[0]))))
         start += shape[0]
     return pairs
+
+
+def _without_doubles(key: str, updates: Sequence[tuple[str, Update]], name: str) -> tuple[Update, ...]:
+    """Some programs store a fused layer and its parts, which say the same twice; what differs is refused."""
+    source, first = updates[0]
+    for other, update in updates[1:]:
+        if other == source or not _equal(first, update):
+            raise AdapterMismatch(f"{name}: modules {source!r} and {other!r} both change {key}, each in its own way.")
+    return (first,)
+
+
+def _equal(one: Update, other: Update) -> bool:
+    """Whether two updates do the same, within rounding; judged by their first rows."""
+    rows = slice(0, min(SAMPLED_ROWS, one.shape[0]))
+    base = torch.zeros(rows.stop, *one.shape[1:])
+    a, b = base.clone(), base.clone()
+    for total, update in ((a, one), (b, other)):
+        update.on(total.device).add_(total, base, rows, 1.0)
+    return torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()))
 
 
 def _nothing_fits(parsed: Parsed, trees: Mapping[str, Spellings], lost: Sequence[str], name: str) -> str:

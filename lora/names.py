@@ -7,7 +7,7 @@ canonical spelling is that of the checkpoint's own tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -31,7 +31,7 @@ class AdapterTarget:
 
     tree: str  # "transformer", "transformer_2", "text_encoder"
     folder: str  # the component's folder in the checkpoint
-    modules: tuple[str, ...]  # patterns of canonical module paths that adapters are trained on; for naming a family
+    modules: tuple[str, ...]  # canonical paths that adapters are trained on, of the first block each; to name a family
     aliases: tuple[Alias, ...] = ()
     strip: str = ""  # pattern of a prefix of the checkpoint's names that no adapter file spells
 
@@ -46,12 +46,29 @@ class TreeLayout:
 
     def modules(self) -> dict[str, tuple[str, ...]]:
         """Every known spelling → the canonical modules it means, in row order."""
-        canonical = {name.rpartition(".")[0] or name for name in (*self.shapes, *self.inert)}
-        names: dict[str, tuple[str, ...]] = {module: (module,) for module in canonical}
-        for alias in self.target.aliases:
-            for module in canonical:
-                match = re.fullmatch(alias.pattern, module)
-                if match:
-                    parts = tuple(match.expand(part) for part in alias.parts) or (module,)
-                    names.setdefault(match.expand(alias.name), parts)
-        return names
+        return spellings(self.target, {name.rpartition(".")[0] or name for name in (*self.shapes, *self.inert)})
+
+
+def spellings(target: AdapterTarget, canonical: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Every known spelling of these canonical modules → the modules it means, in row order."""
+    names: dict[str, tuple[str, ...]] = {module: (module,) for module in canonical}
+    for alias in target.aliases:
+        for module in list(names):
+            match = re.fullmatch(alias.pattern, module) if names[module] == (module,) else None
+            if match:
+                parts = tuple(match.expand(part) for part in alias.parts) or (module,)
+                names.setdefault(match.expand(alias.name), parts)
+    return names
+
+
+def fits(target: AdapterTarget, modules: Iterable[tuple[str, bool]]) -> int:
+    """How many modules of an adapter file a family knows: pairs of the path in the file's spelling, and whether that
+    has "_" for every "."."""
+    known = {_first_block(name) for name in spellings(target, target.modules)}
+    flat = {name.replace(".", "_") for name in known}
+    return sum(_first_block(name) in (flat if is_flat else known) for name, is_flat in modules)
+
+
+def _first_block(module: str) -> str:
+    """The same module of block 0."""
+    return re.sub(r"(?<=[._])\d+(?=[._])", "0", module, count=1)

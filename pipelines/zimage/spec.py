@@ -11,16 +11,22 @@ from multimodal_gen.pipelines.contract import Spec, Variant
 from multimodal_gen.request import Defaults, ModelCard, SamplingParams
 from multimodal_gen.weights.checkpoint import read_json
 
+_REFINED = (
+    *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 # Besides the checkpoint's names, adapter files use those of the original repository (ComfyUI, kohya, ai-toolkit).
 TRANSFORMER = AdapterTarget(
     tree="transformer",
     folder="transformer",
     modules=(
-        r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_[qkv]|to_out\.0)",
-        r"(layers|noise_refiner|context_refiner)\.\d+\.feed_forward\.w[123]",
-        r"(layers|noise_refiner)\.\d+\.adaLN_modulation\.0",
-        r"all_x_embedder\.2-1|all_final_layer\.2-1\.(linear|adaLN_modulation\.1)",
-        r"t_embedder\.mlp\.[02]|cap_embedder\.1",
+        *(f"layers.0.attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")),
+        *(f"layers.0.feed_forward.{name}" for name in ("w1", "w2", "w3")),
+        "layers.0.adaLN_modulation.0",
+        *(f"{tower}.0.{name}" for tower in ("noise_refiner", "context_refiner") for name in _REFINED),
+        "noise_refiner.0.adaLN_modulation.0",
+        *("all_x_embedder.2-1", "all_final_layer.2-1.linear", "all_final_layer.2-1.adaLN_modulation.1"),
+        *("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"),
     ),
     aliases=(
         Alias(
@@ -28,6 +34,7 @@ TRANSFORMER = AdapterTarget(
             r"\1.qkv",
             parts=(r"\1.to_q", r"\1.to_k", r"\1.to_v"),
         ),
+        Alias(r"(.+\.attention)\.to_([qkv])", r"\1.to.\2"),
         Alias(r"(.+\.attention)\.to_out\.0", r"\1.out"),
         Alias(r"(.+\.attention)\.to_out\.0", r"\1.to_out"),
         Alias(r"(.+\.attention)\.norm_([qk])", r"\1.\2_norm"),
@@ -38,7 +45,10 @@ TRANSFORMER = AdapterTarget(
 TEXT_ENCODER = AdapterTarget(
     tree="text_encoder",
     folder="text_encoder",
-    modules=(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",),
+    modules=(
+        *(f"layers.0.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    ),
     aliases=(Alias(r"(layers\..+)", r"model.\1"),),
     strip=r"model\.",
 )
