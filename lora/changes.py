@@ -77,7 +77,7 @@ class Stager:
     def _set(self, change: SetLora) -> Staged:
         names = self._with(change.sources)
         infos = {name: loaded.info for name, loaded in names.items()}
-        pins = expand(change.uses, infos, tuple(self.trees), "lora_nickname")
+        pins = expand(change.uses, infos, tuple(self.trees), "lora_nickname", "target")
         return self._staged(names, pins or self.state.remembered, pins, dict.fromkeys(self.trees, change.mode))
 
     def _unload(self, nickname: str) -> Staged:

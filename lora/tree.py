@@ -17,14 +17,18 @@ from multimodal_gen.weights.loading import Place, WeightTree
 Members = Sequence[tuple[Adapter, float]]  # adapters with their strengths, in the order of addition
 
 
+def canonical_names(target: AdapterTarget, keys: Iterable[str]) -> dict[str, str]:
+    """Canonical name → the checkpoint's key."""
+    return {re.sub(f"^(?:{target.strip})?", "", key): key for key in keys}
+
+
 class AdaptedTree:
     """Canonical names (a target's spelling of the checkpoint's) → places and pristine weights."""
 
     def __init__(self, target: AdapterTarget, weights: WeightTree) -> None:
         self.target = target
         self.weights = weights
-        prefix = re.compile(f"(?:{target.strip})?") if target.strip else re.compile("")
-        self._keys = {prefix.sub("", key, count=1): key for key in weights.shapes}  # canonical → the checkpoint's
+        self._keys = canonical_names(target, weights.shapes)
         shapes = {name: weights.shapes[key] for name, key in self._keys.items()}
         inert = {name.rpartition(".")[0] or name for name, key in self._keys.items() if key not in weights.places}
         self.spellings = Spellings(TreeLayout(target, shapes, frozenset(inert)))

@@ -281,19 +281,24 @@ def unmerge_change(target: Any = "all") -> UnmergeLora:
 
 def pins_of(uses: Iterable[AdapterUse], state: LoraState, targets: Iterable[str]) -> tuple[Pin, ...]:
     """The pins of a request's own list. Raises as `expand`."""
-    return expand(uses, {info.nickname: info for info in state.loaded}, tuple(targets), "loras")
+    return expand(uses, {info.nickname: info for info in state.loaded}, tuple(targets), "loras", "loras")
 
 
 def expand(
-    uses: Iterable[AdapterUse], loaded: Mapping[str, AdapterInfo], targets: Sequence[str], param: str
+    uses: Iterable[AdapterUse],
+    loaded: Mapping[str, AdapterInfo],
+    targets: Sequence[str],
+    param: str,
+    target_param: str,
 ) -> tuple[Pin, ...]:
     """One pin per tree that each use changes, in order; a use that changes nothing is an error.
 
     Args:
         loaded: by nickname.
         targets: the trees of the model that can be adapted.
+        param: the request field of the nicknames, for errors; `target_param`: that of the targets.
 
-    Raises: AdapterNotFound, AdapterMismatch, InvalidValue; `param` is the request field to name.
+    Raises: AdapterNotFound, AdapterMismatch, InvalidValue.
     """
     pins = []
     for use in uses:
@@ -306,7 +311,8 @@ def expand(
             )
         if use.target != "all" and use.target not in targets:
             raise InvalidValue(
-                f"This model has no target {use.target!r}; it has {', '.join(['all', *targets])}.", param=param
+                f"This model has no target {use.target!r}; it has {', '.join(['all', *targets])}.",
+                param=target_param,
             )
         trees = [tree for tree in targets if info.modules.get(tree) and use.target in ("all", tree)]
         if not trees:

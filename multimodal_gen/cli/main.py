@@ -27,6 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("multimodal_gen.cli.generate", "make images from a prompt, here and now"),
     "serve": Command("multimodal_gen.cli.serve", "run the HTTP server (OpenAI images API)"),
+    "lora": Command("multimodal_gen.cli.lora", "list adapter files, or look into one"),
     "models": Command("multimodal_gen.cli.models", "list the models that can run, or describe one"),
     "doctor": Command("multimodal_gen.cli.doctor", "report devices, dtypes, memory, and whether a model fits"),
     "config": Command("multimodal_gen.cli.config_show", "show every setting, its value and where that came from"),
