@@ -26,7 +26,7 @@ from multimodal_gen.nn.lowrank import Overlay
 from multimodal_gen.request import ImageRequest
 from multimodal_gen.weights.loading import WeightTree
 
-OVERLAY_BYTES = 1 << 30
+OVERLAY_BYTES = 256 << 20
 REMEMBERED_SETS = 64
 
 Pins = tuple[Pin, ...]
@@ -92,11 +92,10 @@ class LoraManager:
         self.store.replace(names, used)
         if state.active != self.state.active:
             self._traffic = Traffic()
+            self._overlays.clear()  # rows that run hold theirs; those of sets that come back are made again
         self.state, self._choices = state, choices
         for tree, choice in choices.items():
             self._remember(tree, choice.merged)
-        for key in [key for key in self._overlays if not self.store.holds(digest for digest, _ in key[1])]:
-            del self._overlays[key]
 
     def _remember(self, tree: str, merged: bool) -> None:
         self._ways[tree, _key(self.state.active, tree)] = merged

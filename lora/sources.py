@@ -52,9 +52,10 @@ def resolve_path(text: str, roots: Sequence[Path] | None, param: str = "lora_pat
     allowed = [Path(os.path.realpath(root)) for root in roots]
     candidates = [Path(os.path.realpath(root / text)) for root in allowed]  # an absolute text replaces the root
     inside = [path for path in candidates if any(path.is_relative_to(root) for root in allowed)]
-    if not inside:
+    found = next((path for path in inside if path.exists()), None)
+    if found is None and len(inside) < len(candidates):
         raise _outside(text, param)
-    return _existing(next((path for path in inside if path.exists()), inside[0]), text, param)
+    return _existing(found or inside[0], text, param)
 
 
 def make_source(
@@ -99,7 +100,7 @@ def parse_flag(text: str) -> tuple[AdapterUse, str]:
     head, colon, last = path.rpartition(":")
     if colon and _is_number(last):
         path, strength = head, check_strength(float(last), "lora")
-    elif target != TARGETS[0] or (colon and "/" not in last and "." not in last):
+    elif colon and "/" not in last and "." not in last:
         raise InvalidValue(
             f"--lora {text[:80]!a}: {last[:40]!a} is no strength; write NAME=PATH[:STRENGTH[:TARGET]] with a target of "
             f"{', '.join(TARGETS)}.",

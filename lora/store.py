@@ -49,10 +49,6 @@ class AdapterStore:
             raise AdapterNotFound("An adapter of this request was unloaded before the request ran; send it again.")
         return self._by_digest[digest].adapter
 
-    def holds(self, digests: Iterable[str]) -> bool:
-        """Whether all of these can be found."""
-        return all(digest in self._by_digest for digest in digests)
-
     def load(self, source: AdapterSource, names: Mapping[str, Loaded]) -> Loaded:
         """Read, check and bind a file; the store is unchanged. Safe beside a running engine.
 

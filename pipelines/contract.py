@@ -124,3 +124,6 @@ class Pipeline(Protocol):
 
     def release(self, row: Row) -> None:
         """Free what the row holds outside itself; called once when it leaves, finished, cancelled or failed."""
+
+    def forget(self) -> None:
+        """Let go of what was kept for the adapters in use until now and is quickly made again."""

@@ -33,8 +33,10 @@ class _Running:
 class Changes:
     """The queue of changes of one engine. All methods belong to the engine's thread."""
 
-    def __init__(self, manager: LoraManager, fault: Fault) -> None:
+    def __init__(self, manager: LoraManager, fault: Fault, on_change: Callable[[], None]) -> None:
+        """`on_change` is called once other adapters than before are active."""
         self.manager = manager
+        self._on_change = on_change
         self.on_staged: Callable[[], None] = lambda: None  # called in the thread; wakes a sleeping engine
         self._fault = fault
         self._waiting: deque[tuple[str, Change]] = deque()
@@ -90,7 +92,10 @@ class Changes:
         return LorasChanged(running.id, self.manager.state, changed, time.monotonic() - running.began)
 
     def _finished(self, staged: Staged, weights_too: bool) -> bool:
+        active = self.manager.state.active
         self.manager.commit(staged, weights_too=weights_too)
+        if self.manager.state.active != active:
+            self._on_change()
         return staged.changed
 
 

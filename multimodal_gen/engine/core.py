@@ -79,7 +79,7 @@ class EngineCore:
         self.scheduler = Scheduler(config.max_batch_tokens or BATCH_TOKENS[device], card.exclusive, clock)
         targets = registry.find(card.pipeline_class).adapters
         self.loras = LoraManager(targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"))
-        self.changes = Changes(self.loras, self.fault)
+        self.changes = Changes(self.loras, self.fault, self.pipeline.forget)
         self._clock = clock
         self._active: dict[str, Active] = {}
         self._failures = 0  # requests failed in a row

@@ -93,6 +93,9 @@ class DiffusersPipeline:
         if call is not None:
             call.cancel()
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def _drive(self, row: Row, step: int) -> StepwiseCall:
         """The row's call, advanced until `step` of its requested steps are done; begun where there is none."""
         call = self._calls.get(_key(row))

@@ -49,3 +49,8 @@ class ByteCache(Generic[Value]):
             while self.use.bytes > self.max_bytes:
                 self.use.bytes -= self._entries.popitem(last=False)[1].nbytes
         return value
+
+    def clear(self) -> None:
+        """Drop every entry."""
+        self._entries.clear()
+        self.use.bytes = 0

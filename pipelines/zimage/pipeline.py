@@ -218,6 +218,10 @@ class ZImagePipeline:
     def release(self, row: Row) -> None:
         """Rows hold nothing outside themselves."""
 
+    def forget(self) -> None:
+        """Modulations; encoded prompts stay, within --condition-cache-mb."""
+        self.times.clear()
+
 
 def _state(row: Row) -> tuple[FlowMatchState, Tensor]:
     assert isinstance(row.sampler, FlowMatchState), "prepare() comes before denoise()"

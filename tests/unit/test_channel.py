@@ -57,3 +57,16 @@ def test_an_announced_giant_is_refused_before_it_is_read(pair):
     front.sendall(struct.pack("<Q", MAX_FRAME_BYTES + 1))
     with pytest.raises(ChannelClosed, match="limit"):
         channel.receive(wait=True)
+
+
+def test_a_thread_can_end_the_wait(pair):
+    front, channel = pair
+    thread = threading.Timer(0.05, channel.wake)
+    thread.start()
+    assert channel.receive(wait=True) == []
+    thread.join()
+    for _ in range(100_000):  # more than the pipe holds; whoever wakes must never block
+        channel.wake()
+    front.sendall(pack(Cancel("a")))
+    got = channel.receive(wait=True) or channel.receive(wait=True)
+    assert got == [Cancel("a")]

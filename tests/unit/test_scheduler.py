@@ -227,3 +227,51 @@ def test_the_order_is_the_same_on_every_run():
         return run_to_end(s, requests)
 
     assert once() == once()
+
+
+def test_rows_of_one_step_share_the_state_of_the_weights():
+    s = scheduler()
+    s.add(request("a1"), weights=("A",))
+    s.add(request("b1"), weights=("B",))
+    s.add(request("a2"), weights=("A",))
+    assert ids(s.plan()) == ["a1", "a2"]
+    s.add(request("a3"), weights=("A",))
+    # b1 is first in line: nobody joins any more, those that run go on.
+    assert ids(s.plan()) == ["a1", "a2"]
+    assert s.finish("a1", 0)
+    assert ids(s.plan()) == ["a2"]
+    assert s.finish("a2", 0)
+    assert ids(s.plan()) == ["b1"]
+    assert ids(s.plan()) == ["b1"]
+    assert s.finish("b1", 0)
+    assert ids(s.plan()) == ["a3"]
+
+
+def test_states_that_alternate_all_get_their_turn():
+    s = scheduler(budget=300)
+    requests = [request(f"{name}{number}", steps=3, n=2) for number in range(4) for name in "abc"]
+    for r in requests:
+        s.add(r, weights=(r.id[0],))
+    left = {(r.id, i): r.num_inference_steps for r in requests for i in range(r.n)}
+    finished = []
+    for _ in range(1000):
+        if s.idle:
+            break
+        plan = s.plan()
+        assert len({slot.request_id[0] for slot in plan}) == 1
+        for slot in plan:
+            left[slot.request_id, slot.index] -= 1
+            if not left[slot.request_id, slot.index] and s.finish(slot.request_id, slot.index):
+                finished.append(slot.request_id)
+    assert sorted(finished) == sorted(r.id for r in requests)
+
+
+def test_a_cancelled_first_in_line_lets_the_others_join_again():
+    s = scheduler()
+    s.add(request("a1"), weights=("A",))
+    assert ids(s.plan()) == ["a1"]
+    s.add(request("b1"), weights=("B",))
+    s.add(request("a2"), weights=("A",))
+    assert ids(s.plan()) == ["a1"]
+    s.remove("b1")
+    assert ids(s.plan()) == ["a1", "a2"]
