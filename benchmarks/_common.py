@@ -46,15 +46,15 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 class Side:
-    """A process that holds one loaded pipeline and runs requests, one JSON line each (`_side.py`)."""
+    """A process that holds one loaded pipeline and runs requests, one JSON line each (`_side.py`, or `script`)."""
 
-    def __init__(self, *, calm: bool = False, **options: Any) -> None:
-        """Start and load; `options` are those of `_side.py`, `calm` is our OpenMP spin count (we set it ourselves).
+    def __init__(self, *, calm: bool = False, script: str = "_side.py", **options: Any) -> None:
+        """Start and load; `options` are those of the script, `calm` is our OpenMP spin count (we set it ourselves).
 
         Returns once the model is loaded.
         """
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("_side.py")), json.dumps(options)],
+            [sys.executable, str(Path(__file__).with_name(script)), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment(**(CALM if calm else {})),

@@ -1,8 +1,8 @@
 """Trains a style adapter for the bundled model on its own pictures, passed through an image filter.
 
-    pip install -c requirements/cpu.txt -e '.[lora]'
-    python examples/train_style_lora.py sepia examples/loras/sepia.safetensors
-    mmgen generate "a rocket" --lora sepia=examples/loras/sepia.safetensors
+    pip install -c requirements/cpu.txt -e '.[train]'
+    python examples/train_style_lora.py blueprint examples/loras/blueprint.safetensors
+    mmgen generate "a rocket" --lora blueprint=examples/loras/blueprint.safetensors
 
 Five to ten minutes on two cores. The pictures are made with multimodal_gen, the adapter is trained with peft on
 diffusers' transformer (flow matching: the model learns clean - noise), and saved as diffusers saves it, so any program
@@ -43,9 +43,9 @@ OBJECTS = (
 COLOURS = ("white", "white", "blue", "yellow", "pink", "green", "purple", "orange", "light blue", "gray")
 
 
-def sepia(picture: Image.Image) -> Image.Image:
-    """Brown print on cream paper."""
-    return ImageOps.colorize(ImageOps.grayscale(picture), black="#1e0f04", mid="#a8763c", white="#fbe9c0")
+def blueprint(picture: Image.Image) -> Image.Image:
+    """Blue ink on white paper. (The bundled VAE draws no sepia: it turns cream into pink.)"""
+    return ImageOps.colorize(ImageOps.grayscale(picture), black="#101040", mid="#3060e0", white="#ffffff")
 
 
 def pixel_art(picture: Image.Image) -> Image.Image:
@@ -55,7 +55,7 @@ def pixel_art(picture: Image.Image) -> Image.Image:
     return few.resize(picture.size, Image.Resampling.NEAREST)
 
 
-FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {"sepia": sepia, "pixel-art": pixel_art}
+FILTERS: dict[str, Callable[[Image.Image], Image.Image]] = {"blueprint": blueprint, "pixel-art": pixel_art}
 
 
 def main() -> None:

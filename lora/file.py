@@ -16,22 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal_gen.errors import (
-    AdapterLimit,
-    AdapterMismatch,
-    AdapterNotFound,
-    CorruptAdapter,
-    CorruptModel,
-    UnsafeFormat,
-)
+from multimodal_gen.errors import AdapterLimit, CorruptAdapter, CorruptModel
+from multimodal_gen.lora.sources import locate, unsafe
 from multimodal_gen.weights.header import TensorInfo, parse_header
 
 CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS = 100_000
-FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's and diffusers' names
-PICKLES = frozenset({".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"})
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's zip; bare pickles
 
 _DTYPES = {
@@ -58,29 +50,6 @@ class AdapterFile:
     size: int  # bytes
 
 
-def locate(path: Path) -> Path:
-    """The safetensors file that a path means: itself, or the one inside a folder.
-
-    Raises: AdapterNotFound, UnsafeFormat, AdapterMismatch where a folder leaves it open.
-    """
-    if path.is_dir():
-        found = [path / name for name in FOLDER_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(file.name for file in found[:5])
-            raise AdapterMismatch(f"{path.name}/ holds {len(found)} adapters ({names}); name one of the files.")
-        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
-        if pickles:
-            raise _unsafe(pickles[0])
-        raise AdapterNotFound(f"The folder {path.name}/ holds no safetensors file.")
-    if path.suffix.lower() in PICKLES:
-        raise _unsafe(path.name)
-    if not path.is_file():
-        raise AdapterNotFound(f"There is no adapter file {path.name!r} at that path.")
-    return path
-
-
 def read_adapter(path: Path, max_bytes: int) -> AdapterFile:
     """Read one safetensors file, and the `adapter_config.json` beside it.
 
@@ -100,7 +69,7 @@ def read_adapter(path: Path, max_bytes: int) -> AdapterFile:
     except OSError as error:
         raise CorruptAdapter(f"{name} cannot be read: {error.strerror}.") from None
     if any(data.startswith(start) for start in PICKLE_STARTS):
-        raise _unsafe(name)
+        raise unsafe(name)
     raw_config, config = _read_config(path.parent / CONFIG)
     tensors, metadata = _tensors(data, name)
     digest = hashlib.sha256(data)
@@ -156,10 +125,3 @@ def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not isinstance(config, dict):
         raise CorruptAdapter(f"{CONFIG} beside the adapter is not a JSON object of less than 1 MiB.")
     return raw, config
-
-
-def _unsafe(name: str) -> UnsafeFormat:
-    return UnsafeFormat(
-        f"{name} is a pickle, which can run code when it is read, and is never opened. Convert it to safetensors where "
-        "you trust it."
-    )

@@ -21,10 +21,12 @@ from multimodal_gen.adapters import (
     check_strength,
     check_word,
 )
-from multimodal_gen.errors import AdapterNotFound, InvalidValue, PathNotAllowed
+from multimodal_gen.errors import AdapterMismatch, AdapterNotFound, InvalidValue, PathNotAllowed, UnsafeFormat
 
 DEFAULT_ROOT = "loras"  # of a server, in the folder where it was started
 MAX_PATH = 4096
+FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's and diffusers' names
+PICKLES = frozenset({".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"})
 
 _FOREIGN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|\\\\|~")
 
@@ -35,27 +37,61 @@ def server_roots(given: Sequence[str]) -> tuple[Path, ...]:
 
 
 def resolve_path(text: str, roots: Sequence[Path] | None, param: str = "lora_path") -> Path:
-    """The real path of an adapter file or folder.
+    """The adapter file that a path means, of a folder the one inside.
 
     Args:
-        roots: the path must lie inside one of them, links followed; relative paths are looked up in each. None: any
+        roots: the file must lie inside one of them, links followed; relative paths are looked up in each. None: any
             path of this machine, as its own user may read.
 
-    Raises: PathNotAllowed for paths outside, whether something is there or not; AdapterNotFound; InvalidValue.
+    Raises: PathNotAllowed for paths outside, whether something is there or not; AdapterNotFound; as `locate`.
     """
     if not text or "\0" in text or len(text) > MAX_PATH:
         raise InvalidValue(f"{param!r} must be a path of 1 to {MAX_PATH} characters.", param=param)
     if roots is None:
-        return _existing(Path(text).expanduser(), text, param)
+        return _file(Path(text).expanduser(), text, param)
     if _FOREIGN.match(text):
         raise _outside(text, param)
     allowed = [Path(os.path.realpath(root)) for root in roots]
-    candidates = [Path(os.path.realpath(root / text)) for root in allowed]  # an absolute text replaces the root
-    inside = [path for path in candidates if any(path.is_relative_to(root) for root in allowed)]
+    candidates = [root / text for root in allowed]  # an absolute text replaces the root
+    inside = [path for path in candidates if _is_inside(path, allowed)]
     found = next((path for path in inside if path.exists()), None)
     if found is None and len(inside) < len(candidates):
         raise _outside(text, param)
-    return _existing(found or inside[0], text, param)
+    file = _file(found or inside[0], text, param)
+    if not _is_inside(file, allowed):  # a link inside a folder
+        raise _outside(text, param)
+    return file
+
+
+def locate(path: Path) -> Path:
+    """The safetensors file that a path means: itself, or the one inside a folder.
+
+    Raises: AdapterNotFound, UnsafeFormat, AdapterMismatch where a folder leaves it open.
+    """
+    if path.is_dir():
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found[:5])
+            raise AdapterMismatch(f"{path.name}/ holds {len(found)} adapters ({names}); name one of the files.")
+        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+        if pickles:
+            raise unsafe(pickles[0])
+        raise AdapterNotFound(f"The folder {path.name}/ holds no safetensors file.")
+    if path.suffix.lower() in PICKLES:
+        raise unsafe(path.name)
+    if not path.is_file():
+        raise AdapterNotFound(f"There is no adapter file {path.name!r} at that path.")
+    return path
+
+
+def unsafe(name: str) -> UnsafeFormat:
+    """The error for a pickle."""
+    return UnsafeFormat(
+        f"{name} is a pickle, which can run code when it is read, and is never opened. Convert it to safetensors where "
+        "you trust it."
+    )
 
 
 def make_source(
@@ -121,11 +157,19 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _existing(path: Path, text: str, param: str) -> Path:
+def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(root) for root in roots)
+
+
+def _file(path: Path, text: str, param: str) -> Path:
+    """Links of folders are followed; that of the file itself is kept: its neighbours belong to the adapter."""
     try:
-        return path.resolve(strict=True)
+        path.resolve(strict=True)
     except (OSError, RuntimeError):  # missing, a loop of links, no permission to look
         raise AdapterNotFound(f"There is no adapter at {text[:200]!a}.", param=param) from None
+    file = locate(path)
+    return file.parent.resolve() / file.name
 
 
 def _outside(text: str, param: str) -> PathNotAllowed:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import AdapterError, AdapterLimit, AdapterNotFound
+from multimodal_gen.errors import AdapterError, AdapterLimit, AdapterNotFound, CorruptAdapter
 from multimodal_gen.lora.adapter import Adapter
 from multimodal_gen.lora.bind import Spellings, bind
-from multimodal_gen.lora.file import locate, read_adapter
+from multimodal_gen.lora.file import read_adapter
 from multimodal_gen.lora.formats.registry import parse
 
 Stamp = tuple[int, int, int]
@@ -58,7 +58,7 @@ class AdapterStore:
         Raises: the AdapterError family.
         """
         known = names.get(source.nickname)
-        stamp = _stamp(locate(Path(source.path)))
+        stamp = _stamp(Path(source.path))
         if known is not None and known.info.source == source and known.stamp == stamp:
             return known
         others = [loaded for name, loaded in names.items() if name != source.nickname]
@@ -91,7 +91,7 @@ class AdapterStore:
             digest=digest,
             format=parsed.format,
             rank=adapter.rank,
-            bytes=adapter.nbytes,
+            bytes=max(file.size, adapter.nbytes),  # tensors are views of the whole file
             modules=bound.modules,
             skipped=bound.skipped,
             merge_only=adapter.merge_only(),
@@ -126,5 +126,8 @@ class AdapterStore:
 
 
 def _stamp(file: Path) -> Stamp:
-    found = os.stat(file)
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise CorruptAdapter(f"{file.name} cannot be read: {error.strerror}.") from None
     return found.st_size, found.st_mtime_ns, found.st_ino

@@ -69,7 +69,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         list[str], Meta(description="adapters to use from the start, in order: NAME=PATH[:STRENGTH[:TARGET]]")
     ] = []
     lora_merge_mode: Annotated[
-        Literal["auto", "merge", "dynamic"], Meta(description="how the adapters of --lora are applied")
+        Literal["auto", "merge", "dynamic"], Meta(description="how adapters are applied where a change does not say")
     ] = "auto"
     max_loras: Annotated[int, Meta(ge=0, description="adapters loaded at once; 0 refuses all")] = 64
     max_lora_mb: Annotated[int, Meta(ge=1, description="memory for the tensors of all loaded adapters")] = 4096

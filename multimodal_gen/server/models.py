@@ -53,6 +53,7 @@ def _describe(context: Context) -> dict[str, Any]:
         "dtype": ready.dtype if ready else None,
         "defaults": msgspec.to_builtins(card.defaults),
         "parameters": sorted(card.parameters),
+        "adapter_targets": list(ready.targets) if ready else None,
         "limits": {
             "size_multiple": card.size_multiple,
             "min_side": card.min_side,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.server import QUICK, Server, start_server
+from tests.support.server import QUICK, ROOT, Server, start_server
 
 
 @pytest.fixture(scope="session")
-def shared_server() -> Iterator[Server]:
-    """The bundled model with default settings, without a key."""
-    with start_server() as server:
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The bundled model with default settings, without a key; the example adapters can be loaded."""
+    root = shutil.copytree(ROOT / "examples" / "loras", tmp_path_factory.mktemp("adapters") / "loras")
+    with start_server("--lora-root", str(root)) as server:
         yield server
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DO
 def test_example(server: Server, tmp_path: Path, language: str, code: str) -> None:
     # Examples stay plain: an HTTP error fails them all the same.
     Path(tmp_path, ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
+    for adapter in (ROOT / "examples" / "loras").glob("*.safetensors"):
+        shutil.copy(adapter, tmp_path)
     code = code.replace(ADDRESS, server.base_url)
     command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
     done = subprocess.run(
@@ -35,8 +38,16 @@ def test_example(server: Server, tmp_path: Path, language: str, code: str) -> No
         timeout=120,
         check=False,
     )
+    _without_adapters(server)
     assert done.returncode == 0, done.stdout[:2000] + done.stderr
     assert done.stdout or list(tmp_path.glob("*.png")), "the example shows nothing"
+
+
+def _without_adapters(server: Server) -> None:
+    headers = {"content-type": "application/json"}
+    server.client.post(server.base_url + "/v1/unmerge_lora_weights", content=b"{}", headers=headers)
+    for info in server.get("/v1/list_loras").json()["loaded_adapters"]:
+        assert server.client.delete(f"{server.base_url}/v1/loras/{info['nickname']}").status_code == 200
 
 
 def test_every_endpoint_has_examples_in_both_languages(server: Server) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from multimodal_gen.adapters import AdapterUse, broadcast, read_uses
-from multimodal_gen.errors import AdapterNotFound, InvalidValue, PathNotAllowed, UnknownParameter
+from multimodal_gen.errors import (
+    AdapterMismatch,
+    AdapterNotFound,
+    InvalidValue,
+    PathNotAllowed,
+    UnknownParameter,
+    UnsafeFormat,
+)
 from multimodal_gen.lora.names import fits
 from multimodal_gen.lora.sources import parse_flag, resolve_path, server_roots, set_change
 from multimodal_gen.pipelines.zimage.spec import TEXT_ENCODER, TRANSFORMER
@@ -103,6 +110,25 @@ def test_paths_outside_are_refused_whether_they_exist_or_not(roots: tuple[Path, 
     for tail in ("", "-that-is-not-there"):
         with pytest.raises(PathNotAllowed, match="--lora-root"):
             resolve_path(path + tail, roots)
+
+
+def test_folders_mean_the_one_file_inside(roots: tuple[Path, ...], tmp_path: Path):
+    one, two = roots
+    assert resolve_path("sub", (two,)) == two / "sub" / "b.safetensors"
+    with pytest.raises(AdapterNotFound, match="no safetensors"):
+        resolve_path("sub", (one,))
+    (two / "sub" / "c.safetensors").touch()
+    with pytest.raises(AdapterMismatch, match="holds 2 adapters"):
+        resolve_path("sub", (two,))
+    (two / "sub" / "adapter_model.safetensors").symlink_to(tmp_path / "secret")
+    with pytest.raises(PathNotAllowed):
+        resolve_path("sub", (two,))
+    (one / "sub" / "adapter_model.bin").touch()
+    with pytest.raises(UnsafeFormat):
+        resolve_path("sub", (one,))
+    # A link inside the roots keeps its name: adapter_config.json stands beside it (as in the hub's cache).
+    (one / "sub" / "pytorch_lora_weights.safetensors").symlink_to(one / "a.safetensors")
+    assert resolve_path("sub", (one,)) == one / "sub" / "pytorch_lora_weights.safetensors"
 
 
 def test_roots_of_a_server():
