@@ -21,8 +21,8 @@ LISTS: tuple[tuple[str, list[tuple[str, float]]], ...] = (
     ("base", []),
     (A, [(A, 1.0)]),
     (B, [(B, 1.0)]),
-    (f"{A} + {B}", [(A, 0.7), (B, 0.7)]),
-    (f"{B} + {A}", [(B, 0.7), (A, 0.7)]),
+    (f"{A} + {B}", [(A, 1.0), (B, 0.8)]),
+    (f"{B} + {A}", [(B, 0.8), (A, 1.0)]),
 )
 SIDE, MARGIN, CAPTION = 128, 10, 20  # pixels
 SEED = 7
