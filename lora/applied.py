@@ -16,8 +16,11 @@ WeightsKey = tuple[tuple[str, SetKey], ...]  # tree → what is merged into it; 
 
 
 def set_key(pins: Iterable[Pin]) -> SetKey:
-    """The identity of what pins of one tree do; strength 0 does nothing."""
-    return tuple((pin.digest, pin.strength) for pin in pins if pin.strength)
+    """The identity of what pins of one tree do: an adapter listed twice has both strengths, strength 0 does nothing."""
+    strengths: dict[str, float] = {}
+    for pin in pins:
+        strengths[pin.digest] = strengths.get(pin.digest, 0.0) + pin.strength
+    return tuple((digest, strength) for digest, strength in strengths.items() if strength)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class TreeUse:
 
     merged: SetKey = ()
     beside: SetKey = ()
-    overlay: Overlay | None = None  # what `beside` stands for
+    overlay: Overlay | None = None  # what `beside` stands for; filled when the request's first row starts
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from multimodal_gen.lora.names import TreeLayout
 from multimodal_gen.lora.updates import Update
 
 SHOWN = 3  # examples in a message
-SAMPLED_ROWS = 64
+BLOCK_ROWS = 512
+MAX_SKIPPED = 100  # names that are told
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,12 @@ def bind(parsed: Parsed, trees: Mapping[str, Spellings], *, allow_partial: bool,
         tree: {key: _without_doubles(key, updates, name) for key, updates in keys.items()}
         for tree, keys in found.items()
     }
-    return Bound(Adapter(fixed), {tree: len(modules) for tree, modules in touched.items()}, tuple(lost))
+    return Bound(Adapter(fixed), {tree: len(modules) for tree, modules in touched.items()}, _told(lost))
+
+
+def _told(lost: Sequence[str]) -> tuple[str, ...]:
+    more = len(lost) - MAX_SKIPPED
+    return (*lost[:MAX_SKIPPED], f"… and {more} more") if more > 0 else tuple(lost)
 
 
 def _home(entry: Entry, trees: Mapping[str, Spellings]) -> tuple[str, tuple[str, ...]] | None:
@@ -96,12 +102,12 @@ def _split(entry: Entry, canonical: Sequence[str], layout: TreeLayout, name: str
     shapes = [layout.shapes.get(f"{module}.{entry.parameter}") for module in canonical]
     known = [shape for shape in shapes if shape is not None]
     if len(known) < len(shapes):
-        raise AdapterMismatch(f"{name}: module {entry.source!r} has no {entry.parameter} in this model.")
+        raise AdapterMismatch(f"{name}: module {entry.source[:120]!a} has no {entry.parameter} in this model.")
     wanted = (sum(shape[0] for shape in known), *known[0][1:])
     if entry.update.shape != wanted:
         raise AdapterMismatch(
-            f"{name}: module {entry.source!r} is for a weight of shape {list(entry.update.shape)}, this model's has "
-            f"{list(wanted)}. The adapter was made for another model."
+            f"{name}: module {entry.source[:120]!a} is for a weight of shape {list(entry.update.shape)}, this "
+            f"model's has {list(wanted)}. The adapter was made for another model."
         )
     if len(canonical) == 1:
         return [(canonical[0], entry.update)]
@@ -122,13 +128,18 @@ def _without_doubles(key: str, updates: Sequence[tuple[str, Update]], name: str)
 
 
 def _equal(one: Update, other: Update) -> bool:
-    """Whether two updates do the same, within rounding; judged by their first rows."""
-    rows = slice(0, min(SAMPLED_ROWS, one.shape[0]))
-    base = torch.zeros(rows.stop, *one.shape[1:])
-    a, b = base.clone(), base.clone()
-    for total, update in ((a, one), (b, other)):
-        update.on(total.device).add_(total, base, rows, 1.0)
-    return torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()))
+    """Whether two updates do the same, within rounding."""
+    cpu = torch.device("cpu")
+    pair = one.on(cpu), other.on(cpu)
+    for start in range(0, one.shape[0], BLOCK_ROWS):
+        rows = slice(start, min(start + BLOCK_ROWS, one.shape[0]))
+        base = torch.zeros(rows.stop - start, *one.shape[1:])
+        a, b = base.clone(), base.clone()
+        for total, update in zip((a, b), pair, strict=True):
+            update.add_(total, base, rows, 1.0)
+        if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max())):
+            return False
+    return True
 
 
 def _nothing_fits(parsed: Parsed, trees: Mapping[str, Spellings], lost: Sequence[str], name: str) -> str:

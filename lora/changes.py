@@ -60,6 +60,9 @@ class Stager:
         if isinstance(change, SetLora):
             return self._set(change)
         if isinstance(change, LoadLora):
+            name = change.source.nickname
+            if any(pin.nickname == name for pin in self.state.active):
+                raise AdapterInUse(f"Adapter {name!r} is active; load the file under another name, or use set_lora.")
             names = self._with([change.source])
             return self._staged(names, self.state.remembered, self.state.active, self.state.modes)
         if isinstance(change, UnloadLora):
@@ -97,6 +100,12 @@ class Stager:
         again = [pin for pin in self.state.remembered if pin.tree in trees]
         if not again:
             raise AdapterError("There is nothing to merge: set_lora has set no adapter for this target yet.")
+        current = {loaded.info.digest for loaded in self.store.by_name.values()}
+        gone = next((pin.nickname for pin in again if pin.digest not in current), None)
+        if gone is not None:
+            raise AdapterNotFound(
+                f"The last set had the adapter {gone!r}, which was unloaded or loaded anew since; use set_lora."
+            )
         scaled = [
             msgspec.structs.replace(pin, strength=check_strength(pin.strength * change.strength)) for pin in again
         ]
@@ -106,13 +115,27 @@ class Stager:
 
     def _restore(self, change: RestoreLora) -> Staged:
         names: dict[str, Loaded] = {}
+        reasons: dict[str, str] = {}
         for info in change.state.loaded:
-            loaded = names[info.nickname] = self.store.load(info.source, names)
-            if loaded.info.digest != info.digest:
-                raise AdapterError(
-                    f"Adapter {info.nickname!r} cannot be brought back: its file was changed since it was loaded."
-                )
-        return self._staged(names, change.state.remembered, change.state.active, change.state.modes)
+            try:
+                loaded = self.store.load(info.source, names)
+            except AdapterError as error:
+                reasons[info.digest] = f"Adapter {info.nickname!r}: {error.message}"
+                continue
+            if loaded.info.digest == info.digest:
+                names[info.nickname] = loaded
+            else:
+                reasons[info.digest] = f"Adapter {info.nickname!r}: its file was changed since it was loaded."
+        state = change.state
+        found = {loaded.info.digest for loaded in names.values()}
+        active = [pin for pin in state.active if pin.digest in found]
+        staged = self._staged(names, state.remembered, active, state.modes)
+        missing = {pin.digest: reasons.get(pin.digest, "") for pin in state.active if pin.digest not in found}
+        if not missing:
+            return staged
+        # Requests must not silently get less than the set: they are told until somebody sets another.
+        broken = msgspec.structs.replace(staged.state, active=state.active, merged={}, reasons={}, missing=missing)
+        return Staged(names, broken, {}, changed=True)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -138,12 +161,12 @@ class Stager:
         active: Sequence[Pin],
         modes: Mapping[str, MergeMode],
     ) -> Staged:
-        current = {loaded.info.digest for loaded in names.values()}
         trees = dict.fromkeys(pin.tree for pin in active)
         choices = {tree: self._choice(tree, active, modes.get(tree, "auto"), names) for tree in trees}
         state = LoraState(
             loaded=tuple(loaded.info for loaded in names.values()),
-            remembered=tuple(pin for pin in remembered if pin.digest in current),
+            missing={d: why for d, why in self.state.missing.items() if any(pin.digest == d for pin in active)},
+            remembered=tuple(remembered),
             active=tuple(active),
             modes=dict(modes),
             merged={tree: choice.merged for tree, choice in choices.items()},
@@ -153,7 +176,8 @@ class Stager:
 
     def _choice(self, tree: str, active: Sequence[Pin], mode: MergeMode, names: Mapping[str, Loaded]) -> Choice:
         pins = [pin for pin in active if pin.tree == tree]
-        if pins == [pin for pin in self.state.active if pin.tree == tree] and self.state.modes.get(tree) == mode:
+        same = pins == [pin for pin in self.state.active if pin.tree == tree] and self.state.modes.get(tree) == mode
+        if same and tree in self.choices:
             return self.choices[tree]  # traffic may have moved it since
         found = {loaded.info.digest: loaded.adapter for loaded in names.values()}
         members: list[tuple[Adapter, float]] = [

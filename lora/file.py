@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import AdapterLimit, CorruptAdapter, CorruptModel
-from multimodal_gen.lora.sources import locate, unsafe
+from multimodal_gen.lora.sources import FOLDER_FILES, locate, unsafe
 from multimodal_gen.weights.header import TensorInfo, parse_header
 
 CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS = 100_000
+MAX_KEY_CHARS = 512
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's zip; bare pickles
 
 _DTYPES = {
@@ -65,13 +66,14 @@ def read_adapter(path: Path, max_bytes: int) -> AdapterFile:
                 f"{name} has {size / 2**20:,.0f} MiB and {max_bytes / 2**20:,.0f} MiB are left for adapters "
                 "(--max-lora-mb); unload others, or raise the limit."
             )
-        data = bytearray(path.read_bytes())
+        data = bytearray(size)
+        with path.open("rb") as file:
+            if file.readinto(data) != size or file.read(1):
+                raise CorruptAdapter(f"{name} changed while it was read; load it again.")
     except OSError as error:
         raise CorruptAdapter(f"{name} cannot be read: {error.strerror}.") from None
-    if any(data.startswith(start) for start in PICKLE_STARTS):
-        raise unsafe(name)
-    raw_config, config = _read_config(path.parent / CONFIG)
     tensors, metadata = _tensors(data, name)
+    raw_config, config = _read_config(config_of(path))
     digest = hashlib.sha256(data)
     digest.update(raw_config)
     return AdapterFile(name, tensors, metadata, config, digest.hexdigest(), size)
@@ -81,9 +83,17 @@ def _tensors(data: bytearray, name: str) -> tuple[dict[str, Tensor], dict[str, s
     try:
         header = parse_header(memoryview(data), name, MAX_HEADER_BYTES)
     except CorruptModel as error:
+        # Only now: the first bytes of a sound header's length can be those of a pickle.
+        if any(data.startswith(start) for start in PICKLE_STARTS):
+            raise unsafe(name) from None
         raise CorruptAdapter(error.message) from None
     if not 0 < len(header.tensors) <= MAX_TENSORS:
         raise CorruptAdapter(f"{name} holds {len(header.tensors):,} tensors; 1 to {MAX_TENSORS:,} are possible.")
+    odd = next((key for key in header.tensors if len(key) > MAX_KEY_CHARS or not key.isprintable()), None)
+    if odd is not None:
+        raise CorruptAdapter(
+            f"{name} names a tensor {odd[:40]!a}: names are up to {MAX_KEY_CHARS} printable characters."
+        )
     found = {key: _tensor(data, header.data_start, key, info, name) for key, info in header.tensors.items()}
     return found, header.metadata
 
@@ -110,13 +120,21 @@ def _finite(tensor: Tensor) -> bool:
         return bool((exponents != 0x7F80).all())
     if tensor.dtype.itemsize == 1:
         return bool(np.isfinite(tensor.float().numpy()).all())
-    return bool(np.isfinite(tensor.numpy()).all())
+    # Everything is added in float32, where larger numbers are infinite.
+    return bool((np.abs(tensor.numpy()) <= np.finfo(np.float32).max).all())
 
 
-def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
+def config_of(path: Path) -> Path | None:
+    """The `adapter_config.json` that belongs to an adapter file: of peft's file, or of the only one in its folder."""
+    config = path.parent / CONFIG
+    alone = path.name == FOLDER_FILES[0] or len(list(path.parent.glob("*.safetensors"))) == 1
+    return config if alone and config.is_file() else None
+
+
+def _read_config(path: Path | None) -> tuple[bytes, dict[str, Any]]:
+    if path is None:
+        return b"", {}
     try:
-        if not path.is_file():
-            return b"", {}
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
         config = json.loads(raw) if len(raw) <= MAX_CONFIG_BYTES else None

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState, Pin
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import AdapterError, AdapterUnavailable
 from multimodal_gen.lora.applied import BASE, Applied, SetKey, TreeUse, WeightsKey, set_key
 from multimodal_gen.lora.changes import Staged, Stager
 from multimodal_gen.lora.merge import MergedTree
 from multimodal_gen.lora.names import AdapterTarget
-from multimodal_gen.lora.overlay import make_overlay
+from multimodal_gen.lora.overlay import make_overlay, merge_only_error
 from multimodal_gen.lora.policy import Choice, Traffic
 from multimodal_gen.lora.store import AdapterStore, Loaded
 from multimodal_gen.lora.tree import AdaptedTree, Members
@@ -27,6 +29,7 @@ from multimodal_gen.request import ImageRequest
 from multimodal_gen.weights.loading import WeightTree
 
 OVERLAY_BYTES = 256 << 20
+MAX_OWN_RANK = 1024  # of all adapters of a request's own list together
 REMEMBERED_SETS = 64
 
 Pins = tuple[Pin, ...]
@@ -88,11 +91,11 @@ class LoraManager:
             raise
 
     def _become(self, names: Mapping[str, Loaded], state: LoraState, choices: Mapping[str, Choice]) -> None:
-        used = {pin.digest for pin in (*state.active, *state.remembered)}
+        used = {pin.digest for pin in state.active}
         self.store.replace(names, used)
         if state.active != self.state.active:
             self._traffic = Traffic()
-            self._overlays.clear()  # rows that run hold theirs; those of sets that come back are made again
+        self._overlays.clear()  # rows that run hold theirs; those of sets that come back are made again
         self.state, self._choices = state, choices
         for tree, choice in choices.items():
             self._remember(tree, choice.merged)
@@ -106,10 +109,37 @@ class LoraManager:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def apply(self, request: ImageRequest) -> Applied:
-        """What the rows of a request compute with. Raises: AdapterNotFound, AdapterMergeOnly."""
+        """What the rows of a request compute with; overlays are not made yet.
+
+        Raises: AdapterUnavailable, AdapterNotFound, AdapterMergeOnly, AdapterError.
+        """
         if not request.loras:
             return BASE
+        lost = next((self.state.missing[p.digest] for p in request.loras if p.digest in self.state.missing), None)
+        if lost is not None:
+            raise AdapterUnavailable(
+                f"An active adapter could not be loaded again after the worker restarted. {lost} Set the adapters anew."
+            )
+        if request.own_loras:
+            self._check_rank(request.loras)
         return Applied({tree: self._use(tree, request) for tree in dict.fromkeys(pin.tree for pin in request.loras)})
+
+    def equip(self, applied: Applied) -> Applied:
+        """The same with its overlays, for the rows that start now. Raises: AdapterError; what allocating raised."""
+        uses = {
+            tree: replace(use, overlay=self._overlay(tree, use.beside)) if use.beside and use.overlay is None else use
+            for tree, use in applied.trees.items()
+        }
+        return Applied(uses)
+
+    def _check_rank(self, pins: Pins) -> None:
+        """Whoever may send requests must not make each of them as large as the model."""
+        total = sum(self.store.find(digest).rank for digest in {pin.digest for pin in pins})
+        if total > MAX_OWN_RANK:
+            raise AdapterError(
+                f"The adapters of this request have ranks of {total} together; {MAX_OWN_RANK} is the limit.",
+                param="loras",
+            )
 
     def pin(self, request: ImageRequest) -> Callable[[], None]:
         """Keep the request's adapters until the returned function is called."""
@@ -133,14 +163,23 @@ class LoraManager:
 
     def _use(self, tree: str, request: ImageRequest) -> TreeUse:
         key = _key(request.loras, tree)
-        active = key == _key(self.state.active, tree)
-        if active or not request.own_loras:
-            way = self._ways.get((tree, key))
-            if way is None:  # pinned before the worker was restarted
-                way = any(self.store.find(digest).merge_only(tree) for digest, _ in key)
-            if way:
-                return TreeUse(merged=key)
-        return TreeUse(beside=key, overlay=self._overlay(tree, key))
+        if self._is_merged(tree, key, request.own_loras):
+            return TreeUse(merged=key)
+        reason = next(filter(None, (self.store.find(digest).merge_only(tree) for digest, _ in key)), "")
+        if reason:
+            raise merge_only_error(reason)
+        return TreeUse(beside=key)
+
+    def _is_merged(self, tree: str, key: SetKey, own: bool) -> bool:
+        """Own lists run merged only where they happen to be the active set, and never where bits matter: the same
+        request must not depend on what is active."""
+        if own and (self._fixed or key != _key(self.state.active, tree)):
+            return False
+        way = self._ways.get((tree, key))
+        if way is not None:
+            return way
+        # Pinned before the worker was restarted.
+        return any(self.store.find(digest).merge_only(tree) for digest, _ in key)
 
     def _active(self) -> Applied:
         trees = [tree for tree, choice in self._choices.items() if choice.merged]

@@ -7,14 +7,16 @@ kept. The tree is written layer by layer; when that fails half-way, the set befo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from multimodal_gen.errors import AdapterError
 from multimodal_gen.lora.tree import AdaptedTree, Members
-from multimodal_gen.lora.updates import Update
+from multimodal_gen.lora.updates import LowRank, Update
 
-CHUNK_BYTES = 1 << 21  # float32 rows that are summed at a time: they stay in the cache
+CHUNK_BYTES = 8 << 20  # float32 rows that are summed at a time: they stay in the cache, and occupy all cores
 SAMPLED_WEIGHTS = 12
 SAMPLED_ROWS = 64
 
@@ -36,6 +38,7 @@ class MergedTree:
 
         Raises: what reading or allocating raised; the weights are then as before, or `broken` is set.
         """
+        self.tree.check()  # before anything is written, so that nothing has to be written back
         before = self._members
         wanted = self.tree.gather(members)
         try:
@@ -55,20 +58,39 @@ class MergedTree:
 
 
 def write(view: Tensor, pristine: Tensor, updates: Sequence[tuple[Update, float]]) -> None:
-    """view = round(pristine + Σ strength · Δ), a block of rows at a time."""
+    """view = round(pristine + Σ strength · Δ), a block of rows at a time. Raises: AdapterError for what overflows."""
     if not updates:
         view.copy_(pristine)
         return
-    ready = [(update.on(view.device), strength) for update, strength in updates]
+    ready = stacked([(update.on(view.device), strength) for update, strength in updates])
     row_bytes = 4 * pristine[:1].numel()
     step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, len(pristine), step):
         rows = slice(start, min(start + step, len(pristine)))
-        view[rows].copy_(_sum(pristine[rows].to(view.device, torch.float32), ready, rows))
+        view[rows].copy_(_sum(pristine[rows].to(view.device, torch.float32, copy=True), ready, rows))
+        if not view[rows].sum(dtype=torch.float32).isfinite():
+            raise AdapterError(
+                "The adapters overflow the model's numbers at these strengths; lower them, or the alpha."
+            )
+
+
+def stacked(updates: Sequence[tuple[Update, float]]) -> list[tuple[Update, float]]:
+    """The same with neighbouring low-rank updates as one wider one, their strengths inside: one product for all."""
+    found: list[tuple[Update, float]] = []
+    for is_low_rank, group in groupby(updates, key=lambda pair: isinstance(pair[0], LowRank)):
+        members = list(group)
+        if is_low_rank and len(members) > 1:
+            pairs = [(update, strength) for update, strength in members if isinstance(update, LowRank)]
+            down = torch.cat([update.down for update, _ in pairs])
+            up = torch.cat([update.up * (strength * update.scale) for update, strength in pairs], dim=1)
+            members = [(LowRank(down, up, 1.0), 1.0)]
+        found += members
+    return found
 
 
 def _sum(base: Tensor, updates: Sequence[tuple[Update, float]], rows: slice) -> Tensor:
-    total = base.clone()
+    """base + Σ; base may be overwritten."""
+    total = base.clone() if any(update.reads_base for update, _ in updates) else base
     for update, strength in updates:
         update.add_(total, base, rows, strength)
     return total
@@ -88,7 +110,7 @@ def rounding_loss(tree: AdaptedTree, members: Members) -> float:
         dtype = tree.place(name).view().dtype
         base = pristine[rows].float()
         ready = [(update.on(base.device), strength) for update, strength in sample[name]]
-        delta = _sum(base, ready, rows) - base
+        delta = _sum(base.clone(), ready, rows) - base
         kept = (base + delta).to(dtype).float() - base.to(dtype).float()
         lost += float((kept - delta).square().sum())
         whole += float(delta.square().sum())

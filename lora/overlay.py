@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from multimodal_gen.errors import AdapterMergeOnly
+from multimodal_gen.errors import AdapterError, AdapterMergeOnly
 from multimodal_gen.lora.tree import AdaptedTree, Members
 from multimodal_gen.lora.updates import LowRank
 from multimodal_gen.nn.linear import FusedLinear, Linear
@@ -35,13 +35,18 @@ def _collect(tree: AdaptedTree, members: Members) -> dict[nn.Module, list[tuple[
         if not reason and (not isinstance(place.layer, (Linear, FusedLinear, nn.Linear)) or place.name != "weight"):
             reason = f"{name} is no weight of a linear layer"
         if reason:
-            raise AdapterMergeOnly(
-                f"An adapter of this list exists only merged into the weights ({reason}), so it cannot be used in a "
-                "request's own list or in merge_mode 'dynamic'; activate it with set_lora and merge_mode 'merge'."
-            )
+            raise merge_only_error(reason)
         low_rank = [(update, strength) for update, strength in updates if isinstance(update, LowRank)]
         layers.setdefault(place.layer, []).append((_extent(place.layer, place.part), low_rank))
     return layers
+
+
+def merge_only_error(reason: str) -> AdapterMergeOnly:
+    """For a list that cannot run beside the weights."""
+    return AdapterMergeOnly(
+        f"An adapter of this list exists only merged into the weights ({reason}), so it cannot be used in a request's "
+        "own list or in merge_mode 'dynamic'; activate it with set_lora and merge_mode 'merge'."
+    )
 
 
 def _extent(layer: nn.Module, part: str | None) -> Extent:
@@ -64,7 +69,12 @@ def _stack(layer: nn.Module, blocks: Sequence[tuple[Extent, Addends]]) -> Update
             downs += [update.down for update, _ in addends]
             ranks[shared] = slice(start, sum(down.shape[0] for down in downs))
         up = torch.cat([update.up.float() * (strength * update.scale) for update, strength in addends], dim=1)
-        pieces.append(Piece(extent.rows, ranks[shared], up.T.to(weight.device, dtype).contiguous()))
+        narrow = up.T.to(weight.device, dtype).contiguous()
+        if not narrow.sum(dtype=torch.float32).isfinite():
+            raise AdapterError(
+                "The adapters overflow the model's numbers at these strengths; lower them, or the alpha."
+            )
+        pieces.append(Piece(extent.rows, ranks[shared], narrow))
     total = sum(down.shape[0] for down in downs)
     down = torch.zeros(weight.shape[1], total, dtype=dtype, device=weight.device)  # zero for padded inputs
     columns = blocks[0][0].columns

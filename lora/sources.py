@@ -48,13 +48,13 @@ def resolve_path(text: str, roots: Sequence[Path] | None, param: str = "lora_pat
     if not text or "\0" in text or len(text) > MAX_PATH:
         raise InvalidValue(f"{param!r} must be a path of 1 to {MAX_PATH} characters.", param=param)
     if roots is None:
-        return _file(Path(text).expanduser(), text, param)
+        return _file(_home(text, param), text, param)
     if _FOREIGN.match(text):
         raise _outside(text, param)
     allowed = [Path(os.path.realpath(root)) for root in roots]
     candidates = [root / text for root in allowed]  # an absolute text replaces the root
     inside = [path for path in candidates if _is_inside(path, allowed)]
-    found = next((path for path in inside if path.exists()), None)
+    found = next((path for path in inside if os.path.lexists(path)), None)
     if found is None and len(inside) < len(candidates):
         raise _outside(text, param)
     file = _file(found or inside[0], text, param)
@@ -157,6 +157,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _home(text: str, param: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        raise AdapterNotFound(f"There is no adapter at {text[:200]!a}.", param=param) from None
+
+
 def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
     real = Path(os.path.realpath(path))
     return any(real.is_relative_to(root) for root in roots)
@@ -166,9 +173,9 @@ def _file(path: Path, text: str, param: str) -> Path:
     """Links of folders are followed; that of the file itself is kept: its neighbours belong to the adapter."""
     try:
         path.resolve(strict=True)
-    except (OSError, RuntimeError):  # missing, a loop of links, no permission to look
+        file = locate(path)
+    except (OSError, RuntimeError):  # missing, too long, a loop of links, no permission to look
         raise AdapterNotFound(f"There is no adapter at {text[:200]!a}.", param=param) from None
-    file = locate(path)
     return file.parent.resolve() / file.name
 
 

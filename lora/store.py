@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -11,13 +12,15 @@ from typing import NamedTuple
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import AdapterError, AdapterLimit, AdapterNotFound, CorruptAdapter
+from multimodal_gen.errors import AdapterError, AdapterLimit, AdapterNotFound, CorruptAdapter, MmgenError
 from multimodal_gen.lora.adapter import Adapter
 from multimodal_gen.lora.bind import Spellings, bind
-from multimodal_gen.lora.file import read_adapter
+from multimodal_gen.lora.file import config_of, read_adapter
 from multimodal_gen.lora.formats.registry import parse
 
-Stamp = tuple[int, int, int]
+log = logging.getLogger(__name__)
+
+Stamp = tuple[int, ...]
 
 
 class Loaded(NamedTuple):
@@ -25,7 +28,7 @@ class Loaded(NamedTuple):
 
     info: AdapterInfo
     adapter: Adapter
-    stamp: Stamp  # of the file: the same source with the same stamp is not read again
+    stamp: Stamp  # of its files: the same source with the same stamp is not read again
 
 
 class AdapterStore:
@@ -41,7 +44,8 @@ class AdapterStore:
         self._by_digest: dict[str, Loaded] = {}
         self._spellings = spellings
         self._pinned: Counter[str] = Counter()  # digest → requests that run with it
-        self._before: frozenset[str] = frozenset()  # digests that had a name before the last change
+        self._used: frozenset[str] = frozenset()  # digests that are active, with a name or without
+        self._before: frozenset[str] = frozenset()  # digests that had a name or were active before the last change
 
     def find(self, digest: str) -> Adapter:
         """The adapter of a pin. Raises: AdapterNotFound."""
@@ -76,9 +80,16 @@ class AdapterStore:
         return loaded
 
     def _read(self, source: AdapterSource, stamp: Stamp, max_bytes: int) -> Loaded:
-        file = read_adapter(Path(source.path), max_bytes)
-        parsed = parse(file, source.alpha)
-        bound = bind(parsed, self._spellings, allow_partial=source.allow_partial, name=file.name)
+        try:
+            file = read_adapter(Path(source.path), max_bytes)
+            parsed = parse(file, source.alpha)
+            bound = bind(parsed, self._spellings, allow_partial=source.allow_partial, name=file.name)
+        except MmgenError:
+            raise
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            # A file is data of strangers; whatever it holds, it is the file that is at fault.
+            log.exception("%s cannot be read", source.nickname)
+            raise CorruptAdapter(f"The adapter {source.nickname!r} cannot be read ({type(error).__name__}).") from None
         adapter = bound.adapter
         if adapter.rank > self.config.max_lora_rank:
             raise AdapterError(
@@ -101,11 +112,11 @@ class AdapterStore:
 
     def replace(self, names: Mapping[str, Loaded], used: Iterable[str]) -> None:
         """Make `names` what is loaded; `used` are digests of active pins, kept even without a name."""
-        before = frozenset(loaded.info.digest for loaded in self.by_name.values())
+        before = frozenset(loaded.info.digest for loaded in self.by_name.values()) | self._used
         self.by_name = dict(names)
         for loaded in names.values():
             self._by_digest[loaded.info.digest] = loaded
-        self._before = before | set(used)
+        self._used, self._before = frozenset(used), before
         self._drop()
 
     def pin(self, digests: Iterable[str]) -> Callable[[], None]:
@@ -119,7 +130,7 @@ class AdapterStore:
         return release
 
     def _drop(self) -> None:
-        wanted = {loaded.info.digest for loaded in self.by_name.values()} | self._before
+        wanted = {loaded.info.digest for loaded in self.by_name.values()} | self._used | self._before
         wanted |= {digest for digest, count in self._pinned.items() if count > 0}
         self._pinned = +self._pinned
         self._by_digest = {digest: loaded for digest, loaded in self._by_digest.items() if digest in wanted}
@@ -127,7 +138,7 @@ class AdapterStore:
 
 def _stamp(file: Path) -> Stamp:
     try:
-        found = os.stat(file)
+        found = [os.stat(path) for path in (file, config_of(file)) if path is not None]
     except OSError as error:
         raise CorruptAdapter(f"{file.name} cannot be read: {error.strerror}.") from None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return tuple(number for stat in found for number in (stat.st_size, stat.st_mtime_ns, stat.st_ino))

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from multimodal_gen.errors import CorruptModel, WeightsUnavailable
 from multimodal_gen.lora.adapter import Adapter
 from multimodal_gen.lora.bind import Spellings
 from multimodal_gen.lora.names import AdapterTarget, TreeLayout
 from multimodal_gen.lora.updates import Update
 from multimodal_gen.weights.loading import Place, WeightTree
 
+log = logging.getLogger(__name__)
+
 Members = Sequence[tuple[Adapter, float]]  # adapters with their strengths, in the order of addition
+
+
+def _unavailable(error: CorruptModel) -> WeightsUnavailable:
+    log.error("the checkpoint cannot be read again: %s", error.message)  # with the path, which clients must not see
+    return WeightsUnavailable(
+        "The model's weight files were changed, or cannot be read any more, so adapters cannot be merged or unmerged; "
+        "the server's log names the file. Bring it back, or restart the server."
+    )
 
 
 def canonical_names(target: AdapterTarget, keys: Iterable[str]) -> dict[str, str]:
@@ -42,10 +54,21 @@ class AdaptedTree:
         """Where the weight of a canonical name lives."""
         return self.weights.places[self._keys[name]]
 
+    def check(self) -> None:
+        """Raises: WeightsUnavailable when the checkpoint is not as it was."""
+        try:
+            self.weights.check()
+        except CorruptModel as error:
+            raise _unavailable(error) from error
+
     def pristine(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(canonical name, W0 as the checkpoint holds it). Raises: CorruptModel."""
+        """(canonical name, W0 as the checkpoint holds it). Raises: WeightsUnavailable."""
         wanted = {self._keys[name]: name for name in names}
-        return ((wanted[key], tensor) for key, tensor in self.weights.read(wanted))
+        try:
+            for key, tensor in self.weights.read(wanted):
+                yield wanted[key], tensor
+        except CorruptModel as error:
+            raise _unavailable(error) from error
 
     def gather(self, members: Members) -> dict[str, list[tuple[Update, float]]]:
         """Canonical name → (update, strength) in the order of addition; strength 0 adds nothing and is left out."""

@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from multimodal_gen.kernels.low_rank_product import low_rank_product
+
 NORM_EPS = torch.finfo(torch.float32).eps
 
 
@@ -41,6 +43,10 @@ class Update(Protocol):
     @property
     def merge_only(self) -> str:
         """Why it cannot run beside the weight, or an empty string."""
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether Δ depends on W0."""
 
     def on(self, device: torch.device) -> Update:
         """The same in float32 on a device."""
@@ -73,6 +79,7 @@ class LowRank:
         return self.down, self.up
 
     merge_only = ""
+    reads_base = False
 
     def on(self, device: torch.device) -> LowRank:
         return replace(self, down=_float(self.down, device), up=_float(self.up, device))
@@ -81,7 +88,7 @@ class LowRank:
         return replace(self, up=self.up[rows])
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
-        total.addmm_(self.up[rows], self.down, alpha=strength * self.scale)
+        total.add_(low_rank_product(self.up[rows], self.down), alpha=strength * self.scale)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class Full:
         return (self.diff,)
 
     merge_only = "whole weight differences (.diff)"
+    reads_base = False
 
     def on(self, device: torch.device) -> Full:
         return Full(_float(self.diff, device))
@@ -135,6 +143,7 @@ class Hadamard:
         return self.up1, self.down1, self.up2, self.down2
 
     merge_only = "LoHa, an elementwise product"
+    reads_base = False
 
     def on(self, device: torch.device) -> Hadamard:
         up1, down1, up2, down2 = (_float(tensor, device) for tensor in self.tensors)
@@ -144,46 +153,53 @@ class Hadamard:
         return replace(self, up1=self.up1[rows], up2=self.up2[rows])
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
-        total.addcmul_(self.up1[rows] @ self.down1, self.up2[rows] @ self.down2, value=strength * self.scale)
+        first, second = low_rank_product(self.up1[rows], self.down1), low_rank_product(self.up2[rows], self.down2)
+        total.addcmul_(first, second, value=strength * self.scale)
 
 
 @dataclass(frozen=True)
 class Kronecker:
-    """scale · C ⊗ W: out = c_out · w_out, in = c_in · w_in. A factor stored as a product has been multiplied out."""
+    """scale · C ⊗ W: out = c_out · w_out, in = c_in · w_in.
 
-    outer: Tensor  # C [c_out, c_in], the small one
-    inner: Tensor  # W [w_out, w_in]
+    A factor is one matrix, or two whose product it is; products are multiplied out only where they are added, so that a
+    small file cannot ask for a large matrix before its shape has been checked.
+    """
+
+    outer: tuple[Tensor, ...]  # C [c_out, c_in], the small one
+    inner: tuple[Tensor, ...]  # W [w_out, w_in]
     scale: float
-    rank: int  # of the factor that was stored as a product; 0 where both were whole
+    rank: int  # of the factor that is a product; 0 where both are whole
     rows: slice | None = None  # the share of the output rows that is meant; None: all
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self._meant), self.outer.shape[1] * self.inner.shape[1]
+        return len(self._meant), self.outer[-1].shape[1] * self.inner[-1].shape[1]
 
     @property
     def _meant(self) -> range:
-        rows = range(self.outer.shape[0] * self.inner.shape[0])
+        rows = range(self.outer[0].shape[0] * self.inner[0].shape[0])
         return rows if self.rows is None else rows[self.rows]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.outer, self.inner
+        return *self.outer, *self.inner
 
     merge_only = "LoKr, a Kronecker product"
+    reads_base = False
 
     def on(self, device: torch.device) -> Kronecker:
-        return replace(self, outer=_float(self.outer, device), inner=_float(self.inner, device))
+        return replace(self, outer=(_product(self.outer, device),), inner=(_product(self.inner, device),))
 
     def take(self, rows: slice) -> Kronecker:
         assert self.rows is None, "taken once, when the adapter is bound"
         return replace(self, rows=rows)
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
-        height, wanted = self.inner.shape[0], self._meant[rows]
-        first, last = wanted[0] // height, wanted[-1] // height + 1  # the rows of C that these rows need
-        product = torch.kron(self.outer[first:last], self.inner)
-        start = wanted[0] - first * height
+        (outer,), (inner,) = self.outer, self.inner
+        wanted = self._meant[rows]
+        first, last = wanted[0] // len(inner), wanted[-1] // len(inner) + 1  # the rows of C that these rows need
+        product = torch.kron(outer[first:last], inner)
+        start = wanted[0] - first * len(inner)
         total.add_(product[start : start + len(wanted)], alpha=strength * self.scale)
 
 
@@ -210,6 +226,7 @@ class Decomposed:
         return *self.inner.tensors, self.magnitude
 
     merge_only = "DoRA, which rescales whole rows of the weight"
+    reads_base = True
 
     def on(self, device: torch.device) -> Decomposed:
         return Decomposed(self.inner.on(device), _float(self.magnitude, device))
@@ -227,3 +244,9 @@ class Decomposed:
 
 def _float(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32)
+
+
+def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    if len(factors) == 1:
+        return _float(factors[0], device)
+    return low_rank_product(_float(factors[0], device), _float(factors[1], device))

@@ -7,7 +7,6 @@ run does not change what they get. The order of pins within a tree is the order 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
@@ -22,6 +21,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 MERGE_MODES: tuple[MergeMode, ...] = get_args(MergeMode)
 
 MAX_STRENGTH = 100.0
+MAX_ALPHA = 1e6
 MAX_ACTIVE = 32
 """adapters in one list"""
 NICKNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,127}")
@@ -82,6 +82,8 @@ class LoraState(msgspec.Struct, frozen=True, kw_only=True):
     """All that a worker knows of adapters; the front keeps the last one to restore it in the next worker."""
 
     loaded: tuple[AdapterInfo, ...] = ()
+    missing: dict[str, str] = {}
+    """digest of an active adapter that the worker could not load again → why"""
     remembered: tuple[Pin, ...] = ()
     """the list of the last set_lora: what merge_lora_weights switches on again"""
     active: tuple[Pin, ...] = ()
@@ -158,9 +160,7 @@ def check_strength(strength: Any, param: str = "strength") -> float:
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise InvalidValue(f"{param!r} must be a number, got {str(strength)[:40]!a}.", param=param)
     if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:  # NaN fails too
-        raise InvalidValue(
-            f"{param!r} must be between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}, got {str(strength)[:40]}.", param=param
-        )
+        raise InvalidValue(f"{param!r} must be between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}.", param=param)
     return float(strength)
 
 
@@ -168,8 +168,9 @@ def check_alpha(alpha: Any, param: str = "lora_alpha") -> float | None:
     """Raises: InvalidValue."""
     if alpha is None:
         return None
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
-        raise InvalidValue(f"{param!r} must be a positive number, got {str(alpha)[:40]!a}.", param=param)
+    # Whole numbers too large for a float, and for str(), compare all the same; NaN does not.
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= MAX_ALPHA:
+        raise InvalidValue(f"{param!r} must be a number above 0 and up to {MAX_ALPHA:g}.", param=param)
     return float(alpha)
 
 
@@ -212,11 +213,18 @@ def broadcast(
         AdapterUse(nickname=check_nickname(n), strength=check_strength(s), target=check_word(t, TARGETS, "target"))
         for n, t, s in zip(nicknames, targets, strengths, strict=True)
     )
+    if not nicknames:  # nothing pairs up with them, but they must not be anything
+        check_word(target if isinstance(target, str) else "all", TARGETS, "target")
+        check_strength(0.0 if isinstance(strength, (list, tuple)) else strength)
+        if path not in (None, [], ()) or alpha not in (None, [], ()):
+            raise InvalidValue(
+                "'lora_path' and 'lora_alpha' name nothing: 'lora_nickname' is empty.", param="lora_path"
+            )
     files: dict[str, tuple[str, float | None]] = {}
     for use, where, number in zip(uses, paths, alphas, strict=True):
         own = check_alpha(number)
         if where is None:
-            if own is not None and use.nickname not in files:
+            if own is not None and files.get(use.nickname, ("", None))[1] != own:
                 raise InvalidValue(
                     "'lora_alpha' is read when a file is loaded; give 'lora_path' with it.", param="lora_alpha"
                 )

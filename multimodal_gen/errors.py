@@ -38,9 +38,12 @@
     │   └── ShuttingDown                    503 shutting_down
     └── EngineError                         ours to mend
         ├── GenerationFailed                500 generation_failed
+        │   └── Overflowed                  500 overflow
         ├── WorkerCrashed                   500 worker_crashed
         ├── OutOfMemory                     503 out_of_memory
         ├── StorageFull                     503 storage_full
+        ├── AdapterUnavailable              503 adapter_unavailable
+        ├── WeightsUnavailable              503 weights_unavailable
         ├── DeadlineExceeded                504 deadline_exceeded
         └── Cancelled                       499 cancelled
 
@@ -260,6 +263,12 @@ class GenerationFailed(EngineError):
     code = "generation_failed"
 
 
+class Overflowed(GenerationFailed):
+    """The numbers grew beyond what their dtype can hold."""
+
+    code = "overflow"
+
+
 class WorkerCrashed(EngineError):
     code = "worker_crashed"
 
@@ -267,6 +276,20 @@ class WorkerCrashed(EngineError):
 class OutOfMemory(EngineError):
     status = 503
     code = "out_of_memory"
+
+
+class AdapterUnavailable(EngineError):
+    """An active adapter could not be loaded again after a restart."""
+
+    status = 503
+    code = "adapter_unavailable"
+
+
+class WeightsUnavailable(EngineError):
+    """The checkpoint's files are not what they were when the model was loaded, or cannot be read."""
+
+    status = 503
+    code = "weights_unavailable"
 
 
 class StorageFull(EngineError):

@@ -15,5 +15,7 @@ def make(parts: Parts) -> list[tuple[str, Update]]:
     """(parameter, update) pairs of one module. Raises: CorruptAdapter."""
     for role, tensor in parts.tensors.items():
         if not tensor.is_floating_point():
-            raise CorruptAdapter(f"Module {parts.module!r} of the adapter: the difference of its {role} is no float.")
+            raise CorruptAdapter(
+                f"Module {parts.module[:120]!a} of the adapter: the difference of its {role} is no float."
+            )
     return [(role, Full(tensor)) for role, tensor in parts.tensors.items()]

@@ -15,5 +15,5 @@ def make(parts: Parts) -> list[tuple[str, Update]]:
     """(parameter, update) pairs of one module. Raises: CorruptAdapter."""
     (up1, down1), (up2, down2) = parts.product("w1"), parts.product("w2")
     if up1.shape[0] != up2.shape[0] or down1.shape[1] != down2.shape[1]:
-        raise CorruptAdapter(f"Module {parts.module!r} of the adapter: its two products differ in shape.")
+        raise CorruptAdapter(f"Module {parts.module[:120]!a} of the adapter: its two products differ in shape.")
     return [("weight", Hadamard(up1, down1, up2, down2, parts.scale(down1.shape[0])))]

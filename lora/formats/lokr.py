@@ -14,15 +14,10 @@ REFUSED = {r"\.lokr_t2.*": "a Tucker decomposition of a convolution"}
 
 def make(parts: Parts) -> list[tuple[str, Update]]:
     """(parameter, update) pairs of one module. Raises: CorruptAdapter."""
-    outer, outer_rank = _factor(parts, "w1")
-    inner, inner_rank = _factor(parts, "w2")
-    rank = inner_rank or outer_rank
-    # With both factors whole there is no rank to divide alpha by, and LyCORIS ignores it.
-    return [("weight", Kronecker(outer, inner, parts.scale(rank) if rank else 1.0, rank))]
+    outer, inner = _factor(parts, "w1"), _factor(parts, "w2")
+    rank = next((factors[1].shape[0] for factors in (inner, outer) if len(factors) == 2), 0)
+    return [("weight", Kronecker(outer, inner, parts.scale(rank), rank))]
 
 
-def _factor(parts: Parts, role: str) -> tuple[Tensor, int]:
-    if role in parts.tensors:
-        return parts.matrix(role), 0
-    a, b = parts.product(role)
-    return a.float() @ b.float(), b.shape[0]
+def _factor(parts: Parts, role: str) -> tuple[Tensor, ...]:
+    return (parts.matrix(role),) if role in parts.tensors else parts.product(role)

@@ -31,16 +31,17 @@ def make(parts: Parts) -> list[tuple[str, Update]]:
     update: Update = LowRank(down, up, scale)
     magnitude, bias = parts.tensors.get("magnitude"), parts.tensors.get("bias")
     if magnitude is not None:
-        if magnitude.numel() != up.shape[0]:
+        # [1, in] would be a norm along the other axis; where in = out only the shape tells.
+        if magnitude.shape[:1] != up.shape[:1] or magnitude.numel() != up.shape[0]:
             raise AdapterError(
-                f"Module {parts.module!r} of the adapter: DoRA along the input axis is not supported (magnitude of "
-                f"{magnitude.numel()} for {up.shape[0]} outputs)."
+                f"Module {parts.module[:120]!a} of the adapter: a DoRA magnitude must have one number for each of the "
+                f"{up.shape[0]} outputs, this one has shape {list(magnitude.shape)}; along inputs it is not supported."
             )
         update = Decomposed(update, magnitude.reshape(-1))
     if bias is None:
         return [("weight", update)]
     if magnitude is not None:
-        raise AdapterError(f"Module {parts.module!r} of the adapter has both a bias and a magnitude.")
+        raise AdapterError(f"Module {parts.module[:120]!a} of the adapter has both a bias and a magnitude.")
     if bias.shape != up.shape[:1]:
-        raise CorruptAdapter(f"Module {parts.module!r} of the adapter: its bias has shape {list(bias.shape)}.")
+        raise CorruptAdapter(f"Module {parts.module[:120]!a} of the adapter: its bias has shape {list(bias.shape)}.")
     return [("weight", update), ("bias", Full(bias.float() * scale))]

@@ -25,13 +25,13 @@ class Parts:
         """
         tensor = self.tensors.get(role)
         if tensor is None:
-            raise CorruptAdapter(f"Module {self.module!r} of the adapter lacks its tensor {role!r}.")
+            raise CorruptAdapter(f"Module {self.module[:120]!a} of the adapter lacks its tensor {role!r}.")
         if tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
             tensor = tensor[:, :, 0, 0]
         if tensor.dim() != 2 or not tensor.is_floating_point():
             raise CorruptAdapter(
-                f"Module {self.module!r} of the adapter: {role!r} must be a matrix of floats, it is {tensor.dtype} of "
-                f"shape {list(tensor.shape)}."
+                f"Module {self.module[:120]!a} of the adapter: {role!r} must be a matrix of floats, it is "
+                f"{tensor.dtype} of shape {list(tensor.shape)}."
             )
         return tensor
 
@@ -45,6 +45,7 @@ class Parts:
         """The rank of down [r, n] and up [m, r]. Raises: CorruptAdapter when they differ."""
         if down.shape[0] != up.shape[1]:
             raise CorruptAdapter(
-                f"Module {self.module!r} of the adapter: its factors have ranks {down.shape[0]} and {up.shape[1]}."
+                f"Module {self.module[:120]!a} of the adapter: its factors have ranks {down.shape[0]} and "
+                f"{up.shape[1]}."
             )
         return down.shape[0]

@@ -16,9 +16,14 @@ from typing import Any
 
 from multimodal_gen.errors import AdapterError, CorruptAdapter
 
+MAX_ALPHA = 1e6
 METADATA_KEY = "lora_adapter_metadata"
 KOHYA_ALPHA = "ss_network_alpha"
 PEFT_TYPES = ("LORA", "LOHA", "LOKR")
+# Fields of peft that give the tensors another meaning.
+UNSUPPORTED = frozenset(
+    {"alora_invocation_tokens", "kasa_config", "layer_replication", "target_parameters", "use_qalora"}
+)
 # These change the base weights when training begins; their files mean something only on top of those.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -33,27 +38,42 @@ class Settings:
     override: float | None  # the user's alpha
 
     def scale(self, tree: str | None, module: str, rank: int, own: float | None) -> float:
-        """Of one module with factors of this rank; `own` is its `.alpha` tensor.
+        """Of one module with factors of this rank (0: nothing of it is a product); `own` is its `.alpha` tensor.
 
-        Raises: CorruptAdapter for an alpha that is no finite number.
+        Raises: CorruptAdapter for an alpha that is no number of a sensible size.
         """
         alpha = self._alpha(tree, module, own)
-        if not math.isfinite(alpha if alpha is not None else 0.0):
-            raise CorruptAdapter(f"{self.name}: alpha of {module!r} is not a finite number.")
+        if rank == 0:
+            # LyCORIS ignores alpha where there is no rank to divide it by; peft divides by the rank that was asked for.
+            asked = self._field(tree, "r") if self._field(tree, "peft_type") == "LOKR" else None
+            if alpha is None or asked is None:
+                return 1.0
+            rank = self._whole(asked)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self._field(tree, "use_rslora") else rank)
 
+    def _whole(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_ALPHA:
+            raise CorruptAdapter(f"{self.name}: the rank of the configuration is no number of a sensible size.")
+        return value
+
     def _alpha(self, tree: str | None, module: str, own: float | None) -> float | None:
-        if self.override is not None or own is not None:
-            return self.override if self.override is not None else own
+        if self.override is not None:
+            return self.override
+        if own is not None:
+            return self._number(own, module)
         patterns = self._field(tree, "alpha_pattern") or {}
         found = next((value for pattern, value in patterns.items() if _matches(pattern, module)), None)
         if found is None:
             found = self._field(tree, "lora_alpha", self._field(tree, "alpha", self.kohya_alpha))
-        if isinstance(found, bool) or not isinstance(found, (int, float, type(None))):
-            raise CorruptAdapter(f"{self.name}: alpha of {module!r} is not a number.")
-        return found
+        return None if found is None else self._number(found, module)
+
+    def _number(self, value: Any, module: str) -> float:
+        # NaN fails the comparison; whole numbers too large for a float compare all the same.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MAX_ALPHA <= value <= MAX_ALPHA:
+            raise CorruptAdapter(f"{self.name}: alpha of {module[:120]!a} is no number between ±{MAX_ALPHA:g}.")
+        return float(value)
 
     def _field(self, tree: str | None, field: str, default: Any = None) -> Any:
         own = self.config.get(f"{tree}.{field}") if tree else None
@@ -102,6 +122,8 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{name} sets fan_in_fan_out: its matrices are transposed, which is not supported.")
         if field in ("alpha_pattern", "rank_pattern") and not isinstance(value, dict | None):
             raise CorruptAdapter(f"{name}: {field} must map module patterns to numbers.")
+        if field in UNSUPPORTED and value:
+            raise AdapterError(f"{name} was trained with {field}, which is not supported.")
         start = str(value).lower()
         if field == "init_lora_weights" and start.startswith(CHANGED_BASE):
             raise AdapterError(

@@ -10,7 +10,7 @@ from multimodal_gen.cli.text import as_json, columns, size
 from multimodal_gen.config import EngineConfig, load
 from multimodal_gen.errors import AdapterError, ConfigError, did_you_mean
 from multimodal_gen.lora.names import fits
-from multimodal_gen.lora.sources import DEFAULT_ROOT
+from multimodal_gen.lora.sources import DEFAULT_ROOT, resolve_path
 from multimodal_gen.pipelines import registry
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def inspect(path: Path, model: str | None = None) -> dict[str, Any]:
     from multimodal_gen.lora.file import read_adapter
     from multimodal_gen.lora.formats.registry import parse
 
-    file = read_adapter(path, EngineConfig().max_lora_mb << 20)
+    file = read_adapter(resolve_path(str(path), None), EngineConfig().max_lora_mb << 20)
     parsed = parse(file)
     facts = _facts(file, parsed)
     if model is not None:
@@ -119,7 +119,7 @@ def _list(arguments: Arguments) -> int:
     missing = next((folder for folder in folders if not folder.is_dir()), None)
     if missing is not None:
         raise ConfigError(f"There is no folder {missing}; name the one that holds your adapters.")
-    rows = [_row(file) for folder in folders for file in sorted(folder.rglob("*.safetensors"))]
+    rows = [_row(file) for folder in folders for file in sorted(folder.rglob("*.safetensors")) if file.is_file()]
     if arguments.json:
         print(as_json({"adapters": rows}))
     elif rows:

@@ -50,8 +50,17 @@ class Replay:
 
         Raises: ConfigError for adapters whose place is not given.
         """
-        paths = {use.nickname: path for use, path in map(parse_flag, given)}
         pins = self.recipe.loras
+        paths = {}
+        for use, path in map(parse_flag, given):
+            if use.nickname not in {pin.nickname for pin in pins}:
+                raise ConfigError(f"--lora {use.nickname}: the image was made without it; leave it out.", param="lora")
+            if use.strength != 1.0 or use.target != "all":
+                raise ConfigError(
+                    f"--lora {use.nickname}: strength and target come from the recipe; give the path alone.",
+                    param="lora",
+                )
+            paths[use.nickname] = path
         missing = [pin for pin in pins if pin.nickname not in paths]
         if missing:
             pin = missing[0]

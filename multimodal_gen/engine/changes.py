@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multimodal_gen.adapters import Change, SetLora
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.faults import Fault
-from multimodal_gen.errors import GenerationFailed, MmgenError, OutOfMemory
+from multimodal_gen.errors import GenerationFailed, InvalidValue, MmgenError, OutOfMemory
 from multimodal_gen.lora.changes import Staged
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.lora.sources import make_source, parse_flag
@@ -115,4 +115,7 @@ def first_change(config: EngineConfig) -> SetLora | None:
         return None
     # Whoever starts the engine may read any file of theirs: the roots bind clients only.
     sources = {use.nickname: make_source(use.nickname, path, None) for use, path in wishes}
+    for use, path in wishes:
+        if make_source(use.nickname, path, None) != sources[use.nickname]:
+            raise InvalidValue(f"--lora names {use.nickname!r} twice with different files.", param="lora")
     return SetLora(sources=tuple(sources.values()), uses=tuple(use for use, _ in wishes), mode=config.lora_merge_mode)

@@ -263,7 +263,7 @@ class EngineClient:
 
     def _handle(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
-            self.ready, self.loras = message, message.loras
+            self.ready, self.loras = message, self._restored(message)
             self.state = "draining" if self.state == "draining" else "ready"
             self._ready_or_failed.set()
             for ticket in list(self._tickets.values()):
@@ -284,6 +284,16 @@ class EngineClient:
             self._loras_answered(message)
         elif message.request_id in self._tickets:
             self._deliver(self._tickets[message.request_id], message)
+
+    def _restored(self, message: Ready) -> LoraState:
+        """The adapters of a new worker; where they could not come back, requests are told instead of served less."""
+        if message.lora_error is None:
+            for why in message.loras.missing.values():
+                log.error("an active adapter is missing after the restart: %s", why)
+            return message.loras
+        log.error("the adapters could not be brought back: %s", message.lora_error.message)
+        missing = {pin.digest: message.lora_error.message for pin in self.loras.active}
+        return msgspec.structs.replace(message.loras, active=self.loras.active, missing=missing)
 
     def _loras_answered(self, message: LorasChanged | LorasRefused) -> None:
         if isinstance(message, LorasChanged):

@@ -20,7 +20,15 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.changes import Changes, first_change
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.scheduler import Scheduler, Slot
-from multimodal_gen.errors import Cancelled, DeadlineExceeded, GenerationFailed, MmgenError, OutOfMemory, UserError
+from multimodal_gen.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GenerationFailed,
+    MmgenError,
+    OutOfMemory,
+    Overflowed,
+    UserError,
+)
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.media.arrays import from_numpy
@@ -52,7 +60,7 @@ class Active:
 
     request: ImageRequest  # filled by add
     arrived: float  # filled by add: clock time
-    adapters: Applied  # filled by add
+    adapters: Applied  # filled by add; overlays when the first row starts
     unpin: Callable[[], None]  # filled by add: lets go of the request's adapters
     started: bool = False  # set when its first row is planned
     rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
@@ -98,8 +106,11 @@ class EngineCore:
         """Queue a request; it joins at the next step. Its adapters are settled now, whatever changes later."""
         try:
             adapters = self.loras.apply(request)
-        except MmgenError as error:
-            return [Failed(request.id, ErrorInfo(error.code, error.message, error.param))]
+        except Exception as error:
+            if not isinstance(error, MmgenError):
+                log.error("request %s could not be admitted", request.id, exc_info=error)
+            told = _as_ours(error)
+            return [Failed(request.id, ErrorInfo(told.code, told.message, told.param))]
         self._active[request.id] = Active(request, self._clock(), adapters, self.loras.pin(request))
         self.scheduler.add(request, adapters.weights)
         return [LorasChanged("", self.loras.state, True, 0.0)] if self.loras.note(request) else []
@@ -117,7 +128,7 @@ class EngineCore:
 
         Raises: the AdapterError family.
         """
-        change = RestoreLora(state=state) if state is not None and state.loaded else first_change(self.config)
+        change = first_change(self.config) if state is None else RestoreLora(state=state) if state.loaded else None
         if change is not None:
             self.changes.run(change, weights_too=True)
 
@@ -173,7 +184,7 @@ class EngineCore:
         if error is None:
             return slots
         log.error("adapters could not be merged", exc_info=error)
-        self._failures += 1
+        self._failures += not isinstance(error, UserError)
         events += [self._drop(request_id, _as_ours(error)) for request_id in dict.fromkeys(s.request_id for s in slots)]
         return []
 
@@ -192,6 +203,7 @@ class EngineCore:
 
     def _prepare(self, active: Active, index: int) -> None:
         begin = self._clock()
+        active.adapters = self.loras.equip(active.adapters)
         row = Row(active.request, index, active.adapters)
         active.rows[index] = row
         self.fault.trip("encode")
@@ -297,7 +309,9 @@ class EngineCore:
         if error is None:
             return True
         log.error("request %s failed", active.request.id, exc_info=error)
-        self._failures += not isinstance(error, UserError)
+        # Numbers that overflow under adapters say nothing of the process's health.
+        excused = isinstance(error, UserError) or (isinstance(error, Overflowed) and active.request.loras)
+        self._failures += not excused
         events.append(self._drop(active.request.id, _as_ours(error)))
         return False
 

@@ -89,7 +89,10 @@ def _serve(channel: WorkerChannel, log_level: str) -> int:
 
 
 def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
-    """Adapters of the worker before this one, or of the configuration; only the latter may fail the start."""
+    """Adapters of the worker before this one, or of the configuration; only the latter may fail the start.
+
+    Files that are gone are told in the state; an error here is one of merging.
+    """
     try:
         core.bring_adapters(load.loras)
     except MmgenError as error:

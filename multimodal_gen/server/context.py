@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from multimodal_gen.adapters import LoraState
 from multimodal_gen.config import ServerConfig
+from multimodal_gen.errors import AdapterUnavailable
 from multimodal_gen.request import ModelCard
 from multimodal_gen.server.metrics import Metrics
 
@@ -75,6 +77,14 @@ class Context:
     def model_name(self) -> str:
         """The id under which the model is listed."""
         return self.config.served_model_name or self.card.name
+
+
+def lost_adapters(state: LoraState) -> AdapterUnavailable:
+    """Why requests that rely on the active adapters cannot be served."""
+    why = next(iter(state.missing.values()))
+    return AdapterUnavailable(
+        f"An active adapter could not be loaded again after the worker restarted. {why} Use set_lora again."
+    )
 
 
 def fingerprint(*parts: str) -> str:

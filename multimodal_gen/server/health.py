@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse
 
 from multimodal_gen.errors import EngineError, MmgenError, ModelLoading, ShuttingDown
-from multimodal_gen.server.context import Context
+from multimodal_gen.server.context import Context, lost_adapters
 from multimodal_gen.server.errors import ERROR_RESPONSES, error_body, error_headers
 
 _WHY_NOT: dict[str, MmgenError] = {
@@ -30,6 +30,9 @@ def router(context: Context) -> APIRouter:
     @routes.get("/health/ready", summary="Are requests accepted?")
     async def ready() -> Response:
         state = context.engine.state
+        if state == "ready" and context.engine.loras.missing:
+            lost = lost_adapters(context.engine.loras)
+            return JSONResponse({"status": "adapters missing", **error_body(lost)}, 503, headers=error_headers(lost))
         if state == "ready":
             return JSONResponse({"status": "ready"})
         error = _WHY_NOT.get(state, EngineError("The engine has failed; the server is about to exit."))

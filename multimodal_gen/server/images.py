@@ -23,7 +23,7 @@ from multimodal_gen.errors import (
 from multimodal_gen.messages import Finished
 from multimodal_gen.request import MAX_STEPS, ImageRequest, SamplingParams, resolve
 from multimodal_gen.server import replies
-from multimodal_gen.server.context import Context, fingerprint
+from multimodal_gen.server.context import Context, fingerprint, lost_adapters
 from multimodal_gen.server.disconnect import unless_gone
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.json_body import parse_object
@@ -118,6 +118,8 @@ def _pins(wish: ImageGenerationRequest, context: Context) -> tuple[Pin, ...]:
     """The request's own adapters, else the active ones, by what they are now."""
     engine = context.engine
     if wish.loras is None:
+        if engine.loras.missing:
+            raise lost_adapters(engine.loras)
         return engine.loras.active
     uses = read_uses(wish.loras)
     if engine.ready is None:

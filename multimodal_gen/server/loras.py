@@ -97,7 +97,7 @@ def listing(state: LoraState, roots: Iterable[Path]) -> dict[str, Any]:
     for tree in dict.fromkeys(pin.tree for pin in state.active):
         pins = [pin for pin in state.active if pin.tree == tree]
         nicknames, strengths = [pin.nickname for pin in pins], [pin.strength for pin in pins]
-        merged = state.merged[tree]
+        merged = state.merged.get(tree, False)
         known = [infos[name] for name in nicknames if name in infos]
         active[tree] = [
             {
@@ -107,7 +107,7 @@ def listing(state: LoraState, roots: Iterable[Path]) -> dict[str, Any]:
                 "merged": merged,
                 "mode": "merge" if merged else "dynamic",
                 "asked": state.modes.get(tree, "auto"),
-                "reason": state.reasons[tree],
+                "reason": state.reasons.get(tree, "missing since the worker restarted"),
                 "strength": strengths[0] if len(strengths) == 1 else strengths,
                 "strengths": strengths,
             }

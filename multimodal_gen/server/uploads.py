@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
+import re
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -14,6 +16,10 @@ from multimodal_gen.adapters import AdapterInfo
 from multimodal_gen.errors import CorruptAdapter, StorageFull
 
 FOLDER = "uploads"
+
+_OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
+
+log = logging.getLogger("multimodal_gen.server")
 
 
 async def receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]:
@@ -37,9 +43,9 @@ async def receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]:
             await asyncio.to_thread(os.fsync, file.fileno())
         temporary.rename(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull("The disk for uploads is full.") from None
-        raise
+        log.error("an upload cannot be written: %s", error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageFull(f"The upload cannot be stored: {'the disk is full' if full else error.strerror}.") from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -49,7 +55,9 @@ async def receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]:
 def uploaded(loaded: Iterable[AdapterInfo], root: Path) -> list[Path]:
     """The files of loaded adapters that were uploaded."""
     folder = (root / FOLDER).resolve()
-    return [Path(info.path) for info in loaded if Path(info.path).is_relative_to(folder)]
+    paths = [Path(info.path) for info in loaded]
+    # Only names of ours: an operator may keep files of their own there.
+    return [path for path in paths if path.parent == folder and _OURS.fullmatch(path.name)]
 
 
 def discard_unused(files: Iterable[Path], loaded: Iterable[AdapterInfo]) -> None:

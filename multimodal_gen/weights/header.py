@@ -11,6 +11,8 @@ from multimodal_gen.errors import CorruptModel
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 LENGTH_BYTES = 8
+MAX_DIMS = 16
+MAX_NUMBER = (1 << 63) - 1
 
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -98,10 +100,12 @@ def _tensor(name: str, entry: Any, shown: str) -> TensorInfo:
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CorruptModel(f"{where}: the entry must have dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise CorruptModel(f"{where}: unknown dtype {str(dtype)[:40]!r}.")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise CorruptModel(f"{where}: shape and data_offsets must be lists of whole numbers.")
+    if len(shape) > MAX_DIMS or any(number > MAX_NUMBER for number in (*shape, *offsets)):
+        raise CorruptModel(f"{where}: no tensor has more than {MAX_DIMS} dimensions or numbers of 64 bits.")
     tensor = TensorInfo(dtype, tuple(shape), *offsets)
     if tensor.elements * _BITS[dtype] != (tensor.end - tensor.begin) * 8:
         raise CorruptModel(

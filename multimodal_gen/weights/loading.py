@@ -127,9 +127,17 @@ class WeightTree:
         for key in keys:
             wanted.setdefault(self._file_of[key], []).append(key)
         for file, names in wanted.items():
-            if _stamp(file) != self._stamps[file]:
-                raise CorruptModel(f"{file} was changed while the model was in use; restart with the right file.")
+            self._check(file)
             yield from _tensors(file, names)
+
+    def check(self) -> None:
+        """Raises: CorruptModel naming a file that was changed since the model was loaded."""
+        for file in self.files:
+            self._check(file)
+
+    def _check(self, file: Path) -> None:
+        if _stamp(file) != self._stamps[file]:
+            raise CorruptModel(f"{file} was changed while the model was in use; restart with the right file.")
 
 
 @contextmanager

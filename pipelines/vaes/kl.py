@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal_gen.errors import GenerationFailed
+from multimodal_gen.errors import Overflowed
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.weights.checkpoint import read_json
 from multimodal_gen.weights.loading import construction, load_weights
@@ -35,9 +35,12 @@ class KLDecoder:
         self.parameters = sum(p.numel() for p in vae.parameters())
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """float32 [C, h, w] → uint8 [H, W, 3]. Raises: GenerationFailed for latents that overflowed."""
+        """float32 [C, h, w] → uint8 [H, W, 3]. Raises: Overflowed for latents that overflowed."""
         if not torch.isfinite(latents).all():
-            raise GenerationFailed("The model's numbers overflowed; run it with --dtype bfloat16 or float32.")
+            raise Overflowed(
+                "The model's numbers overflowed; run it with --dtype bfloat16 or float32, or lower the strengths "
+                "of its adapters."
+            )
         z = latents.to(self.device, self.dtype)[None] / self.scale + self.shift
         pixels = self.vae.decode(z.contiguous(memory_format=torch.channels_last), return_dict=False)[0][0]
         pixels = (pixels.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)

@@ -220,7 +220,10 @@ def test_requests_have_their_own_lists(server: Server) -> None:
     other = picture(server)
     assert len({base, active, other}) == 3
     assert picture(server, loras=[]) == base
-    assert picture(server, loras=[{"nickname": "b"}]) == other
+    own = picture(server, loras=[{"nickname": "b"}])  # beside the weights, whatever is active: same request, same bits
+    set_lora(server, "a")
+    assert picture(server, loras=[{"nickname": "b"}]) == own
+    set_lora(server, "b", merge_mode="merge")
     client = openai.OpenAI(base_url=server.base_url + "/v1", api_key="none", max_retries=0)
     made = client.images.generate(
         prompt=str(QUICK["prompt"]),
@@ -267,6 +270,9 @@ def test_uploads(server: Server, root: Path) -> None:
     assert picture(server, loras=[{"nickname": "sent"}]) != picture(server)
     for broken, code in ((data[:-5], "corrupt_adapter"), (b"", "corrupt_adapter"), (pickle.dumps(1), "unsafe_format")):
         assert_error(upload(server, broken, "nickname=broken"), 400, code)
+    odd = json.dumps({"\ud800x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    strange = struct.pack("<Q", len(odd)) + odd + bytes(4)
+    assert_error(upload(server, strange, "nickname=odd&allow_partial=true"), 400, "corrupt_adapter")
     assert_error(upload(server, data, "nickname=../x"), 400, "invalid_value", "nickname")
     assert_error(upload(server, data, ""), 400, "invalid_value", "nickname")
     assert_error(upload(server, data, "nickname=y&strenght=1"), 400, "unknown_parameter", "strenght")
@@ -295,6 +301,14 @@ BAD: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("link out", {"lora_nickname": "x", "lora_path": "link.safetensors"}, 403, "path_not_allowed", "lora_path"),
     ("link folder", {"lora_nickname": "x", "lora_path": "folder_link/hostname"}, 403, "path_not_allowed", "lora_path"),
     ("missing", {"lora_nickname": "x", "lora_path": "none.safetensors"}, 404, "adapter_not_found", "lora_path"),
+    ("long", {"lora_nickname": "x", "lora_path": "a" * 300}, 404, "adapter_not_found", "lora_path"),
+    (
+        "alpha of 400 digits",
+        {"lora_nickname": "x", "lora_path": "a", "lora_alpha": 10**400},
+        400,
+        "invalid_value",
+        "lora_alpha",
+    ),
     ("NUL", {"lora_nickname": "x", "lora_path": "a\0b"}, 400, "invalid_value", "lora_path"),
     # 30: pickles
     *(

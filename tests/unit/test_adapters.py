@@ -52,11 +52,16 @@ def test_scalars_broadcast_and_lists_pair_up():
         (("a", None, "all", True), "strength", "a number"),
         (("a", None, "vae"), "target", "one of all"),
         (("a", None, "all", 1.0, 2.0), "lora_alpha", "lora_path"),
-        (("a", "x", "all", 1.0, -1.0), "lora_alpha", "positive"),
+        (("a", "x", "all", 1.0, -1.0), "lora_alpha", "above 0"),
+        (("a", "x", "all", 1.0, 10**400), "lora_alpha", "above 0"),
+        (([], "x"), "lora_path", "name nothing"),
+        (([], None, "bogus"), "target", "one of all"),
+        (([], None, "all", "x"), "strength", "a number"),
+        ((["a", "a"], ["x", None], "all", 1.0, [2.0, 3.0]), "lora_alpha", "lora_path"),
         ((["a"] * 33,), "lora_nickname", "33"),
         ((7,), "lora_nickname", "letters"),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, tuple) else str(value),
 )
 def test_what_does_not_pair_up_is_named(arguments, param, words):
     with pytest.raises(InvalidValue, match=words) as caught:

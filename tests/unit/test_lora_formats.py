@@ -333,7 +333,7 @@ def test_the_rest_of_a_partly_fitting_file_can_be_asked_for(tmp_path: Path) -> N
         ({f"transformer.{Q}.lora_A.weight": numbers(3)}, CorruptAdapter, "must be a matrix"),
         ({f"transformer.{Q}.alpha": numbers(2)}, CorruptAdapter, "alpha of .* has 2 numbers"),
         ({f"transformer.{Q}.lora_A.default.weight": numbers(3, 320)}, CorruptAdapter, "two tensors for one role"),
-        ({f"transformer.{Q}.dora_scale": numbers(1, 64)}, AdapterError, "along the input axis"),
+        ({f"transformer.{Q}.dora_scale": numbers(1, 320)}, AdapterError, "along inputs"),
     ],
     ids=["ranks", "missing", "integers", "vector", "alpha", "twice", "dora"],
 )
@@ -353,7 +353,8 @@ def test_broken_modules_are_named(
         ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
         ({"alpha_pattern": {"(a+)+$": 1}}, "no plain module name"),
         ({"alpha_pattern": 5}, "alpha_pattern must map"),
-        ({"lora_alpha": "many"}, "not a number"),
+        ({"lora_alpha": "many"}, "no number between"),
+        ({"lora_alpha": 10**400}, "no number between"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -367,3 +368,88 @@ def test_a_stranger_without_tensors_is_an_adapter_file_too() -> None:
     empty = AdapterFile("a", {}, {}, {}, "", 0)
     with pytest.raises(AdapterMismatch, match="holds no adapter"):
         bind(parse(empty), TREES, allow_partial=True, name="a")
+
+
+def test_peft_lokr_divides_by_the_rank_that_was_asked_for(tmp_path: Path) -> None:
+    out, width = SHAPES["transformer"][f"{Q}.weight"]
+    outer, inner = numbers(8, 10, seed=1), numbers(out // 8, width // 10, seed=2)
+    tensors = {f"base_model.model.{Q}.lokr_w1": outer, f"base_model.model.{Q}.lokr_w2": inner}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 64, "alpha": 8}))
+    adapter = load(tensors, tmp_path).adapter
+    assert torch.allclose(delta(adapter, f"{Q}.weight"), 8 / 64 * torch.kron(outer, inner), atol=1e-5)
+
+
+def test_a_small_file_cannot_ask_for_a_large_matrix(tmp_path: Path) -> None:
+    """The shape is checked before a factor is multiplied out: 40 GB here."""
+    name = f"lycoris_{Q.replace('.', '_')}"
+    tensors = {
+        f"{name}.lokr_w1": numbers(1, 1),
+        f"{name}.lokr_w2_a": numbers(10**5, 1),
+        f"{name}.lokr_w2_b": numbers(1, 10**5),
+    }
+    with pytest.raises(AdapterMismatch, match="shape"):
+        load(tensors, tmp_path)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_length_that_looks_like_a_pickle(tmp_path: Path, length: int) -> None:
+    tensors = lora()
+    path = write_adapter(tmp_path / "a.safetensors", tensors, {"pad": ""})
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = (
+        data[8 : 8 + size]
+        .rstrip()
+        .replace(b'"pad":""', b'"pad":"' + b"x" * (length - len(data[8 : 8 + size].rstrip())) + b'"')
+    )
+    assert len(header) == length
+    path.write_bytes(length.to_bytes(8, "little") + header + data[8 + size :])
+    assert read_adapter(path, 1 << 30).tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("key", ["\ud800x", "a\nb", "k" * 600])
+def test_names_that_cannot_be_told_are_refused(tmp_path: Path, key: str) -> None:
+    header = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CorruptAdapter, match="names a tensor"):
+        read_adapter(path, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": [], "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [10**3000, 10**3000], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        [],
+    ],
+    ids=["dtype", "giant", "dimensions", "word", "negative", "list"],
+)
+def test_hostile_headers(tmp_path: Path, entry: object) -> None:
+    header = json.dumps({"x": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CorruptAdapter):
+        read_adapter(path, 1 << 30)
+
+
+def test_numbers_beyond_float32_are_refused(tmp_path: Path) -> None:
+    path = write_adapter(
+        tmp_path / "a.safetensors", {"x.lora_A.weight": torch.full((2, 2), 1e300, dtype=torch.float64)}
+    )
+    with pytest.raises(CorruptAdapter, match="NaN or infinity"):
+        read_adapter(path, 1 << 30)
+
+
+def test_a_configuration_belongs_to_one_file(tmp_path: Path) -> None:
+    """In a folder of several adapters nobody knows whose it is; peft's own file name says so."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6}))
+    tensors = lora()
+    write_adapter(tmp_path / "other.safetensors", tensors)
+    assert torch.allclose(delta(load(tensors, tmp_path).adapter, f"{Q}.weight"), product(tensors), atol=1e-5)
+    file = read_adapter(write_adapter(tmp_path / "adapter_model.safetensors", tensors), 1 << 30)
+    bound = bind(parse(file), TREES, allow_partial=False, name="a")
+    assert torch.allclose(delta(bound.adapter, f"{Q}.weight"), 2 * product(tensors), atol=1e-5)

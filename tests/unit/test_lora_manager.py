@@ -13,9 +13,17 @@ import pytest
 import torch
 
 from multimodal_gen import DiffGenerator
-from multimodal_gen.adapters import Pin
+from multimodal_gen.adapters import AdapterSource, LoadLora, LoraState, Pin
 from multimodal_gen.engine.core import EngineCore
-from multimodal_gen.errors import AdapterInUse, AdapterLimit, AdapterMergeOnly, AdapterNotFound, CorruptModel
+from multimodal_gen.errors import (
+    AdapterError,
+    AdapterInUse,
+    AdapterLimit,
+    AdapterMergeOnly,
+    AdapterNotFound,
+    GenerationFailed,
+    WeightsUnavailable,
+)
 from multimodal_gen.lora.policy import MAX_LOSS, MIXED, WINDOW, Traffic, choose
 from multimodal_gen.messages import Finished, Gauges
 from multimodal_gen.request import ImageRequest, SamplingParams, resolve
@@ -303,10 +311,13 @@ def test_a_checkpoint_that_changed_on_disk_is_not_merged_into(tmp_path: Path, fi
         weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes())
         before = checksum(gen)
-        with pytest.raises(CorruptModel, match="was changed while"):
+        with pytest.raises(WeightsUnavailable) as caught:
             gen.set_lora("a", file("a"), merge_mode="merge")
-        # The weights cannot be read again either, but none had been written.
+        assert str(tmp_path) not in caught.value.message
         assert checksum(gen) == before
+        assert not gen._engine.sick, "nothing had been written, so nothing is in doubt"
+        gen.set_lora("a", file("a"), merge_mode="dynamic")
+        latents(gen)
 
 
 def test_limits(folder: Path, file: Callable[..., str]) -> None:
@@ -333,3 +344,109 @@ def test_python_errors(gen: DiffGenerator, file: Callable[..., str], tmp_path: P
     with pytest.raises(AdapterMergeOnly, match="whole weight differences"):
         gen.set_lora("whole", whole.parent, merge_mode="dynamic")
     assert gen.set_lora("whole", whole.parent).merged == {"transformer": True}
+
+
+def test_what_cannot_come_back_after_a_restart_is_told(folder: Path, file: Callable[..., str]) -> None:
+    """Requests must not silently get less than the active set."""
+    kept, lost = file("kept"), file("lost", seed=2)
+    with load(folder) as gen:
+        state = gen.set_lora(["kept", "lost"], [kept, lost])
+    Path(lost).unlink()
+    with load(folder) as gen:
+        core = gen._engine
+        core.bring_adapters(state)
+        assert list(core.loras.state.missing) == [state.active[1].digest]
+        (failed,) = core.add(request(core, "x", None))
+        assert failed.error.code == "adapter_unavailable"  # type: ignore[union-attr]
+        assert "'lost'" in failed.error.message  # type: ignore[union-attr]
+        assert not core.sick
+        base = latents(gen, loras=[])
+        assert not torch.equal(latents(gen, loras=[{"nickname": "kept"}]), base)
+        gen.set_lora("kept")
+        assert not core.loras.state.missing
+        assert not torch.equal(latents(gen), base)
+
+
+def test_a_restart_after_everything_was_unloaded_brings_nothing_back(folder: Path, file: Callable[..., str]) -> None:
+    with load(folder, lora=[f"a={file('a')}"]) as gen:
+        assert gen.list_loras().active
+        fresh = EngineCore(gen.card, gen.config)
+        fresh.bring_adapters(LoraState())
+        assert fresh.loras.state == LoraState()
+
+
+def test_loading_under_the_name_of_an_active_adapter_is_refused(gen: DiffGenerator, file: Callable[..., str]) -> None:
+    gen.set_lora("a", file("a"))
+    with pytest.raises(AdapterInUse, match="another name"):
+        gen._engine.change_adapters(LoadLora(source=AdapterSource(nickname="a", path=file("b", seed=2))))
+
+
+def test_merging_a_set_of_which_a_part_was_unloaded_is_refused(gen: DiffGenerator, file: Callable[..., str]) -> None:
+    gen.set_lora(["a", "b"], [file("a"), file("b", seed=2)])
+    gen.unmerge_lora_weights()
+    gen.unload_lora("b")
+    with pytest.raises(AdapterNotFound, match="'b'"):
+        gen.merge_lora_weights()
+
+
+def test_what_overflows_is_refused_and_leaves_the_base(folder: Path, tmp_path: Path, file: Callable[..., str]) -> None:
+    name = "layers.0.attention.to_q"
+    huge = {f"{name}.lora_A.weight": torch.full((2, 96), 1e20), f"{name}.lora_B.weight": torch.full((96, 2), 1e20)}
+    path = str(write_adapter(tmp_path / "huge.safetensors", huge))
+    with load(folder, max_consecutive_errors=2) as gen:
+        before, base = checksum(gen), latents(gen)
+        with pytest.raises(AdapterError, match="overflow"):
+            gen.set_lora("huge", path, merge_mode="merge")
+        assert checksum(gen) == before
+        assert not gen.list_loras().loaded
+        # Large, but finite in the weights: the pictures overflow, and the engine is not to blame.
+        gen.set_lora("loud", file("loud"), strength=100.0, lora_alpha=1e6, merge_mode="merge")
+        for _ in range(3):
+            with pytest.raises(GenerationFailed, match="overflowed"):
+                gen.generate(PROMPT, **REQUEST)
+            assert not gen._engine.sick
+        gen.set_lora([])
+        assert torch.equal(latents(gen), base)
+
+
+def test_own_lists_are_bounded_and_cost_nothing_while_they_wait(gen: DiffGenerator, file: Callable[..., str]) -> None:
+    names = [f"wide{i}" for i in range(3)]
+    gen.set_lora(names, [file(name, "layers.0.attention", rank=500, seed=i) for i, name in enumerate(names)])
+    gen.set_lora([])
+    core = gen._engine
+    (failed,) = core.add(request(core, "wide", [{"nickname": name} for name in names]))
+    assert failed.error.code == "invalid_adapter"  # type: ignore[union-attr]
+    assert "1500" in failed.error.message  # type: ignore[union-attr]
+    core.add(request(core, "waits", [{"nickname": "wide0"}] * 20))
+    assert all(use.overlay is None for use in core._active["waits"].adapters.trees.values())
+    assert not core.loras._overlays
+    _, found = run(core, [])
+    assert len(found) == 1
+    assert sum(next(iter(o.updates.values())).down.shape[1] for o in core.loras._overlays.values()) == 3 * 500, (
+        "listed twenty times, stacked once (for q, k and v)"
+    )
+
+
+def test_own_lists_give_the_same_bits_whatever_is_active(gen: DiffGenerator, file: Callable[..., str]) -> None:
+    gen.set_lora(["a", "b"], [file("a"), file("b", seed=2)], merge_mode="merge")
+    want = latents(gen, loras=[{"nickname": "a"}])
+    gen.set_lora("a", merge_mode="merge")
+    assert torch.equal(latents(gen, loras=[{"nickname": "a"}]), want)
+
+
+def test_a_failure_while_admitting_is_the_requests_own(
+    gen: DiffGenerator, file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = gen._engine
+    gen.set_lora("a", file("a"), merge_mode="dynamic")
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("device")
+
+    monkeypatch.setattr("multimodal_gen.lora.manager.make_overlay", fail)
+    _, found = run(core, [request(core, "x", None), request(core, "y", [])])
+    assert list(found) == ["y"]
+    monkeypatch.setattr(core.loras, "apply", fail)
+    (failed,) = core.add(request(core, "z", None))
+    assert failed.error.code == "out_of_memory"  # type: ignore[union-attr]
+    core._failures = 0
