@@ -82,12 +82,15 @@ class LoraManager:
         self._become(staged.names, staged.state, staged.choices)
         if not weights_too:
             return
-        weights = self.weights
+        weights = {tree: (merged.members, self._weights.get(tree, ())) for tree, merged in self._merged.items()}
         try:
             self.set_weights(self._active().weights)
         except BaseException:
             self._become(*before)
-            self.set_weights(weights)  # another tree may have been written already
+            for tree, (members, key) in weights.items():  # another tree may have been written already
+                if self._weights.get(tree, ()) != key:
+                    self._merged[tree].set(members)
+                    self._weights[tree] = key
             raise
 
     def _become(self, names: Mapping[str, Loaded], state: LoraState, choices: Mapping[str, Choice]) -> None:
@@ -197,11 +200,6 @@ class LoraManager:
         return overlay
 
     # --- weights ----------------------------------------------------------------------------------------------------
-
-    @property
-    def weights(self) -> WeightsKey:
-        """What is merged into the weights now."""
-        return tuple((tree, key) for tree, key in sorted(self._weights.items()) if key)
 
     def set_weights(self, wanted: WeightsKey) -> None:
         """Bring the weights of every tree to `wanted`; nothing is done for those that are there.

@@ -28,7 +28,7 @@ class MergedTree:
         """`on_layer` is called after every weight that was written; tests fail there."""
         self.tree = tree
         self.broken = False  # set when neither the new set nor the one before could be written
-        self._members: Members = ()
+        self.members: Members = ()  # what the weights hold
         self._touched: frozenset[str] = frozenset()
         self._on_layer = on_layer
 
@@ -39,22 +39,27 @@ class MergedTree:
         Raises: what reading or allocating raised; the weights are then as before, or `broken` is set.
         """
         self.tree.check()  # before anything is written, so that nothing has to be written back
-        before = self._members
+        before = self.members
         wanted = self.tree.gather(members)
         try:
-            self._write(wanted, self._touched | wanted.keys())
+            self._write(wanted, self._touched | wanted.keys(), self._on_layer)
         except BaseException:
             self.broken = True
             old = self.tree.gather(before)
             self._write(old, self._touched | wanted.keys() | old.keys())
             self.broken = False
             raise
-        self._members, self._touched = tuple(members), frozenset(wanted)
+        self.members, self._touched = tuple(members), frozenset(wanted)
 
-    def _write(self, wanted: dict[str, list[tuple[Update, float]]], names: Iterable[str]) -> None:
+    def _write(
+        self,
+        wanted: dict[str, list[tuple[Update, float]]],
+        names: Iterable[str],
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> None:
         for name, pristine in self.tree.pristine(sorted(names)):
             write(self.tree.place(name).view(), pristine, wanted.get(name, ()))
-            self._on_layer()
+            on_layer()
 
 
 def write(view: Tensor, pristine: Tensor, updates: Sequence[tuple[Update, float]]) -> None:

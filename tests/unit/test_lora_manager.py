@@ -450,3 +450,32 @@ def test_a_failure_while_admitting_is_the_requests_own(
     (failed,) = core.add(request(core, "z", None))
     assert failed.error.code == "out_of_memory"  # type: ignore[union-attr]
     core._failures = 0
+
+
+def test_a_failure_in_the_second_tree_takes_back_the_first(
+    folder: Path, tmp_path: Path, file: Callable[..., str]
+) -> None:
+    text = {f"text_encoder.layers.0.self_attn.q_proj.lora_{x}.weight": t for x, t in _factors(32, 32)}
+    image = {f"transformer.layers.0.attention.to_q.lora_{x}.weight": t for x, t in _factors(96, 96)}
+    both = str(write_adapter(tmp_path / "both.safetensors", {**text, **image}))
+    with load(folder) as gen:
+        gen.set_lora("old", file("old"), merge_mode="merge")
+        before, state = checksum(gen), gen.list_loras()
+
+        def fail() -> None:
+            raise MemoryError
+
+        merged = gen._engine.loras._merged
+        assert list(merged) == ["transformer", "text_encoder"]
+        merged["text_encoder"]._on_layer = fail
+        with pytest.raises(MemoryError):
+            gen.set_lora("both", both, merge_mode="merge")
+        assert checksum(gen) == before
+        assert gen.list_loras() == state
+        merged["text_encoder"]._on_layer = lambda: None
+        assert gen.set_lora("both", both, merge_mode="merge").merged == {"transformer": True, "text_encoder": True}
+
+
+def _factors(out: int, width: int) -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(out)
+    return [("A", torch.randn(2, width, generator=generator)), ("B", torch.randn(out, 2, generator=generator))]
