@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from multimodal_gen.kernels.low_rank_product import low_rank_product
+from multimodal_gen.kernels.float32_product import float32_product
 
 NORM_EPS = torch.finfo(torch.float32).eps
 
@@ -88,7 +88,7 @@ class LowRank:
         return replace(self, up=self.up[rows])
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
-        total.add_(low_rank_product(self.up[rows], self.down), alpha=strength * self.scale)
+        total.add_(float32_product(self.up[rows], self.down), alpha=strength * self.scale)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Hadamard:
         return replace(self, up1=self.up1[rows], up2=self.up2[rows])
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
-        first, second = low_rank_product(self.up1[rows], self.down1), low_rank_product(self.up2[rows], self.down2)
+        first, second = float32_product(self.up1[rows], self.down1), float32_product(self.up2[rows], self.down2)
         total.addcmul_(first, second, value=strength * self.scale)
 
 
@@ -249,4 +249,4 @@ def _float(tensor: Tensor, device: torch.device) -> Tensor:
 def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
     if len(factors) == 1:
         return _float(factors[0], device)
-    return low_rank_product(_float(factors[0], device), _float(factors[1], device))
+    return float32_product(_float(factors[0], device), _float(factors[1], device))

@@ -18,6 +18,11 @@ class NaiveAttention:
         """Always available."""
         return ""
 
+    @staticmethod
+    def preferred(device: torch.device) -> bool:
+        """Nowhere: it is slow."""
+        return False
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v [T, H, D] → [T, H, D]."""
         outputs = []

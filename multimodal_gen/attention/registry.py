@@ -11,6 +11,7 @@ from multimodal_gen.attention.base import AttentionBackend
 from multimodal_gen.errors import ConfigError, did_you_mean
 
 BACKENDS = {
+    "onednn": "multimodal_gen.attention.onednn:OneDnnAttention",
     "sdpa": "multimodal_gen.attention.sdpa:SdpaAttention",
     "naive": "multimodal_gen.attention.naive:NaiveAttention",
 }
@@ -30,11 +31,11 @@ def available(device: torch.device) -> dict[str, str]:
 
 
 def choose(name: str, device: torch.device) -> AttentionBackend:
-    """The named backend, or with `auto` the best one. Raises ConfigError listing those that can run."""
+    """The named backend, or with `auto` the first that suits the device. Raises ConfigError listing what can run."""
     reasons = available(device)
     usable = [candidate for candidate, reason in reasons.items() if not reason]
     if name == "auto":
-        name = usable[0]
+        name = next(candidate for candidate in usable if _load(candidate).preferred(device))
     elif name not in usable:
         why = reasons.get(name, "there is no backend of that name")
         raise ConfigError(

@@ -19,6 +19,11 @@ class SdpaAttention:
         """Always available."""
         return ""
 
+    @staticmethod
+    def preferred(device: torch.device) -> bool:
+        """Everywhere."""
+        return True
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v [T, H, D] → [T, H, D]."""
         outputs = []

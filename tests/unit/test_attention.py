@@ -16,7 +16,7 @@ USABLE = [name for name, reason in registry.available(CPU).items() if not reason
 
 
 @pytest.mark.parametrize("name", USABLE)
-@pytest.mark.parametrize("lengths", [(5,), (7, 7, 7), (3, 3, 40, 1), (64, 32, 64)])
+@pytest.mark.parametrize("lengths", [(5,), (7, 7, 7), (3, 3, 40, 1), (64, 32, 64), (530, 20, 530)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backends_agree_with_the_reference(name, lengths, dtype):
     torch.manual_seed(0)
@@ -41,5 +41,5 @@ def test_a_segment_does_not_see_its_neighbours(name):
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_available_ones():
-    with pytest.raises(ConfigError, match=r"sdpaa.*Available: auto, sdpa, naive.*Did you mean 'sdpa'"):
+    with pytest.raises(ConfigError, match=r"sdpaa.*Available: auto, onednn, sdpa, naive.*Did you mean 'sdpa'"):
         registry.choose("sdpaa", CPU)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from multimodal_gen.kernels.low_rank_product import low_rank_product, reference
+from multimodal_gen.kernels.float32_product import float32_product, reference
 
 pytestmark = [pytest.mark.kernels]
 
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.kernels]
 def test_equals_the_matrix_product(m: int, r: int, n: int) -> None:
     generator = torch.Generator().manual_seed(m + r + n)
     up, down = torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)
-    got, want = low_rank_product(up, down), reference(up.double(), down.double())
+    got, want = float32_product(up, down), reference(up.double(), down.double())
     assert got.shape == want.shape
     assert got.is_contiguous()
     difference = (got - want).abs()
@@ -22,10 +22,10 @@ def test_equals_the_matrix_product(m: int, r: int, n: int) -> None:
 
 def test_takes_rows_of_a_larger_matrix() -> None:
     up, down = torch.randn(100, 6), torch.randn(6, 30)
-    assert torch.allclose(low_rank_product(up[10:40], down), up[10:40] @ down, atol=1e-5)
+    assert torch.allclose(float32_product(up[10:40], down), up[10:40] @ down, atol=1e-5)
 
 
 @pytest.mark.parametrize(("up", "down"), [((4, 2), (3, 5)), ((4, 2), (2, 5))])
 def test_guards(up: tuple[int, int], down: tuple[int, int]) -> None:
     with pytest.raises(AssertionError):
-        low_rank_product(torch.randn(up), torch.randn(down, dtype=torch.float64))
+        float32_product(torch.randn(up), torch.randn(down, dtype=torch.float64))

@@ -1,0 +1,28 @@
+"""A·B in float32, on a CPU through oneDNN.
+
+torch hands matrix products in float32 to the BLAS that it was built with, which uses a third to a half of what some
+processors can do (MKL on a Zen 5: 0.21 TFLOP/s on two cores, oneDNN 0.43). A 1x1 convolution is the same product and
+goes to oneDNN. The reference is `torch.mm`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, r] · b [r, n] → [m, n]; all float32, on one device. Fastest where bᵀ is contiguous."""
+    assert a.dtype == b.dtype == torch.float32, (a.dtype, b.dtype)
+    assert a.shape[1] == b.shape[0], (a.shape, b.shape)
+    if a.device.type != "cpu":
+        return reference(a, b)
+    # [1, r, 1, m] in channels-last order is `a` as it lies in memory, and the result is [m, n] as it should lie.
+    pixels = a[None, None].permute(0, 3, 1, 2)
+    return F.conv2d(pixels, b.T[:, :, None, None]).permute(0, 2, 3, 1)[0, 0]
+
+
+def reference(a: Tensor, b: Tensor) -> Tensor:
+    """The same by matrix product."""
+    return torch.mm(a, b)
