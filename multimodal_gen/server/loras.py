@@ -42,7 +42,8 @@ def router(context: Context) -> APIRouter:
 
     @routes.post("/v1/set_lora", summary="Make adapters the active ones", openapi_extra=_body(SET_FIELDS))
     async def set_lora(request: Request) -> dict[str, Any]:
-        change = _set_change(await _fields(request, SET_FIELDS), roots, context)
+        fields = await _fields(request, SET_FIELDS)
+        change = await asyncio.to_thread(_set_change, fields, roots, context)  # it looks for files
         done = await _commit(change)
         return _answer(done, _set_message(change, done), roots)
 
@@ -186,8 +187,7 @@ def _flag(value: Any) -> bool:
 async def _fields(request: Request, known: tuple[str, ...]) -> dict[str, Any]:
     """The JSON object of a request; an empty body counts as {}. `null` is the same as leaving a field out."""
     raw = await request.body()
-    # Parsing a large list of nicknames is quick; checking paths touches the disk, which is local and cached.
-    body = await asyncio.to_thread(parse_object, raw) if raw.strip() else {}
+    body = parse_object(raw) if raw.strip() else {}
     for name in body:
         if name not in known:
             raise UnknownParameter(f"Unknown field {name[:64]!a}.{did_you_mean(name[:64], known)}", param=name[:64])

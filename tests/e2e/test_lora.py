@@ -98,7 +98,7 @@ def test_inspect_and_ls(tmp_path):
     [
         (("inspect",), "takes one FILE"),
         (("inspct", "x"), "Did you mean 'inspect'"),
-        (("inspect", "/nowhere"), "no adapter file"),
+        (("inspect", "/nowhere"), "no adapter at"),
         (("ls", "/nowhere"), "no folder"),
         ((), "`ls` or `inspect FILE`"),
     ],
