@@ -47,7 +47,8 @@ class AdapterFile:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]  # of the safetensors header
     config: Mapping[str, Any]  # adapter_config.json beside it; {} where there is none
-    digest: str  # SHA-256 of file and config, hexadecimal
+    sha256: str  # of the file, hexadecimal
+    digest: str  # of file and config
     size: int  # bytes
 
 
@@ -75,8 +76,9 @@ def read_adapter(path: Path, max_bytes: int) -> AdapterFile:
     tensors, metadata = _tensors(data, name)
     raw_config, config = _read_config(config_of(path))
     digest = hashlib.sha256(data)
+    sha256 = digest.hexdigest()
     digest.update(raw_config)
-    return AdapterFile(name, tensors, metadata, config, digest.hexdigest(), size)
+    return AdapterFile(name, tensors, metadata, config, sha256, digest.hexdigest(), size)
 
 
 def _tensors(data: bytearray, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from multimodal_gen.adapters import (
     SetLora,
     Target,
     broadcast,
+    check_alpha,
     check_nickname,
     check_strength,
     check_word,
 )
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterMismatch, AdapterNotFound, InvalidValue, PathNotAllowed, UnsafeFormat
 
 DEFAULT_ROOT = "loras"  # of a server, in the folder where it was started
 MAX_PATH = 4096
+FLAG = "NAME=PATH[:STRENGTH[:TARGET]][:alpha=ALPHA][:partial]"
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's and diffusers' names
 PICKLES = frozenset({".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"})
 
@@ -124,11 +128,50 @@ def set_change(
     return SetLora(sources=tuple(sources), uses=uses, mode=mode)
 
 
-def parse_flag(text: str) -> tuple[AdapterUse, str]:
-    """`NAME=PATH[:STRENGTH[:TARGET]]` as (use, path). Raises: InvalidValue."""
+@dataclass(frozen=True)
+class Flag:
+    """One `--lora`; filled by `parse_flag`."""
+
+    use: AdapterUse
+    path: str
+    alpha: float | None
+    allow_partial: bool
+
+    @property
+    def source(self) -> AdapterSource:
+        """Whoever starts the engine may read any file: the roots bind clients only. Raises as `make_source`."""
+        return make_source(self.use.nickname, self.path, None, self.alpha, self.allow_partial)
+
+
+def start_change(config: EngineConfig) -> SetLora | None:
+    """What `--lora` asks for at the start. Raises: InvalidValue, AdapterNotFound, UnsafeFormat."""
+    flags = [parse_flag(text) for text in config.lora]
+    sources = {flag.use.nickname: flag.source for flag in flags}
+    for flag in flags:
+        if flag.source != sources[flag.use.nickname]:
+            raise InvalidValue(f"--lora names {flag.use.nickname!r} twice with different files.", param="lora")
+    if not flags:
+        return None
+    return SetLora(sources=tuple(sources.values()), uses=tuple(flag.use for flag in flags), mode=config.lora_merge_mode)
+
+
+def parse_flag(text: str) -> Flag:
+    """`NAME=PATH[:STRENGTH[:TARGET]][:alpha=ALPHA][:partial]`. Raises: InvalidValue."""
     name, equals, rest = text.partition("=")
     if not equals or not rest:
-        raise InvalidValue(f"--lora must be NAME=PATH[:STRENGTH[:TARGET]], got {text[:80]!a}.", param="lora")
+        raise InvalidValue(f"--lora must be {FLAG}, got {text[:80]!a}.", param="lora")
+    rest, partial = (rest.removesuffix(":partial"), True) if rest.endswith(":partial") else (rest, False)
+    alpha = None
+    head, mark, last = rest.rpartition(":alpha=")
+    if mark:
+        if not _is_number(last):
+            raise InvalidValue(f"--lora {text[:80]!a}: {last[:40]!a} is no alpha.", param="lora")
+        rest, alpha = head, check_alpha(float(last), "lora")
+    use, path = _use_and_path(text, name, rest)
+    return Flag(use, path, alpha, partial)
+
+
+def _use_and_path(text: str, name: str, rest: str) -> tuple[AdapterUse, str]:
     path, strength, target = rest, 1.0, TARGETS[0]
     head, colon, last = path.rpartition(":")
     if colon and last in TARGETS:
@@ -138,8 +181,7 @@ def parse_flag(text: str) -> tuple[AdapterUse, str]:
         path, strength = head, check_strength(float(last), "lora")
     elif colon and "/" not in last and "." not in last:
         raise InvalidValue(
-            f"--lora {text[:80]!a}: {last[:40]!a} is no strength; write NAME=PATH[:STRENGTH[:TARGET]] with a target of "
-            f"{', '.join(TARGETS)}.",
+            f"--lora {text[:80]!a}: {last[:40]!a} is no strength; write {FLAG} with a target of {', '.join(TARGETS)}.",
             param="lora",
         )
     return AdapterUse(nickname=check_nickname(name, "lora"), strength=strength, target=_target(target)), path

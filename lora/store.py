@@ -100,6 +100,7 @@ class AdapterStore:
             nickname=source.nickname,
             path=source.path,
             digest=digest,
+            sha256=file.sha256,
             format=parsed.format,
             rank=adapter.rank,
             bytes=max(file.size, adapter.nbytes),  # tensors are views of the whole file

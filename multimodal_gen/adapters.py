@@ -53,7 +53,12 @@ class Pin(msgspec.Struct, frozen=True):
     tree: str
     nickname: str
     digest: str
+    """of what the adapter is: file, configuration, alpha"""
     strength: float
+    sha256: str = ""
+    """of the file alone, so that people can find it"""
+    alpha: float | None = None
+    allow_partial: bool = False
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +67,9 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     nickname: str
     path: str
     digest: str
-    """SHA-256 of the file and of what changes its meaning (alpha), hexadecimal"""
+    """SHA-256 of the file and of what changes its meaning (configuration, alpha), hexadecimal"""
+    sha256: str
+    """of the file alone"""
     format: str
     """naming and kinds of update, such as `comfyui: lora` or `kohya: lokr, diff`"""
     rank: int
@@ -329,5 +336,9 @@ def expand(
                 f"{', '.join(info.modules) or 'nothing'}.",
                 param=param,
             )
-        pins += [Pin(tree, use.nickname, info.digest, use.strength) for tree in trees]
+        source = info.source
+        pins += [
+            Pin(tree, use.nickname, info.digest, use.strength, info.sha256, source.alpha, source.allow_partial)
+            for tree in trees
+        ]
     return tuple(pins)

@@ -66,7 +66,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="folders that adapters may be loaded from; default of the server: loras/ where it started"),
     ] = []
     lora: Annotated[
-        list[str], Meta(description="adapters to use from the start, in order: NAME=PATH[:STRENGTH[:TARGET]]")
+        list[str],
+        Meta(description="adapters to use from the start: NAME=PATH[:STRENGTH[:TARGET]][:alpha=ALPHA][:partial]"),
     ] = []
     lora_merge_mode: Annotated[
         Literal["auto", "merge", "dynamic"], Meta(description="how adapters are applied where a change does not say")

@@ -38,7 +38,7 @@ from multimodal_gen.errors import (
     did_you_mean,
     from_code,
 )
-from multimodal_gen.lora.sources import set_change
+from multimodal_gen.lora.sources import set_change, start_change
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.media.outputs import OutputType, check_output, convert, stack
 from multimodal_gen.messages import Event, Failed, Finished, Progress
@@ -97,6 +97,7 @@ class DiffGenerator:
         settings.check_engine(config)
         self.config = config
         self.card: ModelCard = registry.describe(config)
+        start_change(config)  # a file that is not there is told before the model is loaded
         self._origin = origin(config, self.card)
         self._closed = False
         self._loras: LoraState | None = None  # of an engine that was let go

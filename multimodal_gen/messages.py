@@ -82,6 +82,8 @@ class Ready(Message, frozen=True):
     attention_backend: str
     parameters: int
     load_seconds: float
+    threads: int = 1
+    """CPU threads in use"""
     targets: tuple[str, ...] = ()
     """module trees that adapters can change"""
     loras: LoraState = LoraState()

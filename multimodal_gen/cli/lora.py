@@ -66,7 +66,7 @@ def _facts(file: AdapterFile, parsed: Parsed) -> dict[str, Any]:
     return {
         "file": file.name,
         "bytes": file.size,
-        "digest": file.digest,
+        "sha256": file.sha256,
         "format": parsed.format,
         "modules": len({entry.source for entry in parsed.entries}),
         "ranks": sorted({update.rank for update in updates if update.rank}),

@@ -164,7 +164,7 @@ def _model(arguments: Arguments, replay: Replay | None) -> tuple[EngineConfig, M
     if replay is None:
         config = load(EngineConfig, flags, file=arguments.config)
         return config, registry.describe(config)
-    own = replay.settings(flags)
+    own = replay.settings(load(EngineConfig, flags, file=arguments.config).lora)
     config = load(EngineConfig, {**own, **flags, "lora": own["lora"]}, file=arguments.config)
     try:
         return config, registry.describe(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class Replay:
     recipe: Recipe
     notes: list[str]
 
-    def settings(self, flags: Mapping[str, Any]) -> dict[str, Any]:
-        """Engine settings of the original, given the user's own.
+    def settings(self, loras: Sequence[str]) -> dict[str, Any]:
+        """Engine settings of the original, given the user's `--lora`, which say where the adapters are.
 
         The recipe may come from anywhere, so its model is looked for on this machine only. A GPU is not asked for:
         where there is none, an image near the original is better than none.
@@ -41,7 +41,7 @@ class Replay:
             "attention_backend": recipe.attention_backend,
             "max_batch_tokens": recipe.max_batch_tokens,
             "threads": recipe.threads if on_cpu and not _too_many(recipe) else None,
-            "lora": self._adapters(flags.get("lora", [])),
+            "lora": self._adapters(loras),
             "lora_merge_mode": "merge" if recipe.merged else "dynamic",
         }
 
@@ -52,24 +52,23 @@ class Replay:
         """
         pins = self.recipe.loras
         paths = {}
-        for use, path in map(parse_flag, given):
-            if use.nickname not in {pin.nickname for pin in pins}:
-                raise ConfigError(f"--lora {use.nickname}: the image was made without it; leave it out.", param="lora")
-            if use.strength != 1.0 or use.target != "all":
+        for flag in map(parse_flag, given):
+            if flag.use.nickname not in {pin.nickname for pin in pins}:
+                raise ConfigError(f"--lora {flag.use.nickname}: the image was made without it.", param="lora")
+            if flag.use.strength not in (1.0, *(pin.strength for pin in pins if pin.nickname == flag.use.nickname)):
                 raise ConfigError(
-                    f"--lora {use.nickname}: strength and target come from the recipe; give the path alone.",
-                    param="lora",
+                    f"--lora {flag.use.nickname}: the strength comes from the recipe; give the path only.", param="lora"
                 )
-            paths[use.nickname] = path
+            paths[flag.use.nickname] = flag.path
         missing = [pin for pin in pins if pin.nickname not in paths]
         if missing:
             pin = missing[0]
             raise ConfigError(
-                f"The image was made with the adapter {pin.nickname!r} (SHA-256 {pin.digest[:12]}…): say where it is "
-                f"with --lora {pin.nickname}=PATH.",
+                f"The image was made with the adapter {pin.nickname!r} (a file with SHA-256 {pin.sha256[:12]}…): say "
+                f"where it is with --lora {pin.nickname}=PATH.",
                 param="lora",
             )
-        return [f"{pin.nickname}={paths[pin.nickname]}:{pin.strength!r}:{pin.tree}" for pin in pins]
+        return [f"{pin.nickname}={paths[pin.nickname]}:{pin.strength!r}:{pin.tree}{_options(pin)}" for pin in pins]
 
     def other_adapters(self, pins: Sequence[Pin]) -> list[str]:
         """Why the adapters in use are not those of the original."""
@@ -101,6 +100,10 @@ class Replay:
             **seeds,
         }
         return {name: value for name, value in stored.items() if name in card.parameters}
+
+
+def _options(pin: Pin) -> str:
+    return (f":alpha={pin.alpha!r}" if pin.alpha is not None else "") + (":partial" if pin.allow_partial else "")
 
 
 def read_replay(path: str) -> Replay:

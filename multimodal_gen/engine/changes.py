@@ -9,13 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from multimodal_gen.adapters import Change, SetLora
-from multimodal_gen.config import EngineConfig
+from multimodal_gen.adapters import Change
 from multimodal_gen.engine.faults import Fault
-from multimodal_gen.errors import GenerationFailed, InvalidValue, MmgenError, OutOfMemory
+from multimodal_gen.errors import GenerationFailed, MmgenError, OutOfMemory
 from multimodal_gen.lora.changes import Staged
 from multimodal_gen.lora.manager import LoraManager
-from multimodal_gen.lora.sources import make_source, parse_flag
 from multimodal_gen.messages import ErrorInfo, LorasChanged, LorasRefused
 
 log = logging.getLogger(__name__)
@@ -106,16 +104,3 @@ def as_change_error(error: Exception) -> MmgenError:
     return GenerationFailed(
         f"The change of adapters failed ({type(error).__name__}) and the set before is still active; the log has more."
     )
-
-
-def first_change(config: EngineConfig) -> SetLora | None:
-    """What `--lora` asks for at the start. Raises: InvalidValue, AdapterNotFound."""
-    wishes = [parse_flag(text) for text in config.lora]
-    if not wishes:
-        return None
-    # Whoever starts the engine may read any file of theirs: the roots bind clients only.
-    sources = {use.nickname: make_source(use.nickname, path, None) for use, path in wishes}
-    for use, path in wishes:
-        if make_source(use.nickname, path, None) != sources[use.nickname]:
-            raise InvalidValue(f"--lora names {use.nickname!r} twice with different files.", param="lora")
-    return SetLora(sources=tuple(sources.values()), uses=tuple(use for use, _ in wishes), mode=config.lora_merge_mode)

@@ -30,6 +30,7 @@ from multimodal_gen.errors import (
     WorkerCrashed,
     from_code,
 )
+from multimodal_gen.lora.sources import start_change
 from multimodal_gen.messages import (
     Cancel,
     ChangeLoras,
@@ -70,6 +71,7 @@ class EngineClient:
         check_engine(config)
         self.config = config
         self.card = registry.describe(config)
+        start_change(config)  # a file that is not there is told before the model is loaded
         self.state: State = "stopped"
         self.ready: Ready | None = None
         self.gauges: Gauges | None = None

@@ -17,7 +17,7 @@ import torch
 
 from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.changes import Changes, first_change
+from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.scheduler import Scheduler, Slot
 from multimodal_gen.errors import (
@@ -31,6 +31,7 @@ from multimodal_gen.errors import (
 )
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.lora.manager import LoraManager
+from multimodal_gen.lora.sources import start_change
 from multimodal_gen.media.arrays import from_numpy
 from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.messages import (
@@ -93,6 +94,11 @@ class EngineCore:
         self._failures = 0  # requests failed in a row
 
     @property
+    def threads(self) -> int:
+        """CPU threads of a forward."""
+        return torch.get_num_threads()
+
+    @property
     def idle(self) -> bool:
         """Whether `step` has nothing to do."""
         return self.scheduler.idle
@@ -128,7 +134,7 @@ class EngineCore:
 
         Raises: the AdapterError family.
         """
-        change = first_change(self.config) if state is None else RestoreLora(state=state) if state.loaded else None
+        change = start_change(self.config) if state is None else RestoreLora(state=state) if state.loaded else None
         if change is not None:
             self.changes.run(change, weights_too=True)
 

@@ -79,6 +79,7 @@ def _serve(channel: WorkerChannel, log_level: str) -> int:
             info.attention_backend,
             info.parameters,
             time.monotonic() - begin,
+            threads=core.threads,
             targets=tuple(core.pipeline.trees),
             loras=core.loras.state,
             lora_error=lora_error,

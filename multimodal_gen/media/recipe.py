@@ -158,7 +158,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             "Version": f"multimodal_gen {self.version}",
         }
         if self.loras:
-            pairs["Lora hashes"] = ", ".join(f"{pin.nickname}: {pin.digest[:12]}" for pin in self.loras)
+            pairs["Lora hashes"] = ", ".join(f"{pin.nickname}: {pin.sha256[:12]}" for pin in self.loras)
         tags = dict.fromkeys(f" <lora:{pin.nickname}:{pin.strength:g}>" for pin in self.loras)
         lines = [printable(self.prompt) + "".join(tags)]
         if self.negative_prompt:

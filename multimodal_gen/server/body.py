@@ -15,19 +15,23 @@ DISCARD_S = 2.0
 class BoundedBody:
     """An ASGI `receive` that raises once the body is too large or too slow."""
 
-    def __init__(self, receive: Receive, *, expected: bool, limit: int, timeout_s: float) -> None:
+    def __init__(
+        self, receive: Receive, *, expected: bool, limit: int, timeout_s: float, bytes_per_second: float
+    ) -> None:
+        """`bytes_per_second`: every so many bytes that came give one second more than `timeout_s`."""
         self.complete = not expected
         self._receive = receive
         self._limit = limit  # bytes
         self._timeout_s = timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._rate = bytes_per_second
         self._seen = 0
 
     async def __call__(self) -> Message:
         """The next message. Raises: BodyTooLarge, RequestTimeout, Cancelled when the client leaves half-way."""
         if self.complete:
             return await self._receive()
-        message = await self._next(self._deadline)
+        message = await self._next(self._deadline + self._seen / self._rate)
         if message is None:
             raise RequestTimeout(
                 f"The body did not arrive within {self._timeout_s:g} s, which is --body-timeout-s on this server."

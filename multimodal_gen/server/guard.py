@@ -57,7 +57,8 @@ class Guard:
             receive,
             expected=security.has_body(headers),
             limit=security.body_limit(scope["path"], self.config),
-            timeout_s=security.body_timeout(scope["path"], self.config),
+            timeout_s=self.config.body_timeout_s,
+            bytes_per_second=security.bytes_per_second(scope["path"]),
         )
         answer = _Answer(exchange, body, send)
         try:

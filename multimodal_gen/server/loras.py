@@ -24,10 +24,10 @@ from multimodal_gen.adapters import (
 from multimodal_gen.errors import InvalidValue, UnknownParameter, did_you_mean
 from multimodal_gen.lora.sources import make_source, server_roots, set_change
 from multimodal_gen.messages import LorasChanged
-from multimodal_gen.server import uploads
 from multimodal_gen.server.context import Context
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.json_body import parse_object
+from multimodal_gen.server.uploads import Uploads
 
 SET_FIELDS = ("lora_nickname", "lora_path", "target", "strength", "merge_mode", "lora_alpha", "allow_partial")
 MERGE_FIELDS = ("target", "strength")
@@ -39,6 +39,7 @@ def router(context: Context) -> APIRouter:
     """The adapter routes of one server."""
     routes = APIRouter(tags=["adapters"], responses=ERROR_RESPONSES)
     roots = server_roots(context.config.lora_root)
+    received, arriving = Uploads(roots[0]), set[Path]()  # arriving: whole, and not loaded yet
 
     @routes.post("/v1/set_lora", summary="Make adapters the active ones", openapi_extra=_body(SET_FIELDS))
     async def set_lora(request: Request) -> dict[str, Any]:
@@ -63,13 +64,14 @@ def router(context: Context) -> APIRouter:
     @routes.post("/v1/loras", summary="Upload an adapter", openapi_extra=_UPLOAD)
     async def upload(request: Request) -> dict[str, Any]:
         wish = _upload_fields(request)
-        path, size = await uploads.receive(request.stream(), roots[0])
+        path, size = await received.receive(request.stream())
+        arriving.add(path)
         try:
             source = make_source(wish["nickname"], str(path), roots, wish["lora_alpha"], wish["allow_partial"])
             done = await _commit(LoadLora(source=source))
-        except BaseException:
-            uploads.discard_unused([path], context.engine.loras.loaded)
-            raise
+        finally:
+            arriving.remove(path)
+            received.discard_unused(context.engine.loras.loaded, arriving)
         info = next(info for info in done.state.loaded if info.nickname == wish["nickname"])
         return {"status": "ok", "bytes_received": size, **_describe(info, roots)}
 
@@ -83,9 +85,8 @@ def router(context: Context) -> APIRouter:
         return _answer(done, f"{words}.", roots)
 
     async def _commit(change: Change) -> LorasChanged:
-        before = uploads.uploaded(context.engine.loras.loaded, roots[0])
         done = await context.engine.change_loras(change)
-        uploads.discard_unused(before, done.state.loaded)
+        received.discard_unused(context.engine.loras.loaded, arriving)
         return done
 
     return routes
@@ -120,6 +121,7 @@ def _describe(info: AdapterInfo, roots: Iterable[Path]) -> dict[str, Any]:
     return {
         "nickname": info.nickname,
         "path": _shown_path(info, roots),
+        "sha256": info.sha256,
         "digest": info.digest,
         "format": info.format,
         "rank": info.rank,

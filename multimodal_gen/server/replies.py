@@ -94,7 +94,7 @@ class Maker:
             repository=repository,
             revision=revision,
             max_batch_tokens=self.config.max_batch_tokens,
-            threads=self.config.threads,
+            threads=self.ready.threads,
             merged=finished.merged,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import math
 import re
 import secrets
 from collections.abc import Iterable
@@ -169,9 +170,9 @@ def body_limit(path: str, config: ServerConfig) -> int:
     return int((config.max_upload_mb if path == UPLOAD_PATH else config.max_body_mb) * 2**20)
 
 
-def body_timeout(path: str, config: ServerConfig) -> float:
-    """Seconds that a body may take: adapters get one more for every MiB that they may have."""
-    return config.body_timeout_s + (config.max_upload_mb if path == UPLOAD_PATH else 0.0)
+def bytes_per_second(path: str) -> float:
+    """How fast a body must come at least to be given more time than --body-timeout-s; infinite: it is given none."""
+    return 65_536.0 if path == UPLOAD_PATH else math.inf
 
 
 def body_too_large(limit: int) -> BodyTooLarge:

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import logging
 import os
-import re
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -16,16 +16,36 @@ from multimodal_gen.adapters import AdapterInfo
 from multimodal_gen.errors import CorruptAdapter, StorageFull
 
 FOLDER = "uploads"
-
-_OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
+STALE_S = 86_400
 
 log = logging.getLogger("multimodal_gen.server")
 
 
-async def receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]:
-    """Write a body to a new file; returns its path and its bytes.
+class Uploads:
+    """The files that this server has received; another server may use the same folder."""
 
-    The file has its final name only once it is whole and on the disk. Raises: StorageFull; whatever the body raises.
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._received: set[str] = set()
+
+    async def receive(self, chunks: AsyncIterator[bytes]) -> tuple[Path, int]:
+        """Write a body to a new file; returns its path and its bytes. Raises as `_receive`."""
+        path, size = await _receive(chunks, self.root)
+        self._received.add(str(path))
+        return path, size
+
+    def discard_unused(self, loaded: Iterable[AdapterInfo], arriving: Iterable[Path] = ()) -> None:
+        """Remove the files that no loaded adapter came from, those in `arriving` excepted."""
+        kept = {info.path for info in loaded} | {str(path) for path in arriving}
+        for path in sorted(self._received - kept):
+            Path(path).unlink(missing_ok=True)
+            self._received.discard(path)
+
+
+async def _receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]:
+    """The file has its final name only once it is whole and on the disk.
+
+    Raises: StorageFull; whatever the body raises.
     """
     folder = root / FOLDER
     path = folder / f"{uuid.uuid4().hex}.safetensors"
@@ -33,6 +53,7 @@ async def receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]:
     size = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         with temporary.open("xb") as file:
             async for chunk in chunks:
                 size += len(chunk)
@@ -52,17 +73,9 @@ async def receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]:
     return path.resolve(), size
 
 
-def uploaded(loaded: Iterable[AdapterInfo], root: Path) -> list[Path]:
-    """The files of loaded adapters that were uploaded."""
-    folder = (root / FOLDER).resolve()
-    paths = [Path(info.path) for info in loaded]
-    # Only names of ours: an operator may keep files of their own there.
-    return [path for path in paths if path.parent == folder and _OURS.fullmatch(path.name)]
-
-
-def discard_unused(files: Iterable[Path], loaded: Iterable[AdapterInfo]) -> None:
-    """Remove those of the uploaded `files` that no loaded adapter came from."""
-    used = {info.path for info in loaded}
-    for file in files:
-        if str(file) not in used:
-            file.unlink(missing_ok=True)
+def _sweep(folder: Path) -> None:
+    """Remove what servers left that were killed in the middle of an upload."""
+    for part in folder.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another server's, just finished
+            if time.time() - part.stat().st_mtime > STALE_S:
+                part.unlink()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pickle
 import struct
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ import torch
 from multimodal_gen.weights.header import read_header
 from multimodal_gen.weights.hub import ASSETS
 from tests.support.adapters import low_rank, only, peft_tensors, write_adapter
-from tests.support.server import QUICK, Server, assert_error, start_server, wait_for
+from tests.support.mmgen import mmgen
+from tests.support.server import QUICK, Server, assert_error, http, start_server, wait_for
 
 pytestmark = [pytest.mark.api]
 
@@ -280,6 +282,47 @@ def test_uploads(server: Server, root: Path) -> None:
     assert list((root / "uploads").iterdir()) == [file]
     assert call(server, "/v1/loras/sent", method="DELETE").status_code == 200
     assert not file.exists()
+
+
+def test_uploads_at_once_under_one_name_leave_no_file_behind(server: Server, root: Path) -> None:
+    data = [(root / f"{name}.safetensors").read_bytes() for name in "abc"]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda i: upload(server, data[i % 3], "nickname=par").status_code, range(12)))
+    assert answers == [200] * 12
+    assert len(list((root / "uploads").iterdir())) == 1
+    assert call(server, "/v1/loras/par", method="DELETE").status_code == 200
+    assert list((root / "uploads").iterdir()) == []
+
+
+def test_an_upload_that_does_not_come_is_given_up(root: Path) -> None:
+    """Abuse item 14: time is given for bytes that come, not for the size that is announced."""
+    with start_server("--lora-root", str(root), "--body-timeout-s", "1") as server:
+        started = time.monotonic()
+        head = http("POST", "/v1/loras?nickname=slow", content_type="application/octet-stream", content_length="100")
+        assert_error(server.exchange(head + b"x", timeout_s=20), 408, "request_timeout")
+        assert time.monotonic() - started < 10
+        assert list((root / "uploads").iterdir()) == []
+
+
+def test_a_file_of_the_server_replays_byte_for_byte(server: Server, root: Path, tmp_path: Path) -> None:
+    """Alpha and partial loading are part of the recipe, and so are the server's threads."""
+    set_lora(
+        server,
+        ["part", "b"],
+        ["partly.safetensors", "b.safetensors"],
+        strength=[0.5, 0.7],
+        lora_alpha=[None, 6.0],
+        allow_partial=True,
+    )
+    data = base64.b64decode(server.post(QUICK).json()["data"][0]["b64_json"])
+    (tmp_path / "made.png").write_bytes(data)
+    where = [f"part={root / 'partly.safetensors'}", f"b={root / 'b.safetensors'}"]
+    done = mmgen(
+        "generate", "--replay", "made.png", "--lora", where[0], "--lora", where[1], "-o", "again.png", folder=tmp_path
+    )
+    assert done.code == 0, done
+    assert "pixels may differ" not in done.err
+    assert (tmp_path / "again.png").read_bytes() == data
 
 
 SET = "/v1/set_lora"

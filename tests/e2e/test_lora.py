@@ -51,6 +51,11 @@ def test_order_strength_and_replay(tmp_path):
     assert again.code == 0, again
     assert (tmp_path / json.loads(again.out)["images"][0]["path"]).read_bytes() == file.read_bytes()
     swapped = ("--lora", f"blueprint={LORAS}/pixel-art.safetensors", "--lora", flag("pixel-art"))
+    (tmp_path / "c.yaml").write_text(json.dumps({"lora": [flag("blueprint", ":0.8"), flag("pixel-art")]}))
+    by_file = mmgen("generate", "--replay", str(file), "--config", "c.yaml", "--json", folder=tmp_path)
+    assert (tmp_path / json.loads(by_file.out)["images"][0]["path"]).read_bytes() == file.read_bytes()
+    stronger = ("--lora", flag("blueprint", ":0.3"), "--lora", flag("pixel-art"))
+    assert "comes from the recipe" in mmgen("generate", "--replay", str(file), *stronger, folder=tmp_path).error
     other = mmgen("generate", "--replay", str(file), *swapped, folder=tmp_path)
     assert "another file than the one the original was made with: pixels may differ" in other.err
 

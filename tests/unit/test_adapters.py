@@ -152,10 +152,28 @@ def test_roots_of_a_server():
     ],
 )
 def test_flags(text: str, wanted: AdapterUse, path: str):
-    assert parse_flag(text) == (wanted, path)
+    flag = parse_flag(text)
+    assert (flag.use, flag.path) == (wanted, path)
+    assert (flag.alpha, flag.allow_partial) == (None, False)
 
 
-@pytest.mark.parametrize("text", ["a", "=x", "a=", "a=x:strong", "a=x:1000", "a=x:0.5:vae", "a b=x"])
+@pytest.mark.parametrize(
+    ("text", "alpha", "partial"),
+    [
+        ("a=x:0.5:transformer:alpha=16:partial", 16.0, True),
+        ("a=x:0.5:transformer:alpha=1.5", 1.5, False),
+        ("a=x:0.5:transformer:partial", None, True),
+    ],
+)
+def test_flags_with_options(text: str, alpha: float | None, partial: bool):
+    flag = parse_flag(text)
+    assert (flag.use, flag.path) == (use("a", 0.5, "transformer"), "x")
+    assert (flag.alpha, flag.allow_partial) == (alpha, partial)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "=x", "a=", "a=x:strong", "a=x:1000", "a=x:0.5:vae", "a b=x", "a=x:alpha=", "a=x:alpha=0"]
+)
 def test_flags_that_say_nothing_clear(text: str):
     with pytest.raises(InvalidValue):
         parse_flag(text)

@@ -365,7 +365,7 @@ def test_configurations_that_cannot_be_honoured(tmp_path: Path, config: dict[str
 
 
 def test_a_stranger_without_tensors_is_an_adapter_file_too() -> None:
-    empty = AdapterFile("a", {}, {}, {}, "", 0)
+    empty = AdapterFile("a", {}, {}, {}, "", "", 0)
     with pytest.raises(AdapterMismatch, match="holds no adapter"):
         bind(parse(empty), TREES, allow_partial=True, name="a")
 

@@ -322,7 +322,9 @@ def test_a_checkpoint_that_changed_on_disk_is_not_merged_into(tmp_path: Path, fi
 
 def test_limits(folder: Path, file: Callable[..., str]) -> None:
     with load(folder, max_loras=1, lora=[f"a={file('a')}:0.5"]) as gen:
-        assert gen.list_loras().active[0] == Pin("transformer", "a", gen.list_loras().loaded[0].digest, 0.5)
+        (pin,), (info,) = gen.list_loras().active, gen.list_loras().loaded
+        assert pin == Pin("transformer", "a", info.digest, 0.5, info.sha256)
+        assert info.sha256 == hashlib.sha256(Path(info.path).read_bytes()).hexdigest()
         with pytest.raises(AdapterLimit, match="--max-loras"):
             gen.set_lora("b", file("b"))
         gen.set_lora("a", file("a", seed=9))
