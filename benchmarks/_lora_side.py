@@ -156,7 +156,13 @@ def main() -> None:
         else:
             if do == "load":
                 pipe.prepare_load()
-            work = (lambda: pipe.load(files)) if do == "load" else getattr(pipe, do)
+            switch = {
+                "load": lambda: pipe.load(files),
+                "merge": pipe.merge,
+                "unmerge": pipe.unmerge,
+                "beside": pipe.beside,
+            }
+            work = switch[do]
             begin = time.perf_counter()
             work()
             answer = {"seconds": time.perf_counter() - begin}

@@ -305,8 +305,6 @@ class DiffGenerator:
 
     def recipe(self, result: GenerationResult, index: int) -> Recipe:
         """All that is needed to make image `index` of a result again."""
-        import torch
-
         from multimodal_gen.media.recipe import Recipe
 
         info = self.info
@@ -321,7 +319,7 @@ class DiffGenerator:
             repository=repository,
             revision=revision,
             max_batch_tokens=self.config.max_batch_tokens,
-            threads=torch.get_num_threads(),
+            threads=self._engine.threads,
             merged=result.merged,
         )
 

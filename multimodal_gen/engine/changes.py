@@ -14,6 +14,7 @@ from multimodal_gen.engine.faults import Fault
 from multimodal_gen.errors import GenerationFailed, MmgenError, OutOfMemory
 from multimodal_gen.lora.changes import Staged
 from multimodal_gen.lora.manager import LoraManager
+from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.messages import ErrorInfo, LorasChanged, LorasRefused
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Changes:
 
 def as_change_error(error: Exception) -> MmgenError:
     """What the one who asked for a change is told of an unexpected failure."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+    if is_out_of_memory(error):
         return OutOfMemory("There was not enough memory for this change of adapters; the set before is still active.")
     return GenerationFailed(
         f"The change of adapters failed ({type(error).__name__}) and the set before is still active; the log has more."

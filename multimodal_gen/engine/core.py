@@ -33,6 +33,7 @@ from multimodal_gen.lora.applied import Applied
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.lora.sources import start_change
 from multimodal_gen.media.arrays import from_numpy
+from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.messages import (
     Array,
@@ -352,6 +353,6 @@ def preview_steps(steps: int, previews: int) -> list[int]:
 def _as_ours(error: Exception) -> MmgenError:
     if isinstance(error, MmgenError):
         return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OutOfMemory("The device ran out of memory. Ask for a smaller size or fewer images.")
     return GenerationFailed(f"The model failed on this request ({type(error).__name__}); the server's log has more.")
