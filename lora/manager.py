@@ -25,7 +25,7 @@ from multimodal_gen.lora.policy import Choice, Traffic
 from multimodal_gen.lora.store import AdapterStore, Loaded
 from multimodal_gen.lora.tree import AdaptedTree, Members
 from multimodal_gen.nn.lowrank import Overlay
-from multimodal_gen.request import ImageRequest
+from multimodal_gen.request import GenerationRequest
 from multimodal_gen.weights.loading import WeightTree
 
 OVERLAY_BYTES = 256 << 20
@@ -111,7 +111,7 @@ class LoraManager:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def apply(self, request: ImageRequest) -> Applied:
+    def apply(self, request: GenerationRequest) -> Applied:
         """What the rows of a request compute with; overlays are not made yet.
 
         Raises: AdapterUnavailable, AdapterNotFound, AdapterMergeOnly, AdapterError.
@@ -144,11 +144,11 @@ class LoraManager:
                 param="loras",
             )
 
-    def pin(self, request: ImageRequest) -> Callable[[], None]:
+    def pin(self, request: GenerationRequest) -> Callable[[], None]:
         """Keep the request's adapters until the returned function is called."""
         return self.store.pin({pin.digest for pin in request.loras})
 
-    def note(self, request: ImageRequest) -> bool:
+    def note(self, request: GenerationRequest) -> bool:
         """Count a request for the `auto` policy; returns whether it changed how the active set is applied."""
         self._traffic.note(request.own_loras and request.loras != self.state.active)
         movable = {} if self._fixed else {tree: c.merged for tree, c in self._choices.items() if not c.settled}
@@ -164,7 +164,7 @@ class LoraManager:
             self._remember(tree, merged)
         return bool(moved)
 
-    def _use(self, tree: str, request: ImageRequest) -> TreeUse:
+    def _use(self, tree: str, request: GenerationRequest) -> TreeUse:
         key = _key(request.loras, tree)
         if self._is_merged(tree, key, request.own_loras):
             return TreeUse(merged=key)

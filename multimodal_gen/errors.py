@@ -10,6 +10,7 @@
     │   ├── InvalidJson                     400 invalid_json
     │   ├── UnknownParameter                400 unknown_parameter
     │   ├── UnsupportedParameter            400 unsupported_parameter
+    │   ├── UnsupportedEndpoint             400 unsupported_endpoint
     │   ├── RemoteCodeRefused               400 remote_code_refused
     │   ├── AuthenticationFailed            401 invalid_api_key
     │   ├── HostNotAllowed                  403 host_not_allowed
@@ -112,6 +113,12 @@ class UnknownParameter(UserError):
 
 class UnsupportedParameter(UserError):
     code = "unsupported_parameter"
+
+
+class UnsupportedEndpoint(UserError):
+    """The model that is served makes something else."""
+
+    code = "unsupported_endpoint"
 
 
 class RemoteCodeRefused(UserError):

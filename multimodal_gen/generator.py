@@ -42,7 +42,8 @@ from multimodal_gen.lora.sources import set_change, start_change
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.media.outputs import OutputType, check_output, convert, stack
 from multimodal_gen.messages import Event, Failed, Finished, Progress
-from multimodal_gen.request import ImageRequest, ModelCard, SamplingParams, Timings, resolve
+from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams, Timings
+from multimodal_gen.resolve import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +70,7 @@ class GenerationResult:
     """of the first image"""
     seeds: tuple[int, ...]
     timings: Timings
-    request: ImageRequest
+    request: AnyRequest
     """every setting as it was used"""
     prompt_tokens: int
     warnings: list[str] = field(default_factory=list)
@@ -161,7 +162,7 @@ class DiffGenerator:
                 params=params,
                 card=self.card,
                 max_cost=self.config.max_request_cost,
-                output="latent" if output_type == "latent" else "image",
+                output="latent" if output_type == "latent" else "pixels",
                 loras=pins,
                 own_loras=loras is not None,
             )
@@ -269,7 +270,7 @@ class DiffGenerator:
             self._loras = self._core.loras.state
             self._core = None
 
-    def _run(self, requests: Sequence[ImageRequest], on_step: Callable[[Progress], None] | None) -> dict[str, Finished]:
+    def _run(self, requests: Sequence[AnyRequest], on_step: Callable[[Progress], None] | None) -> dict[str, Finished]:
         engine, answers = self._engine, dict[str, Finished]()
         try:
             for request in requests:
@@ -284,7 +285,7 @@ class DiffGenerator:
         return answers
 
     def _result(
-        self, request: ImageRequest, answer: Finished, output_type: OutputType, target: Target | None
+        self, request: AnyRequest, answer: Finished, output_type: OutputType, target: Target | None
     ) -> GenerationResult:
         arrays = [to_numpy(array) for array in answer.outputs]
         result = GenerationResult(
@@ -334,7 +335,7 @@ class DiffGenerator:
         return write_new(target.folder, file_name(request.seeds[index], request.prompt, "png", datetime.now()), data)
 
 
-def check_total(requests: Sequence[ImageRequest], max_queue_cost: int) -> None:
+def check_total(requests: Sequence[AnyRequest], max_queue_cost: int) -> None:
     """Raises: RequestTooLarge when the requests of one call need more token-steps together than may wait at once."""
     total = sum(request.cost for request in requests)
     if total > max_queue_cost:
@@ -344,7 +345,7 @@ def check_total(requests: Sequence[ImageRequest], max_queue_cost: int) -> None:
         )
 
 
-def _target(requests: Sequence[ImageRequest], output_path: str | Path | None) -> Target | None:
+def _target(requests: Sequence[AnyRequest], output_path: str | Path | None) -> Target | None:
     from multimodal_gen.media.target import find_target
 
     return None if output_path is None else find_target(output_path, sum(r.n for r in requests), "output_path")

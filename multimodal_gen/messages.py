@@ -1,8 +1,8 @@
 """Everything that crosses a process border, as typed msgspec structs. Nothing here is ever unpickled.
 
 front → worker: `Load`, `Generate`, `Cancel`, `ChangeLoras`, `Shutdown`.
-worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Preview`, `Finished`, `Failed`, `LorasChanged`,
-`LorasRefused`, `Gauges`.
+worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Checkpoint`, `Preview`, `Finished`, `Failed`,
+`LorasChanged`, `LorasRefused`, `Gauges`.
 
 The in-process engine yields the same events (`Event`), so both faces of the engine speak one language.
 """
@@ -15,7 +15,7 @@ import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.request import ImageRequest, ModelCard, Timings
+from multimodal_gen.request import AnyRequest, ModelCard, Timings
 
 MAX_FRAME_BYTES = 1 << 30
 
@@ -25,7 +25,8 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Array(msgspec.Struct, frozen=True):
-    """A dense C-contiguous array. Images are uint8 [height, width, 3]; latents are float32 [C, h, w]."""
+    """A dense C-contiguous array. Images are uint8 [height, width, 3], videos [frames, height, width, 3]; latents are
+    float32 [C, h, w] or [C, frames, h, w]."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -52,8 +53,20 @@ class Load(Message, frozen=True):
     """of the worker before this one; None: the first worker loads those of the configuration"""
 
 
+class RowState(msgspec.Struct, frozen=True):
+    """All that a row has gathered at a step: with the request, enough to go on in another process, bit for bit."""
+
+    index: int
+    step: int
+    """steps done"""
+    tensors: dict[str, Array]
+    """the latents and what the solver keeps"""
+
+
 class Generate(Message, frozen=True):
-    request: ImageRequest
+    request: AnyRequest
+    resume: list[RowState] = []
+    """rows that go on where another process left them; the others start"""
 
 
 class Cancel(Message, frozen=True):
@@ -102,12 +115,19 @@ class Started(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """Image `index` has finished `step` of `steps`."""
+    """Output `index` has finished `step` of `steps`."""
 
     request_id: str
     index: int
     step: int
     steps: int
+
+
+class Checkpoint(Message, frozen=True):
+    """Where row `state.index` is; sent every `checkpoint_every` steps of the request, but not after the last."""
+
+    request_id: str
+    state: RowState
 
 
 class Preview(Message, frozen=True):
@@ -120,7 +140,7 @@ class Preview(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """All images of a request, in seed order, or its latents."""
+    """All outputs of a request, in seed order, or its latents."""
 
     request_id: str
     outputs: list[Array]
@@ -166,7 +186,7 @@ class Gauges(Message, frozen=True):
 
 
 ToWorker = Load | Generate | Cancel | ChangeLoras | Shutdown
-Event = Started | Progress | Preview | Finished | Failed | LorasChanged | LorasRefused | Gauges
+Event = Started | Progress | Checkpoint | Preview | Finished | Failed | LorasChanged | LorasRefused | Gauges
 FromWorker = Ready | LoadFailed | Event
 
 _encoder = msgspec.msgpack.Encoder()

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from multimodal_gen.lora.applied import BASE, Applied
 from multimodal_gen.lora.names import AdapterTarget
-from multimodal_gen.request import Defaults, ImageRequest, ModelCard
+from multimodal_gen.request import AnyRequest, Defaults, ModelCard
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import Tensor
 
     from multimodal_gen.weights.loading import WeightTree
 
@@ -55,29 +56,49 @@ class Conditions:
 class Sampler:
     """A row's own solver state; families subclass it with what their solver needs."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the solver has gathered from the steps so far; nothing for solvers without memory."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Become what `tensors` were taken from, `step` steps into the same schedule."""
+
 
 @dataclass
 class Row:
-    """One image of one request: all that is needed to pause it at a step and go on elsewhere."""
+    """One image or video of one request: all that is needed to pause it at a step and go on elsewhere."""
 
-    request: ImageRequest  # filled by the engine
-    index: int  # filled by the engine: which of the request's images
+    request: AnyRequest  # filled by the engine
+    index: int  # filled by the engine: which of the request's outputs
     adapters: Applied = BASE  # filled by the engine: what the request's adapters come to
     conditions: Conditions | None = None  # filled by encode
-    latents: torch.Tensor | None = None  # filled by prepare, replaced by denoise: float32 [C, h, w]
+    latents: torch.Tensor | None = None  # filled by prepare, replaced by denoise: float32 [C, h, w] or [C, f, h, w]
     sampler: Sampler | None = None  # filled by prepare
     step: int = 0  # advanced by denoise: steps done
     clean: torch.Tensor | None = None  # filled by denoise for rows that want previews: estimate of the clean latents
 
     @property
     def seed(self) -> int:
-        """The seed of this image's noise."""
+        """The seed of this output's noise."""
         return self.request.seeds[self.index]
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.request.num_inference_steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `restore` needs to go on from this step."""
+        assert self.latents is not None, "prepare() fills row.latents"
+        assert self.sampler is not None, "prepare() fills row.sampler"
+        return {"latents": self.latents, **self.sampler.tensors()}
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Be where `tensors` were taken; the row has been prepared."""
+        assert self.sampler is not None, "prepare() fills row.sampler"
+        self.latents = tensors["latents"]
+        self.sampler.restore({name: value for name, value in tensors.items() if name != "latents"}, step)
+        self.step = step
 
 
 @dataclass
@@ -117,7 +138,7 @@ class Pipeline(Protocol):
         """Advance every row by ONE step; each row has its own size, timestep, guidance and prompt."""
 
     def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Final latents → uint8 [height, width, 3] per row."""
+        """Final latents → uint8 [height, width, 3], or [frames, height, width, 3], per row."""
 
     def preview(self, row: Row) -> np.ndarray:
         """`row.clean` → uint8 [height, width, 3]."""

@@ -16,7 +16,8 @@ from multimodal_gen.config import EngineConfig, load
 from multimodal_gen.errors import ConfigError, InvalidSize, InvalidValue, ModelNotFound, did_you_mean
 from multimodal_gen.media.target import find_target
 from multimodal_gen.pipelines import registry
-from multimodal_gen.request import ModelCard, SamplingParams, resolve
+from multimodal_gen.request import ModelCard, SamplingParams
+from multimodal_gen.resolve import resolve
 
 DEFAULT_FOLDER = "outputs"
 

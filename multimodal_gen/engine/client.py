@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -34,6 +35,7 @@ from multimodal_gen.lora.sources import start_change
 from multimodal_gen.messages import (
     Cancel,
     ChangeLoras,
+    Checkpoint,
     Failed,
     Finished,
     FromWorker,
@@ -46,11 +48,12 @@ from multimodal_gen.messages import (
     Preview,
     Progress,
     Ready,
+    RowState,
     Shutdown,
     Started,
 )
 from multimodal_gen.pipelines import registry
-from multimodal_gen.request import ImageRequest
+from multimodal_gen.request import AnyRequest
 
 STORM_RESTARTS = 5
 STORM_SECONDS = 600.0
@@ -148,8 +151,11 @@ class EngineClient:
         """Requests started and not yet answered."""
         return len(self._tickets) - self.waiting
 
-    def submit(self, request: ImageRequest) -> Ticket:
-        """Admit a request. Raises: ModelLoading, ShuttingDown, QueueFull with an estimate of when to come back."""
+    def submit(self, request: AnyRequest, resume: Sequence[RowState] = ()) -> Ticket:
+        """Admit a request, whose rows go on where `resume` says.
+
+        Raises: ModelLoading, ShuttingDown, QueueFull with an estimate of when to come back.
+        """
         self._check_open()
         waiting = self.outstanding_cost
         if waiting and waiting + request.cost > self.config.max_queue_cost:
@@ -158,7 +164,7 @@ class EngineClient:
                 f"limit of {self.config.max_queue_cost:,}. Try again later.",
                 retry_after=self._retry_after(waiting + request.cost - self.config.max_queue_cost),
             )
-        ticket = Ticket(request, self.cancel, time.monotonic())
+        ticket = Ticket(request, self.cancel, time.monotonic(), list(resume))
         self._tickets[request.id] = ticket
         self._nothing_left.clear()
         self._send(ticket)
@@ -209,7 +215,7 @@ class EngineClient:
                 self._resolve(ticket, DeadlineExceeded("The request's deadline passed before it was started."))
                 return
             request = msgspec.structs.replace(request, deadline_s=left)
-        self._worker.send(Generate(request))
+        self._worker.send(Generate(request, ticket.resume))
         ticket.sent = True
 
     def _resolve(self, ticket: Ticket, answer: Finished | MmgenError) -> None:
@@ -311,7 +317,7 @@ class EngineClient:
         if self._change is not None and not self._change[1].done():
             self._change[1].set_exception(error)
 
-    def _deliver(self, ticket: Ticket, message: Started | Progress | Preview | Finished | Failed) -> None:
+    def _deliver(self, ticket: Ticket, message: Started | Progress | Checkpoint | Preview | Finished | Failed) -> None:
         if isinstance(message, Finished):
             self._resolve(ticket, message)
         elif isinstance(message, Failed):

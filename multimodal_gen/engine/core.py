@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -32,11 +32,12 @@ from multimodal_gen.errors import (
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.lora.sources import start_change
-from multimodal_gen.media.arrays import from_numpy
+from multimodal_gen.media.arrays import from_numpy, to_numpy
 from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.messages import (
     Array,
+    Checkpoint,
     ErrorInfo,
     Event,
     Failed,
@@ -45,11 +46,12 @@ from multimodal_gen.messages import (
     LorasChanged,
     Preview,
     Progress,
+    RowState,
     Started,
 )
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
-from multimodal_gen.request import ImageRequest, ModelCard, Timings
+from multimodal_gen.request import AnyRequest, ModelCard, Timings
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +62,11 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 class Active:
     """A request that the engine holds."""
 
-    request: ImageRequest  # filled by add
+    request: AnyRequest  # filled by add
     arrived: float  # filled by add: clock time
     adapters: Applied  # filled by add; overlays when the first row starts
     unpin: Callable[[], None]  # filled by add: lets go of the request's adapters
+    states: dict[int, RowState]  # filled by add: where rows go on that another process has begun
     started: bool = False  # set when its first row is planned
     rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
     outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
@@ -109,8 +112,11 @@ class EngineCore:
         """Whether so many requests failed in a row that the process is not to be trusted any more."""
         return self.loras.broken or self._failures >= self.config.max_consecutive_errors
 
-    def add(self, request: ImageRequest) -> list[Event]:
-        """Queue a request; it joins at the next step. Its adapters are settled now, whatever changes later."""
+    def add(self, request: AnyRequest, resume: Sequence[RowState] = ()) -> list[Event]:
+        """Queue a request; it joins at the next step. Its adapters are settled now, whatever changes later.
+
+        `resume` are states of its rows, from another process.
+        """
         try:
             adapters = self.loras.apply(request)
         except Exception as error:
@@ -118,7 +124,8 @@ class EngineCore:
                 log.error("request %s could not be admitted", request.id, exc_info=error)
             told = _as_ours(error)
             return [Failed(request.id, ErrorInfo(told.code, told.message, told.param))]
-        self._active[request.id] = Active(request, self._clock(), adapters, self.loras.pin(request))
+        states = {state.index: state for state in resume}
+        self._active[request.id] = Active(request, self._clock(), adapters, self.loras.pin(request), states)
         self.scheduler.add(request, adapters.weights)
         return [LorasChanged("", self.loras.state, True, 0.0)] if self.loras.note(request) else []
 
@@ -217,12 +224,19 @@ class EngineCore:
         self.pipeline.encode([row])
         self.fault.trip("prepare")
         self.pipeline.prepare(row)
+        self._resume(row, active.states.pop(index, None))
         assert row.conditions is not None, "encode() fills row.conditions"
         if row.conditions.row_tokens is not None:
             self.scheduler.set_tokens(active.request.id, row.conditions.row_tokens)
         active.prompt_tokens = row.conditions.prompt_tokens
         active.warnings = list(row.conditions.warnings)
         active.timings.encode += self._clock() - begin
+
+    def _resume(self, row: Row, state: RowState | None) -> None:
+        if state is not None:
+            device = torch.device(self.pipeline.info.device)
+            arrays = {name: to_numpy(array).copy() for name, array in state.tensors.items()}
+            row.restore({name: torch.from_numpy(values).to(device) for name, values in arrays.items()}, state.step)
 
     def _denoise(self, rows: list[Row], events: list[Event]) -> list[Row]:
         """Advance rows by one step; when a batch fails, each row is tried alone, so one cannot take others down."""
@@ -260,9 +274,18 @@ class EngineCore:
         active, events = self._active[row.request.id], list[Event]()
         if row.finished:
             self._guarded(active, events, partial(self._finish, active, row, events))
-        elif row.step in preview_steps(row.request.num_inference_steps, row.request.previews):
+        else:
+            events += self._checkpoint(row)
+        if not row.finished and row.step in preview_steps(row.request.num_inference_steps, row.request.previews):
             self._guarded(active, events, partial(self._preview, active, row, events))
         return events
+
+    def _checkpoint(self, row: Row) -> list[Event]:
+        every = row.request.checkpoint_every
+        if not every or row.step % every:
+            return []
+        tensors = {name: from_numpy(tensor.float().cpu().numpy()) for name, tensor in row.tensors().items()}
+        return [Checkpoint(row.request.id, RowState(row.index, row.step, tensors))]
 
     def _preview(self, active: Active, row: Row, events: list[Event]) -> None:
         begin = self._clock()

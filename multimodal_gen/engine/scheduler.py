@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from multimodal_gen.request import ImageRequest
+from multimodal_gen.request import GenerationRequest
 
 URGENT_SECONDS = 30.0
 
@@ -29,7 +29,7 @@ URGENT_SECONDS = 30.0
 class Job:
     """One request inside the scheduler."""
 
-    request: ImageRequest  # filled by add
+    request: GenerationRequest  # filled by add
     finish: int  # filled by add: virtual finish, in token-steps
     deadline: float  # filled by add: clock time, infinite where the user set none
     tokens: int  # filled by add from the request's estimate, corrected by set_tokens
@@ -69,7 +69,7 @@ class Scheduler:
         self._work = 0  # token-steps planned since start: the virtual time
         self._served: dict[str, float] = {}  # fair key → virtual time: token-steps served since it became active
 
-    def add(self, request: ImageRequest, weights: Hashable = ()) -> None:
+    def add(self, request: GenerationRequest, weights: Hashable = ()) -> None:
         """Queue a request. A key that was idle starts level with the least served active one, with no credit."""
         assert request.id not in self._jobs, f"request {request.id} was added twice"
         key = request.fair_key

@@ -6,17 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from multimodal_gen.errors import MmgenError
-from multimodal_gen.messages import Finished, Preview, Progress, Started
-from multimodal_gen.request import ImageRequest
+from multimodal_gen.messages import Checkpoint, Finished, Preview, Progress, RowState, Started
+from multimodal_gen.request import AnyRequest
 
-TicketEvent = Started | Progress | Preview | Finished
+TicketEvent = Started | Progress | Checkpoint | Preview | Finished
 
 
 class Ticket:
     """What `EngineClient.submit` returns: an asynchronous stream of events that ends with Finished or an error."""
 
-    def __init__(self, request: ImageRequest, cancel: Callable[[str], None], arrived: float) -> None:
+    def __init__(
+        self, request: AnyRequest, cancel: Callable[[str], None], arrived: float, resume: list[RowState]
+    ) -> None:
         self.request = request
+        self.resume = resume  # where its rows go on
         self.arrived = arrived  # monotonic seconds
         self.sent = False  # set by the client while the current worker knows the request
         self.cancelled = False  # set by the client; should the worker die before it obeys, nobody runs it again

@@ -109,7 +109,7 @@ def _loop(channel: WorkerChannel, core: EngineCore, messages: list[ToWorker]) ->
     while True:
         for message in messages:
             if isinstance(message, Generate):
-                _tell(channel, core.add(message.request))
+                _tell(channel, core.add(message.request, message.resume))
             elif isinstance(message, Cancel):
                 _tell(channel, core.cancel(message.request_id))
             elif isinstance(message, ChangeLoras):

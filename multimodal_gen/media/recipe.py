@@ -10,17 +10,18 @@ It names no time and no folder: replaying a recipe gives a byte-identical file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from multimodal_gen.adapters import Pin
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import InvalidValue, NotFound
-from multimodal_gen.request import MAX_PROMPT_CHARS, ImageRequest, ModelCard
+from multimodal_gen.request import MAX_PROMPT_CHARS, AnyRequest, ImageRequest, ModelCard, VideoRequest
 from multimodal_gen.version import __version__
 
 SCHEMA = 1
@@ -35,7 +36,9 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """One image of one request and the engine's settings that shape its pixels. Fields as in `ImageRequest`."""
+    """One output of one request and the engine's settings that shape its pixels. Fields as in `ImageRequest` and
+    `VideoRequest`.
+    """
 
     schema: int = SCHEMA
     """raised when the meaning of a field changes"""
@@ -52,8 +55,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """of the whole request: images of one request share forwards"""
     index: int
     """which of the seeds made this image"""
-    cfg_normalization: float
-    cfg_truncation: float | None
+    cfg_normalization: float = 0.0
+    cfg_truncation: float | None = None
+    num_frames: int | None = None
+    """None for images"""
+    fps: int | None = None
+    guidance_scale_2: float | None = None
+    flow_shift: float | None = None
+    image_sha256: str | None = None
+    """of the picture that the video starts from, as `VideoRequest.image` holds it"""
     max_sequence_length: int
     dtype: str
     device: str
@@ -79,7 +89,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(
         cls,
-        request: ImageRequest,
+        request: AnyRequest,
         index: int,
         *,
         dtype: str,
@@ -107,8 +117,6 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             guidance_scale=request.guidance_scale,
             seeds=request.seeds,
             index=index,
-            cfg_normalization=request.cfg_normalization,
-            cfg_truncation=request.cfg_truncation,
             max_sequence_length=request.max_sequence_length,
             dtype=dtype,
             device=device,
@@ -120,6 +128,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             threads=threads,
             loras=request.loras,
             merged=merged,
+            **_own(request),
         )
 
     @property
@@ -165,6 +174,20 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(f"Negative prompt: {printable(self.negative_prompt)}")
         lines.append(", ".join(f"{key}: {_quoted(printable(str(value)))}" for key, value in pairs.items()))
         return "\n".join(lines)
+
+
+def _own(request: AnyRequest) -> dict[str, Any]:
+    """What only images, or only videos have."""
+    if isinstance(request, ImageRequest):
+        return {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
+    assert isinstance(request, VideoRequest)
+    return {
+        "num_frames": request.num_frames,
+        "fps": request.fps,
+        "guidance_scale_2": request.guidance_scale_2,
+        "flow_shift": request.flow_shift,
+        "image_sha256": None if request.image is None else hashlib.sha256(request.image).hexdigest(),
+    }
 
 
 def origin(config: EngineConfig, card: ModelCard) -> tuple[str | None, str | None]:

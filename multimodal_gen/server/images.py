@@ -18,10 +18,12 @@ from multimodal_gen.errors import (
     InvalidValue,
     ModelLoading,
     NotFound,
+    UnsupportedEndpoint,
     UnsupportedParameter,
 )
 from multimodal_gen.messages import Finished
-from multimodal_gen.request import MAX_STEPS, ImageRequest, SamplingParams, resolve
+from multimodal_gen.request import MAX_STEPS, ImageRequest, SamplingParams
+from multimodal_gen.resolve import resolve
 from multimodal_gen.server import replies
 from multimodal_gen.server.context import Context, fingerprint, lost_adapters
 from multimodal_gen.server.disconnect import unless_gone
@@ -85,6 +87,8 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
     Raises: ModelNotFound, UnsupportedParameter, the InvalidValue family, RequestTooLarge.
     """
     check_model(wish.model, context)
+    if context.card.media != "image":
+        raise UnsupportedEndpoint(f"{context.model_name} makes videos; use POST /v1/videos.")
     _check_priority(wish.priority, context.config.max_priority)
     given = {name: value for name, value in wish.model_dump(include=set(_SAME_NAME)).items() if value is not None}
     if wish.size not in (None, "auto"):
@@ -96,7 +100,7 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
         given["num_outputs_per_prompt"] = wish.n
     pins = _pins(wish, context)
     try:
-        return resolve(
+        request = resolve(
             # Client-chosen request ids may repeat; the engine's must not.
             request_id="img_" + uuid.uuid4().hex,
             prompt=wish.prompt,
@@ -108,6 +112,8 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
             loras=pins,
             own_loras=wish.loras is not None,
         )
+        assert isinstance(request, ImageRequest), context.card.media
+        return request
     except InvalidSize as error:
         if wish.size is not None:
             error.param = "size"

@@ -14,7 +14,7 @@ from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.media.encode import encode_image
 from multimodal_gen.media.recipe import ImageFormat, Recipe, origin
 from multimodal_gen.messages import Array, Finished, Preview, Ready
-from multimodal_gen.request import ImageRequest, ModelCard
+from multimodal_gen.request import AnyRequest, ModelCard
 from multimodal_gen.server.schemas import ImageGenerationRequest
 
 # What OpenAI's answers may say of each quality that requests may ask for.
@@ -32,7 +32,7 @@ class Form:
     tokens_per_image: int
 
     @classmethod
-    def of(cls, wish: ImageGenerationRequest, request: ImageRequest, card: ModelCard, model: str) -> Form:
+    def of(cls, wish: ImageGenerationRequest, request: AnyRequest, card: ModelCard, model: str) -> Form:
         """The form that `wish` asks for, defaults filled in."""
         return cls(
             model=model,
@@ -42,7 +42,7 @@ class Form:
             tokens_per_image=request.width * request.height // card.pixels_per_token,
         )
 
-    def facts(self, request: ImageRequest) -> dict[str, Any]:
+    def facts(self, request: AnyRequest) -> dict[str, Any]:
         """The fields that every answer and event carries."""
         return {
             "size": f"{request.width}x{request.height}",
@@ -64,7 +64,7 @@ class Form:
         }
 
 
-def _adapters(request: ImageRequest) -> dict[str, Any]:
+def _adapters(request: AnyRequest) -> dict[str, Any]:
     """The adapters that were in effect; nothing for the base model."""
     if not request.loras:
         return {}
@@ -81,7 +81,7 @@ class Maker:
     config: ServerConfig
     card: ModelCard
 
-    def recipe(self, request: ImageRequest, index: int, finished: Finished) -> Recipe:
+    def recipe(self, request: AnyRequest, index: int, finished: Finished) -> Recipe:
         """The recipe of image `index`."""
         repository, revision = origin(self.config, self.card)
         return Recipe.of(
@@ -100,7 +100,7 @@ class Maker:
 
 
 def answer(
-    request: ImageRequest, request_id: str, finished: Finished, form: Form, maker: Maker, warnings: list[str]
+    request: AnyRequest, request_id: str, finished: Finished, form: Form, maker: Maker, warnings: list[str]
 ) -> bytes:
     """The body of a whole answer."""
     timings = finished.timings
@@ -122,7 +122,7 @@ def answer(
 
 
 def completed_event(
-    request: ImageRequest, finished: Finished, index: int, form: Form, maker: Maker, warnings: list[str]
+    request: AnyRequest, finished: Finished, index: int, form: Form, maker: Maker, warnings: list[str]
 ) -> bytes:
     """`image_generation.completed` for image `index`."""
     event: dict[str, Any] = {
@@ -140,7 +140,7 @@ def completed_event(
     return event_bytes("image_generation.completed", event)
 
 
-def partial_event(request: ImageRequest, preview: Preview, form: Form) -> bytes:
+def partial_event(request: AnyRequest, preview: Preview, form: Form) -> bytes:
     """`image_generation.partial_image`; previews carry no recipe, which would promise the final image."""
     event = {
         "type": "image_generation.partial_image",

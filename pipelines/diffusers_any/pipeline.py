@@ -22,7 +22,7 @@ from multimodal_gen.pipelines.contract import Conditions, PipelineInfo, Row
 from multimodal_gen.pipelines.diffusers_any.run import Step, StepwiseCall
 from multimodal_gen.pipelines.diffusers_any.signature import CallSignature
 from multimodal_gen.pipelines.diffusers_any.spec import guidance_argument, step_callback, takes_negative
-from multimodal_gen.request import ImageRequest, ModelCard
+from multimodal_gen.request import GenerationRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
 from multimodal_gen.weights.loading import WeightTree
 
@@ -130,10 +130,10 @@ class DiffusersPipeline:
         arguments = {**self._arguments(row.request), "generator": generator, callback: on_step, **every}
         return self.pipe(output_type="pil", return_dict=False, **arguments)
 
-    def _arguments(self, request: ImageRequest) -> dict[str, Any]:
+    def _arguments(self, request: GenerationRequest) -> dict[str, Any]:
         """The request in the words of the pipeline's `__call__`."""
         card = self.card
-        if request.output != "image":
+        if request.output != "pixels":
             raise UnsupportedParameter(
                 f"{card.name} ({card.pipeline_class}) returns images only, no latents.", param="output_type"
             )
@@ -161,7 +161,7 @@ class DiffusersPipeline:
                 param="negative_prompt",
             )
 
-    def _count_tokens(self, request: ImageRequest) -> int:
+    def _count_tokens(self, request: GenerationRequest) -> int:
         """Tokens of the prompt by the pipeline's last tokenizer, which is the one with the most room."""
         names = sorted(name for name in self.pipe.components if name.startswith("tokenizer"))
         tokenizer = self.pipe.components[names[-1]] if names else None

@@ -100,7 +100,7 @@ class ZImagePipeline:
         """Fill `row.conditions`; every prompt is encoded by itself, so entries do not depend on their batch."""
         done: dict[str, Captions] = {}
         for row in rows:
-            request = row.request
+            request = _request(row)
             if request.id not in done:
                 done[request.id] = self._encode(request, row.adapters)
             row.conditions = done[request.id]
@@ -184,7 +184,7 @@ class ZImagePipeline:
         for index, row in enumerate(rows):
             flow = found[index, 0].float()
             if (index, 1) in found:
-                request = row.request
+                request = _request(row)
                 flow = guide(flow, found[index, 1], request.guidance_scale, request.cfg_normalization)
             _, height, width = latents[index].shape
             velocities.append(-unpatchify(flow, height, width, size))  # the model predicts clean - noise
@@ -200,7 +200,7 @@ class ZImagePipeline:
         return self.times.get((time, adapters.key("transformer")), lambda: self.transformer.modulate(t, overlay))
 
     def _guided(self, row: Row, time: float) -> bool:
-        request = row.request
+        request = _request(row)
         truncated = request.cfg_truncation is not None and time > request.cfg_truncation
         return request.guidance_scale > self.card.guidance_threshold and not truncated
 
@@ -227,6 +227,11 @@ def _state(row: Row) -> tuple[FlowMatchState, Tensor]:
     assert isinstance(row.sampler, FlowMatchState), "prepare() comes before denoise()"
     assert row.latents is not None, "prepare() comes before denoise()"
     return row.sampler, row.latents
+
+
+def _request(row: Row) -> ImageRequest:
+    assert isinstance(row.request, ImageRequest), "the card of this family names no video"
+    return row.request
 
 
 def _captions(row: Row) -> Captions:

@@ -16,7 +16,8 @@ from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.errors import Cancelled, ModelLoading, WorkerCrashed
 from multimodal_gen.messages import Progress
-from multimodal_gen.request import SamplingParams, resolve
+from multimodal_gen.request import SamplingParams
+from multimodal_gen.resolve import resolve
 
 pytestmark = [pytest.mark.api]
 

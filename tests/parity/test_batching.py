@@ -14,7 +14,8 @@ from multimodal_gen.engine.core import EngineCore
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.messages import Event, Failed, Finished, Gauges
 from multimodal_gen.pipelines import registry
-from multimodal_gen.request import ImageRequest, SamplingParams, resolve
+from multimodal_gen.request import ImageRequest, SamplingParams
+from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
 
 pytestmark = [pytest.mark.parity]

@@ -20,7 +20,8 @@ from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.messages import Failed, Finished, Progress
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.diffusers_any import signature
-from multimodal_gen.request import SamplingParams, resolve
+from multimodal_gen.request import SamplingParams
+from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import PROMPT
 
 pytestmark = [pytest.mark.parity]

@@ -12,7 +12,8 @@ from multimodal_gen.errors import ConfigError
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.messages import Event, Failed, Finished, Preview, Progress, Started
 from multimodal_gen.pipelines import registry
-from multimodal_gen.request import ImageRequest, SamplingParams, resolve
+from multimodal_gen.request import ImageRequest, SamplingParams
+from multimodal_gen.resolve import resolve
 
 pytestmark = [pytest.mark.unit]
 

@@ -26,7 +26,8 @@ from multimodal_gen.errors import (
 )
 from multimodal_gen.lora.policy import MAX_LOSS, MIXED, WINDOW, Traffic, choose
 from multimodal_gen.messages import Finished, Gauges
-from multimodal_gen.request import ImageRequest, SamplingParams, resolve
+from multimodal_gen.request import ImageRequest, SamplingParams
+from multimodal_gen.resolve import resolve
 from multimodal_gen.weights.header import read_header
 from tests.support.adapters import Shapes, only, peft_tensors, write_adapter
 from tests.support.checkpoints import PROMPT, make_z_image

@@ -28,8 +28,8 @@ from multimodal_gen.request import (
     ModelCard,
     SamplingParams,
     Timings,
-    resolve,
 )
+from multimodal_gen.resolve import resolve
 
 pytestmark = [pytest.mark.unit]
 
