@@ -93,7 +93,9 @@ def kind_of(data: bytes) -> str:
         foreign = "SVG"
     if foreign is not None:
         raise UnsupportedImage(f"{foreign} pictures are not read. {_WANTED}", param="image")
-    raise InvalidImage(f"This is not a picture. {_WANTED}" if data else f"The picture is empty. {_WANTED}", param="image")
+    raise InvalidImage(
+        f"This is not a picture. {_WANTED}" if data else f"The picture is empty. {_WANTED}", param="image"
+    )
 
 
 def too_many_bytes(limit: int) -> ImageTooLarge:

@@ -7,6 +7,7 @@ packet, WebM, which has no place for one, the same address as a tag.
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Iterable
@@ -140,7 +141,7 @@ def _write_gif(path: Path, frames: Iterable[Frame], fps: int, comment: str | Non
     pictures = list(frames)
     # GIF counts hundredths of a second: rounding the times, not the lengths, keeps the whole as long as it should be.
     times = [round(100 * i / fps) for i in range(len(pictures) + 1)]
-    lengths = [10 * max(2, after - before) for before, after in zip(times, times[1:], strict=False)]
+    lengths = [10 * max(2, after - before) for before, after in itertools.pairwise(times)]
     options: dict[str, Any] = {} if comment is None else {"comment": comment.encode("ascii")}
     data = iio.imwrite(
         "<bytes>", pictures, extension=".gif", plugin="pillow", duration=lengths, loop=0, optimize=False, **options
