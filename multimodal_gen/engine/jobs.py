@@ -180,10 +180,14 @@ class Jobs:
         return msgspec.msgpack.decode(rows[0][0], type=VideoRequest)
 
     def update(self, job_id: str, **fields: Any) -> None:
-        """Change columns of a job, if it is still there; on the disk when this returns. Raises: StorageFull."""
+        """Change columns of a job that is there and has not ended; on the disk when this returns.
+
+        Raises: StorageFull.
+        """
         assert fields.keys() <= set(_COLUMNS), fields.keys()
         names = ", ".join(f"{name} = ?" for name in fields)
-        self._transact(lambda: self._db.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*fields.values(), job_id)))
+        where = f"id = ? AND {_UNFINISHED}"
+        self._transact(lambda: self._db.execute(f"UPDATE jobs SET {names} WHERE {where}", (*fields.values(), job_id)))
 
     def delete(self, job_id: str) -> bool:
         """Forget a job; whether there was one. Raises: StorageFull."""
