@@ -44,20 +44,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads: Annotated[AtLeastOne | None, Meta(description="CPU threads of the worker; default: all cores")] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     deterministic: Annotated[
-        bool, Meta(description="bit-equal results whoever shares the batch: every image gets its own forward")
+        bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False
     max_batch_tokens: Annotated[
         AtLeastOne | None, Meta(description="transformer tokens per denoising step; default: by device")
     ] = None
     max_request_cost: Annotated[
-        int, Meta(ge=1, description="largest request, in token-steps (tokens x steps x images)")
-    ] = 5_000_000
+        int, Meta(ge=1, description="largest request, in token-steps (tokens x steps x outputs)")
+    ] = 10_000_000
     max_queue_cost: Annotated[
         int, Meta(ge=1, description="token-steps that may wait or run at once; more is answered 429")
-    ] = 20_000_000
+    ] = 40_000_000
     condition_cache_mb: Annotated[int, Meta(ge=0, description="memory for encoded prompts; 0 turns the cache off")] = (
         256
     )
+    text_kv_cache: Annotated[
+        bool,
+        Meta(description="keep what cross-attention makes of a request's text between steps; off saves its memory"),
+    ] = True
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3

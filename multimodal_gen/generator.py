@@ -40,9 +40,9 @@ from multimodal_gen.errors import (
 )
 from multimodal_gen.lora.sources import set_change, start_change
 from multimodal_gen.media.arrays import to_numpy
-from multimodal_gen.media.outputs import OutputType, check_output, convert, stack
+from multimodal_gen.media.outputs import OutputType, check_output, convert, convert_frames, stack
 from multimodal_gen.messages import Event, Failed, Finished, Progress
-from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams, Timings
+from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams, Timings, VideoRequest
 from multimodal_gen.resolve import resolve
 
 if TYPE_CHECKING:
@@ -59,13 +59,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class GenerationResult:
-    """The images of one prompt."""
+    """The images or videos of one prompt."""
 
     prompt: str
     images: list[Any]
-    """PIL images ("pil"), uint8 [H, W, 3] ("np") or float [3, H, W] in 0 … 1 ("pt"); empty for "latent" """
+    """PIL images ("pil"), uint8 [H, W, 3] ("np") or float [3, H, W] in 0 … 1 ("pt"); empty for videos and "latent" """
+    frames: np.ndarray | None
+    """of a video model: uint8 [n, F, H, W, 3] ("pil" and "np"), or a tensor float [n, F, 3, H, W] in 0 … 1 ("pt")"""
+    fps: int | None
+    """frames per second of videos"""
     latents: torch.Tensor | None
-    """float32 [n, C, h, w] for "latent", before the VAE's scaling; else None"""
+    """float32 [n, C, h, w] or [n, C, f, h, w] for "latent", before the VAE's scaling; else None"""
     seed: int
     """of the first image"""
     seeds: tuple[int, ...]
@@ -288,10 +292,13 @@ class DiffGenerator:
         self, request: AnyRequest, answer: Finished, output_type: OutputType, target: Target | None
     ) -> GenerationResult:
         arrays = [to_numpy(array) for array in answer.outputs]
+        kind = "latent" if output_type == "latent" else self.card.media
         result = GenerationResult(
             prompt=request.prompt,
-            images=[] if output_type == "latent" else [convert(array, output_type) for array in arrays],
-            latents=stack(arrays) if output_type == "latent" else None,
+            images=[convert(array, output_type) for array in arrays] if kind == "image" else [],
+            frames=convert_frames(arrays, output_type) if kind == "video" else None,
+            fps=request.fps if isinstance(request, VideoRequest) else None,
+            latents=stack(arrays) if kind == "latent" else None,
             seed=request.seeds[0],
             seeds=request.seeds,
             timings=answer.timings,

@@ -12,7 +12,10 @@ from multimodal_gen.request import ModelCard
 from multimodal_gen.weights import hub
 from multimodal_gen.weights.checkpoint import verify
 
-NATIVE = ("multimodal_gen.pipelines.zimage.spec:SPEC",)
+NATIVE = (
+    "multimodal_gen.pipelines.zimage.spec:SPEC",
+    "multimodal_gen.pipelines.wan.spec:SPEC",
+)
 FALLBACK = "multimodal_gen.pipelines.diffusers_any.spec:SPEC"
 
 

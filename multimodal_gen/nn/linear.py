@@ -6,6 +6,8 @@ table; nobody concatenates weights after loading. Inputs are [T, in] where adapt
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,23 +31,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return wide.to(x.dtype)
 
 
-def _weight(rows: int, columns: int, *, padded: bool) -> nn.Parameter:
+def _weight(rows: int, columns: int, *, padded: bool, dtype: torch.dtype | None = None) -> nn.Parameter:
     """Memory that the loader fills; zeros where it leaves padding."""
     make = torch.zeros if padded else torch.empty
-    return nn.Parameter(make(rows, columns), requires_grad=False)
+    return nn.Parameter(make(rows, columns, dtype=dtype), requires_grad=False)
 
 
 class Linear(Slotted):
     """y [..., out] = x [..., in] · Wᵀ + b.
 
-    `stored_in` > `in_features` keeps zero columns at the end of W: the input comes from an aligned layer.
+    `stored_in` > `in_features` keeps zero columns at the end of W: the input comes from an aligned layer. `dtype` is
+    for layers that stay in another than the model's.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, stored_in: int | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        stored_in: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = in_features
-        self.weight = _weight(out_features, stored_in or in_features, padded=stored_in not in (None, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        padded = stored_in not in (None, in_features)
+        self.weight = _weight(out_features, stored_in or in_features, padded=padded, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def extent(self, part: str | None) -> Extent:
         """Where the checkpoint's [out, in] stands in the weight."""
@@ -57,18 +68,36 @@ class Linear(Slotted):
         return y if routing is None else routing.add_(self, x, y)
 
 
+class PatchEmbedding(Linear):
+    """A convolution whose stride is its kernel, as the linear layer of patches that it is.
+
+    The checkpoint's weight is [out, channels, *kernel]; patches hold their channels outermost.
+    """
+
+    def __init__(self, channels: int, kernel: tuple[int, ...], out_features: int) -> None:
+        super().__init__(channels * math.prod(kernel), out_features, bias=True)
+        self.shape = (channels, *kernel)
+
+    def slot(self, part: str | None) -> Tensor:
+        """The weight in the checkpoint's shape."""
+        return super().slot(part).unflatten(1, self.shape)
+
+
 class FusedLinear(Slotted):
-    """Several bias-free projections of one input as one product; each part's rows start at an aligned offset.
+    """Several projections of one input as one product; each part's rows start at an aligned offset.
 
     y [..., Σ stored(part)]; rows between a part's size and its aligned size are zero.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], multiple: int = 1) -> None:
+    def __init__(self, in_features: int, parts: dict[str, int], multiple: int = 1, bias: bool = False) -> None:
         super().__init__()
         self.part_names = tuple(parts)
         self.sizes = tuple(parts.values())
         self.stored = [align(size, multiple) for size in parts.values()]
-        self.weight = _weight(sum(self.stored), in_features, padded=tuple(self.stored) != self.sizes)
+        padded = tuple(self.stored) != self.sizes
+        assert not (bias and padded), "no layer has needed both"
+        self.weight = _weight(sum(self.stored), in_features, padded=padded)
+        self.bias = nn.Parameter(torch.empty(sum(self.stored)), requires_grad=False) if bias else None
 
     def extent(self, part: str | None) -> Extent:
         """Where the checkpoint's [size(part), in] stands in the weight."""
@@ -77,5 +106,5 @@ class FusedLinear(Slotted):
         return Extent(slice(start, start + self.sizes[index]), slice(0, self.weight.shape[1]))
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        y = linear(x, self.weight, None)
+        y = linear(x, self.weight, self.bias)
         return y if routing is None else routing.add_(self, x, y)

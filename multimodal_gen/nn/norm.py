@@ -30,6 +30,51 @@ class RMSNorm(nn.Module):
         return rms_normalize(x, self.eps).mul_(self.weight)
 
 
+def layer_normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / std · weight + bias over the last dimension, in float32, rounded once to x's dtype.
+
+    weight and bias are float32 [D], whatever the dtype of x.
+    """
+    if x.device.type == "cpu":  # its kernel takes both dtypes and computes in float32
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """layer_normalize with float32 parameters."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(dim, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_normalize(x, self.weight, self.bias, self.eps)
+
+
+class AcrossHeadsRMSNorm(Slotted):
+    """RMS norms over all heads together: x [T, P, H · D], each of the P parts with its own weight."""
+
+    def __init__(self, parts: tuple[str, ...], dim: int, eps: float) -> None:
+        super().__init__()
+        self.part_names = parts
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(len(parts), dim), requires_grad=False)
+
+    def extent(self, part: str | None) -> Extent:
+        """The row of one part."""
+        index = self.part_names.index(part)
+        return Extent(slice(index, index + 1), slice(0, self.weight.shape[1]))
+
+    def slot(self, part: str | None) -> Tensor:
+        """Weight of one part: [H · D]."""
+        return super().slot(part)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_normalize(x, self.eps).mul_(self.weight)
+
+
 class PartedRMSNorm(Slotted):
     """RMS norms of several parts in one call: x [..., P, H, D], each part with its own weight over D."""
 

@@ -28,3 +28,7 @@ class Slotted(nn.Module):
         """The view of that block, in the shape of the checkpoint's tensor."""
         rows, columns = self.extent(part)
         return self.weight[rows, columns]
+
+    def bias_slot(self, part: str | None) -> Tensor:
+        """The same of the bias, for layers that have one: [rows]."""
+        return self.get_parameter("bias")[self.extent(part).rows]

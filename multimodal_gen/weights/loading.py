@@ -54,6 +54,8 @@ class Place:
         """The memory that the checkpoint's tensor fills, in the checkpoint's shape."""
         if isinstance(self.layer, Slotted) and self.name == "weight":
             return self.layer.slot(self.part)
+        if isinstance(self.layer, Slotted) and self.name == "bias":
+            return self.layer.bias_slot(self.part)
         own = dict(self.layer.named_parameters(recurse=False)) | dict(self.layer.named_buffers(recurse=False))
         return own[self.name].detach()
 

@@ -235,7 +235,9 @@ def test_a_closed_generator_says_so() -> None:
 def test_a_recipe_holds_every_setting_of_the_request(gen: DiffGenerator, made: GenerationResult) -> None:
     recipe = msgspec.structs.asdict(gen.recipe(made, 0))
     request = msgspec.structs.asdict(made.request)
-    not_pixels = {"id", "own_loras", "output", "previews", "priority", "deadline_s", "fair_key", "row_tokens"}
+    not_pixels = {"id", "own_loras", "output", "previews", "priority", "deadline_s", "fair_key", "row_tokens"} | {
+        "checkpoint_every"
+    }
     assert {name: recipe[name] for name in request.keys() - not_pixels} == {
         name: value for name, value in request.items() if name not in not_pixels
     }
