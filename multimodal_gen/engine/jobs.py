@@ -50,6 +50,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     size: str
     outputs: int
     output_format: VideoFormat
+    facts: str
+    """JSON: what else the client is shown of the settled request"""
     created_at: int
     completed_at: int | None = None
     expires_at: int | None = None
@@ -78,10 +80,10 @@ _TABLES = """
 CREATE TABLE jobs (
   number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, status TEXT NOT NULL,
   progress INTEGER NOT NULL, model TEXT NOT NULL, prompt TEXT NOT NULL, seconds TEXT NOT NULL, size TEXT NOT NULL,
-  outputs INTEGER NOT NULL, output_format TEXT NOT NULL, created_at INTEGER NOT NULL, completed_at INTEGER,
-  expires_at INTEGER, error_code TEXT, error_message TEXT, remixed_from TEXT, idempotency_key TEXT,
-  body_hash TEXT NOT NULL, priority INTEGER NOT NULL, fair_key TEXT NOT NULL, cost INTEGER NOT NULL,
-  crashes INTEGER NOT NULL
+  outputs INTEGER NOT NULL, output_format TEXT NOT NULL, facts TEXT NOT NULL, created_at INTEGER NOT NULL,
+  completed_at INTEGER, expires_at INTEGER, error_code TEXT, error_message TEXT, remixed_from TEXT,
+  idempotency_key TEXT, body_hash TEXT NOT NULL, priority INTEGER NOT NULL, fair_key TEXT NOT NULL,
+  cost INTEGER NOT NULL, crashes INTEGER NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX jobs_by_owner ON jobs (owner, number);

@@ -30,7 +30,7 @@ class Form:
 async def read_form(content_type: str, chunks: AsyncIterator[bytes], max_file_bytes: int) -> Form:
     """The parts of a body.
 
-    Raises: InvalidMultipart for anything that is no complete form within bounds; ImageTooLarge; whatever `chunks` raises.
+    Raises: InvalidMultipart for anything that is no complete form within bounds; ImageTooLarge; what `chunks` raises.
     """
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")

@@ -1,4 +1,5 @@
-"""A file as an answer, whole or one range of it. Many ranges at once are refused: they cost more than they are worth."""
+"""A file as an answer, whole or one range of it. Many ranges at once are refused: they cost more than
+they are worth."""
 
 from __future__ import annotations
 
