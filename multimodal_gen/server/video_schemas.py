@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from multimodal_gen.errors import InvalidSize, InvalidValue
+from multimodal_gen.errors import InvalidValue
 from multimodal_gen.request import MAX_FLOW_SHIFT, MAX_FPS, MAX_N, MAX_PROMPT_CHARS, MAX_SEED, MAX_STEPS
 from multimodal_gen.server.schemas import Unknown, check_size, shown, validated
 
@@ -82,8 +82,6 @@ def read_video(body: dict[str, Any], unknown: Unknown) -> tuple[VideoSettings, l
     check_size(wish.size, wish.width, wish.height)
     if wish.seconds is not None and wish.num_frames is not None:
         raise InvalidValue("Give either 'seconds' or 'num_frames', not both.", param="seconds")
-    if wish.width is None != (wish.height is None):
-        raise InvalidSize("Give 'width' and 'height' together.", param="width" if wish.width is None else "height")
     seconds_of(wish.seconds)
     return wish, strange
 
