@@ -81,6 +81,7 @@ def make_plan(arguments: Arguments) -> Plan:
     replay = read_replay(arguments.replay) if arguments.replay else None
     wanted = _given_parameters(arguments)
     prompts = _prompts(arguments, replay)
+    notes = [*replay.notes, *replay.check_image(wanted.get("image"))] if replay else []
     config, card = _model(arguments, replay)
     only = replay.recipe.index if replay and not wanted.keys() & {"seed", "num_outputs_per_prompt"} else None
     params = SamplingParams(**{**(replay.parameters(card, wanted) if replay else {}), **wanted})
@@ -97,7 +98,7 @@ def make_plan(arguments: Arguments) -> Plan:
         output=_output(arguments, replay, images, card.media),
         only=only,
         steps=sum(request.num_inference_steps * request.n for request in requests),
-        notes=[*replay.notes, *replay.check_image(wanted.get("image"))] if replay else [],
+        notes=notes,
         replay=replay,
     )
 
