@@ -14,6 +14,7 @@ class AttentionBackend(Protocol):
     """Bidirectional softmax attention inside each segment of a packed batch."""
 
     name: str
+    gives_lse: bool  # whether it is an `LseBackend`, as `registry.GIVE_LSE` lists them
 
     @staticmethod
     def unavailable(device: torch.device) -> str:
@@ -25,3 +26,14 @@ class AttentionBackend(Protocol):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v [T, H, D] → [T, H, D]; scale 1/√D. A segment's result does not depend on its neighbours."""
+
+
+class LseBackend(AttentionBackend, Protocol):
+    """One that can also tell how much weight its softmax gave: results over blocks of keys can be joined."""
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
+        """Segment i of q [T, H, D] attends to segment i of k and v [K, H, D], whose lengths are `keys`.
+
+        Returns: [T, H, D] and the float32 natural log-sum-exp of the scaled scores [T, H]; 0 and -inf where there are
+        no keys.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -28,6 +28,16 @@ class Run:
         """View of x [T, ...] as [count, length, ...]."""
         stop = self.start + self.count * self.length
         return x[self.start : stop].unflatten(0, (self.count, self.length))
+
+
+def paired_runs(queries: Segments, keys: Segments) -> Iterator[tuple[Run, Run]]:
+    """Runs of neighbouring segments that have one length on each side."""
+    first = start = key_start = 0
+    for (length, key_length), group in groupby(zip(queries.lengths, keys.lengths, strict=True)):
+        last = first + len(list(group))
+        yield Run(first, last, start, length), Run(first, last, key_start, key_length)
+        start, key_start = start + (last - first) * length, key_start + (last - first) * key_length
+        first = last
 
 
 @dataclass(frozen=True)

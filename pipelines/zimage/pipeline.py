@@ -15,6 +15,7 @@ from multimodal_gen.attention import registry as attention
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
@@ -62,8 +63,9 @@ class Captions(Conditions):
 class ZImagePipeline:
     """A loaded Z-Image checkpoint."""
 
-    def __init__(self, card: ModelCard, config: EngineConfig) -> None:
+    def __init__(self, card: ModelCard, config: EngineConfig, mesh: Mesh) -> None:
         """Raises: CorruptModel, ConfigError."""
+        self.mesh = mesh
         folder = Path(card.path)
         components = verify(folder).components
         self.card = card
