@@ -98,11 +98,12 @@ class DiffGenerator:
         """Load the model. Raises: ModelNotFound, CorruptModel, ConfigError."""
         settings.calm_openmp()
         from multimodal_gen.media.recipe import origin
+        from multimodal_gen.parallel.plan import plan
         from multimodal_gen.pipelines import registry
 
-        settings.check_engine(config)
         self.config = config
         self.card: ModelCard = registry.describe(config)
+        plan(config, self.card)
         start_change(config)  # a file that is not there is told before the model is loaded
         self._origin = origin(config, self.card)
         self._closed = False

@@ -103,4 +103,5 @@ def describe(name: str, folder: Path) -> ModelCard:
         pixels_per_token=multiple**2,
         max_sequence_length=min(1024, text["max_position_embeddings"]),
         guidance_threshold=0.0,
+        heads=transformer["n_heads"],
     )
