@@ -40,7 +40,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="weights and activations; auto = the fastest that the device computes natively"),
     ] = "auto"
-    num_gpus: Annotated[int, Meta(ge=1, description="worker ranks; only 1 is built so far")] = 1
+    num_gpus: Annotated[
+        AtLeastOne | None, Meta(description="worker ranks of all replicas; default: the product of the sizes below")
+    ] = None
+    tp_size: Annotated[int, Meta(ge=1, description="ranks that share every layer's weights (tensor parallel)")] = 1
+    ulysses_degree: Annotated[
+        AtLeastOne | None,
+        Meta(description="ranks that share a sequence and swap it for heads; default: what --num-gpus leaves"),
+    ] = None
+    ring_degree: Annotated[
+        AtLeastOne | None,
+        Meta(description="ranks that share a sequence and pass keys around; default: what heads leave of --num-gpus"),
+    ] = None
+    enable_cfg_parallel: Annotated[
+        bool, Meta(description="two groups of ranks, one for the prompt and one for the negative prompt")
+    ] = False
+    dp_size: Annotated[int, Meta(ge=1, description="replicas of the model, each with its own ranks")] = 1
     threads: Annotated[AtLeastOne | None, Meta(description="CPU threads of the worker; default: all cores")] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     deterministic: Annotated[
@@ -62,6 +77,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool,
         Meta(description="keep what cross-attention makes of a request's text between steps; off saves its memory"),
     ] = True
+    vae_tiling: Annotated[
+        bool, Meta(description="decode large pictures by overlapping tiles, which ranks share; slightly approximate")
+    ] = False
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3
@@ -340,15 +358,6 @@ def data_folder(config: ServerConfig) -> Path:
         return Path(config.data_dir).expanduser()
     base = os.environ.get("XDG_DATA_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "mmgen"
-
-
-def check_engine(config: EngineConfig) -> None:
-    """Raises: ConfigError for combinations that are not built."""
-    if config.num_gpus > 1:
-        raise ConfigError(
-            f"--num-gpus {config.num_gpus}: this version runs one worker on one device; leave it at 1.",
-            param="num_gpus",
-        )
 
 
 # An idle OpenMP thread spins before it sleeps, by default for milliseconds: with one other busy process on the machine

@@ -50,6 +50,7 @@
         ├── GenerationFailed                500 generation_failed
         │   └── Overflowed                  500 overflow
         ├── WorkerCrashed                   500 worker_crashed
+        │   └── PeerLost                    500 peer_lost
         ├── OutOfMemory                     503 out_of_memory
         ├── StorageFull                     503 storage_full
         ├── AdapterUnavailable              503 adapter_unavailable
@@ -335,6 +336,12 @@ class Overflowed(GenerationFailed):
 
 class WorkerCrashed(EngineError):
     code = "worker_crashed"
+
+
+class PeerLost(WorkerCrashed):
+    """Another rank of this worker's group ended or stopped answering in a collective operation."""
+
+    code = "peer_lost"
 
 
 class OutOfMemory(EngineError):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.pipelines.contract import Pipeline, Spec
 from multimodal_gen.request import ModelCard
 from multimodal_gen.weights import hub
 from multimodal_gen.weights.checkpoint import verify
+
+if TYPE_CHECKING:
+    from multimodal_gen.parallel.mesh import Mesh
 
 NATIVE = (
     "multimodal_gen.pipelines.zimage.spec:SPEC",
@@ -60,8 +63,17 @@ def describe(config: EngineConfig) -> ModelCard:
     return card
 
 
-def load(card: ModelCard, config: EngineConfig) -> Pipeline:
-    """Load the described model; imports torch. Raises: CorruptModel, ConfigError."""
+def load(card: ModelCard, config: EngineConfig, mesh: Mesh | None = None) -> Pipeline:
+    """Load the described model, or this rank's share of it; imports torch.
+
+    Args:
+        config: `device` is this rank's own.
+        mesh: this rank's place among those that share the model, as `parallel.plan` allowed it; None: it is alone.
+
+    Raises: CorruptModel, ConfigError.
+    """
+    from multimodal_gen.parallel.mesh import Mesh
+
     spec = find(card.pipeline_class)
-    pipeline: Pipeline = _import(spec.pipeline)(card, config)
+    pipeline: Pipeline = _import(spec.pipeline)(card, config, mesh or Mesh.solo())
     return pipeline

@@ -12,6 +12,7 @@ class NaiveAttention:
     """softmax(q kᵀ / √D) v, one segment at a time."""
 
     name = "naive"
+    gives_lse = True
 
     @staticmethod
     def unavailable(device: torch.device) -> str:
@@ -25,8 +26,15 @@ class NaiveAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v [T, H, D] → [T, H, D]."""
-        outputs = []
-        for q_s, k_s, v_s in zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True):
+        return self.with_lse(q, k, v, segments, segments)[0]
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
+        """q [T, H, D], k and v [K, H, D] → [T, H, D], float32 [T, H]."""
+        outputs, sums = [], []
+        for q_s, k_s, v_s in zip(q.split(segments.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True):
             scores = torch.einsum("qhd,khd->hqk", q_s.float(), k_s.float()) / q_s.shape[-1] ** 0.5
-            outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_s.float()).to(q.dtype))
-        return torch.cat(outputs)
+            lse = scores.logsumexp(-1)  # -inf without keys
+            weights = (scores - lse[..., None]).exp()
+            outputs.append(torch.einsum("hqk,khd->qhd", weights, v_s.float()).to(q.dtype))
+            sums.append(lse.T)
+        return torch.cat(outputs), torch.cat(sums)

@@ -26,6 +26,7 @@ class OneDnnAttention:
     """Per segment and head; segments below `MIN_TOKENS` go to `sdpa`."""
 
     name = "onednn"
+    gives_lse = False
 
     def __init__(self) -> None:
         self.short = SdpaAttention()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -30,6 +30,16 @@ class Run:
         return x[self.start : stop].unflatten(0, (self.count, self.length))
 
 
+def paired_runs(queries: Segments, keys: Segments) -> Iterator[tuple[Run, Run]]:
+    """Runs of neighbouring segments that have one length on each side."""
+    first = start = key_start = 0
+    for (length, key_length), group in groupby(zip(queries.lengths, keys.lengths, strict=True)):
+        last = first + len(list(group))
+        yield Run(first, last, start, length), Run(first, last, key_start, key_length)
+        start, key_start = start + (last - first) * length, key_start + (last - first) * key_length
+        first = last
+
+
 @dataclass(frozen=True)
 class Segments:
     """Lengths of the packed sequences in order. Sort by length before packing: fewer runs, fewer launches."""
@@ -45,6 +55,14 @@ class Segments:
     def total(self) -> int:
         """Number of tokens."""
         return sum(self.lengths)
+
+    def within(self, start: int, stop: int) -> list[int]:
+        """How many tokens of each segment lie in [start, stop)."""
+        found, first = [], 0
+        for length in self.lengths:
+            found.append(max(0, min(first + length, stop) - max(first, start)))
+            first += length
+        return found
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from multimodal_gen.attention import registry as attention
-from multimodal_gen.config import EngineConfig, check_engine
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.nn.precision import DTYPES, native_bf16, resolve_device, resolve_dtype
 from multimodal_gen.version import __version__
 
@@ -69,7 +69,6 @@ def free_bytes(device: str) -> int:
 
 def chosen(config: EngineConfig) -> dict[str, Any]:
     """What these settings come to on this machine. Raises: ConfigError for a device or backend that is absent."""
-    check_engine(config)
     device = resolve_device(config.device)
     backend = attention.choose(config.attention_backend, device)
     return {

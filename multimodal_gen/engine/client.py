@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.config import ServerConfig, check_engine, engine_part
+from multimodal_gen.config import ServerConfig, engine_part
 from multimodal_gen.engine.process import WorkerProcess
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.errors import (
@@ -52,6 +52,7 @@ from multimodal_gen.messages import (
     Shutdown,
     Started,
 )
+from multimodal_gen.parallel.plan import plan
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import AnyRequest
 
@@ -71,9 +72,9 @@ class EngineClient:
 
     def __init__(self, config: ServerConfig) -> None:
         """Checks and describes the model. Raises: ModelNotFound, CorruptModel, RemoteCodeRefused, ConfigError."""
-        check_engine(config)
         self.config = config
         self.card = registry.describe(config)
+        self.plan = plan(config, self.card)
         start_change(config)  # a file that is not there is told before the model is loaded
         self.state: State = "stopped"
         self.ready: Ready | None = None

@@ -2,6 +2,9 @@
 
 A layer tells the loader where a checkpoint tensor goes through `extent(part)`. Families name the parts in their rename
 table; nobody concatenates weights after loading. Inputs are [T, in] where adapters are routed, else [..., in].
+
+Several ranks can share a layer (Shoeybi et al., 2019): by columns of the output, each rank with its own outputs (of
+every part), or by rows of the input, where each rank adds its inputs' share and the sums are all-reduced.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 
 from multimodal_gen.nn.lowrank import Routing
 from multimodal_gen.nn.precision import compute_dtype
-from multimodal_gen.nn.slots import Extent, Slotted
+from multimodal_gen.nn.slots import Cut, Extent, How, Slotted, hollow, share
+from multimodal_gen.parallel.group import SOLO, Group
 
 
 def align(size: int, multiple: int = 16) -> int:
@@ -54,6 +58,8 @@ class Linear(Slotted):
     ) -> None:
         super().__init__()
         self.in_features = in_features
+        self.aligned = stored_in is not None
+        self.group = SOLO  # the ranks whose outputs add up; filled by shard_
         padded = stored_in not in (None, in_features)
         self.weight = _weight(out_features, stored_in or in_features, padded=padded, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
@@ -63,9 +69,29 @@ class Linear(Slotted):
         assert part is None, f"a plain Linear has no part {part!r}"
         return Extent(slice(0, len(self.weight)), slice(0, self.in_features))
 
+    def shard_(self, how: How, group: Group, name: str) -> None:
+        """Raises: ConfigError."""
+        rows, stored = self.weight.shape
+        if how == "column":
+            rows = share(rows, group, name)
+            self.cuts = {parameter: Cut(0, group.rank, group.size) for parameter in ("weight", "bias")}
+            self.bias = None if self.bias is None else hollow((rows,), self.bias)
+        else:
+            assert how == "row", f"{name}: a linear layer is shared out by column or row, not by {how}"
+            self.in_features = stored = share(self.in_features, group, name)
+            stored = align(stored) if self.aligned else stored
+            self.cuts, self.group = {"weight": Cut(1, group.rank, group.size)}, group
+        self.weight = hollow((rows, stored), self.weight)
+
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        y = linear(x, self.weight, self.bias)
-        return y if routing is None else routing.add_(self, x, y)
+        alone = self.group.size == 1
+        y = linear(x, self.weight, self.bias if alone else None)
+        if routing is not None:
+            routing.add_(self, x, y)
+        if alone:
+            return y
+        self.group.all_reduce_(y)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class PatchEmbedding(Linear):
@@ -93,6 +119,7 @@ class FusedLinear(Slotted):
         super().__init__()
         self.part_names = tuple(parts)
         self.sizes = tuple(parts.values())
+        self.multiple = multiple
         self.stored = [align(size, multiple) for size in parts.values()]
         padded = tuple(self.stored) != self.sizes
         assert not (bias and padded), "no layer has needed both"
@@ -104,6 +131,15 @@ class FusedLinear(Slotted):
         index = self.part_names.index(part)
         start = sum(self.stored[:index])
         return Extent(slice(start, start + self.sizes[index]), slice(0, self.weight.shape[1]))
+
+    def shard_(self, how: How, group: Group, name: str) -> None:
+        """Every part by columns. Raises: ConfigError."""
+        assert how == "column", f"{name}: fused layers are shared out by column, not by {how}"
+        self.sizes = tuple(share(size, group, name) for size in self.sizes)
+        self.stored = [align(size, self.multiple) for size in self.sizes]
+        self.cuts = {parameter: Cut(0, group.rank, group.size) for parameter in ("weight", "bias")}
+        self.weight = hollow((sum(self.stored), self.weight.shape[1]), self.weight)
+        self.bias = None if self.bias is None else hollow((sum(self.stored),), self.bias)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         y = linear(x, self.weight, self.bias)

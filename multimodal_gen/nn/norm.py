@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal_gen.nn.slots import Extent, Slotted
+from multimodal_gen.nn.slots import Cut, Extent, How, Slotted, hollow, share
+from multimodal_gen.parallel.group import SOLO, Group
 
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
@@ -16,6 +17,16 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
     # torch's CPU kernel makes seven passes over x; this makes two.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype)
+
+
+def rms_normalize_shared(x: Tensor, eps: float, group: Group) -> Tensor:
+    """rms_normalize(x) where each rank holds an equal share of the last dimension: one float32 all-reduce of the mean
+    squares of all that is normalised here."""
+    if group.size == 1:
+        return rms_normalize(x, eps)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+    group.all_reduce_(squares)
+    return (x * squares.div_(x.shape[-1] * group.size).add_(eps).rsqrt_()).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -54,12 +65,16 @@ class LayerNorm(nn.Module):
 
 
 class AcrossHeadsRMSNorm(Slotted):
-    """RMS norms over all heads together: x [T, P, H · D], each of the P parts with its own weight."""
+    """RMS norms over all heads together: x [T, P, H · D], each of the P parts with its own weight.
+
+    Ranks that share the heads hold [P, H · D / size] and agree on the mean squares of all parts at once.
+    """
 
     def __init__(self, parts: tuple[str, ...], dim: int, eps: float) -> None:
         super().__init__()
         self.part_names = parts
         self.eps = eps
+        self.group = SOLO  # filled by shard_
         self.weight = nn.Parameter(torch.ones(len(parts), dim), requires_grad=False)
 
     def extent(self, part: str | None) -> Extent:
@@ -71,8 +86,15 @@ class AcrossHeadsRMSNorm(Slotted):
         """Weight of one part: [H · D]."""
         return super().slot(part)[0]
 
+    def shard_(self, how: How, group: Group, name: str) -> None:
+        """Raises: ConfigError."""
+        assert how == "heads", f"{name}: a norm across heads is shared out by heads, not by {how}"
+        parts, dim = self.weight.shape
+        self.weight = hollow((parts, share(dim, group, name)), self.weight)
+        self.cuts, self.group = {"weight": Cut(0, group.rank, group.size)}, group
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize(x, self.eps).mul_(self.weight)
+        return rms_normalize_shared(x, self.eps, self.group).mul_(self.weight)
 
 
 class PartedRMSNorm(Slotted):

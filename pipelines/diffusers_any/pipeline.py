@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError, CorruptModel, InvalidValue, UnsupportedParameter
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines.contract import Conditions, PipelineInfo, Row
 from multimodal_gen.pipelines.diffusers_any.run import Step, StepwiseCall
 from multimodal_gen.pipelines.diffusers_any.signature import CallSignature
@@ -30,8 +31,9 @@ from multimodal_gen.weights.loading import WeightTree
 class DiffusersPipeline:
     """Any text-to-image pipeline of diffusers, one row at a time (`card.exclusive`)."""
 
-    def __init__(self, card: ModelCard, config: EngineConfig) -> None:
+    def __init__(self, card: ModelCard, config: EngineConfig, mesh: Mesh) -> None:
         """Raises: CorruptModel, RemoteCodeRefused, ConfigError."""
+        assert mesh.degrees.world == 1, "parallel.plan refuses to share out a model that diffusers computes"
         if config.attention_backend != "auto":
             raise ConfigError(
                 f"--attention-backend {config.attention_backend} has no effect on {card.pipeline_class}: diffusers "

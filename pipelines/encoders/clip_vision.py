@@ -17,7 +17,7 @@ class ClipVisionEncoder:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         """`folder` holds image_processor/ and image_encoder/. Raises: CorruptModel."""
-        from transformers import AutoConfig, CLIPImageProcessor, CLIPVisionModel
+        from transformers import AutoConfig, CLIPImageProcessorPil, CLIPVisionModel
         from transformers.utils import logging as transformers_logging
 
         verbosity = transformers_logging.get_verbosity()
@@ -25,7 +25,7 @@ class ClipVisionEncoder:
         transformers_logging.set_verbosity(transformers_logging.ERROR)
         self.device, self.dtype = device, compute_dtype(dtype, device)
         try:
-            self.processor = CLIPImageProcessor.from_pretrained(folder / "image_processor", local_files_only=True)
+            self.processor = CLIPImageProcessorPil.from_pretrained(folder / "image_processor", local_files_only=True)
             config = AutoConfig.from_pretrained(folder / "image_encoder", local_files_only=True)
             config.num_hidden_layers -= 1
             model = CLIPVisionModel.from_pretrained(

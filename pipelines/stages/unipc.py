@@ -26,7 +26,6 @@ class UniPCState(Sampler):
     sigmas: Tensor  # float32 [steps + 1] on the CPU, from 1 (noise) to 0 (clean)
     timesteps: Tensor  # int64 [steps] on the CPU
     order: int
-    bh2: bool  # B(h) = e^h - 1 instead of h
     lower_order_final: bool
     uncorrected: tuple[int, ...]  # steps whose result is not corrected by the next prediction
     clean: tuple[Tensor, ...] = ()  # the last `order` estimates of the clean latents, newest last
@@ -58,7 +57,7 @@ class UniPCState(Sampler):
     def _predict(self, x: Tensor, step: int) -> Tensor:
         """UniP: from σ_step to σ_step+1."""
         order = self._order(step)
-        move = _Move.between(self.sigmas, step, step + 1, order, self.bh2)
+        move = _Move.between(self.sigmas, step, step + 1, order)
         newest = self.clean[-1]
         result = move.linear(x, newest)
         if order > 1:
@@ -67,21 +66,21 @@ class UniPCState(Sampler):
             )
             for i in range(1, order):
                 difference = (self.clean[-1 - i] - newest) / float(move.ratios[i - 1])
-                result = result - float(move.gain * weights[i - 1]) * difference
+                result = result - float(move.pull * weights[i - 1]) * difference
         return result
 
     def _correct(self, estimate: Tensor, step: int) -> Tensor:
         """UniC: the step that led here once more, now that the estimate at its end is known."""
         order = self._order(step - 1)
-        move = _Move.between(self.sigmas, step - 1, step, order, self.bh2)
+        move = _Move.between(self.sigmas, step - 1, step, order)
         newest = self.clean[-1]
         assert self.corrected is not None, "there was a step before"
         result = move.linear(self.corrected, newest)
         weights = torch.full((1,), 0.5) if order == 1 else torch.linalg.solve(move.matrix, move.right)
         for i in range(1, order):
             difference = (self.clean[-1 - i] - newest) / float(move.ratios[i - 1])
-            result = result - float(move.gain * weights[i - 1]) * difference
-        return result - float(move.gain * weights[-1]) * (estimate - newest)
+            result = result - float(move.pull * weights[i - 1]) * difference
+        return result - float(move.pull * weights[-1]) * (estimate - newest)
 
 
 @dataclass(frozen=True)
@@ -89,33 +88,30 @@ class _Move:
     """Coefficients of one step, float64."""
 
     shrink: Tensor  # σ_t / σ_s
-    pull: Tensor  # α_t · (e^-h - 1)
-    gain: Tensor  # α_t · B(h)
+    pull: Tensor  # α_t · (e^-h - 1), which is α_t · B(h) too
     ratios: Tensor  # (λ_i - λ_s) / h of the older estimates, then 1
     matrix: Tensor  # R
     right: Tensor  # b
 
     @classmethod
-    def between(cls, sigmas: Tensor, start: int, end: int, order: int, bh2: bool) -> _Move:
+    def between(cls, sigmas: Tensor, start: int, end: int, order: int) -> _Move:
         """From step `start` to `end` with the `order` - 1 steps before `start`."""
         sigma = sigmas.double()
         log_snr = torch.log(1 - sigma) - torch.log(sigma)  # λ
         h = log_snr[start] - log_snr[end]  # negative of the paper's: data prediction
         phi = torch.expm1(h)
-        base = phi if bh2 else h
         older = [(log_snr[start - i] - log_snr[start]) / -h for i in range(1, order)]
         ratios = torch.stack([*older, torch.ones((), dtype=torch.float64)])
         rows, right, factorial, term = [], [], 1, phi / h - 1
         for k in range(1, order + 1):
             rows.append(ratios ** (k - 1))
-            right.append(term * factorial / base)
+            right.append(term * factorial / phi)
             factorial *= k + 1
             term = term / h - 1 / factorial
         alpha = 1 - sigma[end]
         return cls(
             shrink=sigma[end] / sigma[start],
             pull=alpha * phi,
-            gain=alpha * base,
             ratios=ratios,
             matrix=torch.stack(rows),
             right=torch.stack(right),
@@ -130,6 +126,7 @@ SUPPORTED = {
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
     "predict_x0": True,
+    "solver_type": "bh2",
     "solver_p": None,
     "thresholding": False,
     "use_karras_sigmas": False,
@@ -163,7 +160,6 @@ class UniPC:
             sigmas=scheduler.sigmas.clone(),
             timesteps=scheduler.timesteps.clone(),
             order=config.solver_order,
-            bh2=config.solver_type == "bh2",
             lower_order_final=config.lower_order_final,
             uncorrected=tuple(config.disable_corrector),
         )

@@ -3,6 +3,8 @@
 Shapes: T packed tokens of all sequences, S pieces of tokens with one timestep, D model width, H heads, d head width,
 L text tokens.
 
+On ranks that share sequences, T is this rank's slice of the packed batch and H its share of the heads.
+
 What does not depend on the latents is made apart, once: `modulate` for a timestep, `read` for a prompt (and a picture).
 Time embedder, modulation and layer norms stay in float32 whatever the dtype of the rest.
 """
@@ -25,8 +27,10 @@ from multimodal_gen.nn.mlp import GeluMLP
 from multimodal_gen.nn.modulation import gate_, norm_modulated
 from multimodal_gen.nn.norm import AcrossHeadsRMSNorm, LayerNorm
 from multimodal_gen.nn.rope import rotate_
+from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.parallel.sequence import TokenShards
 from multimodal_gen.pipelines.wan.config import WanConfig
-from multimodal_gen.pipelines.wan.packing import Layout
+from multimodal_gen.pipelines.wan.packing import Layout, Slice
 
 IMAGE_NORM_EPS = 1e-5
 
@@ -76,12 +80,12 @@ class SelfAttention(nn.Module):
         self.out = Linear(dim, dim, bias=True)
         self.backend = backend
 
-    def forward(self, x: Tensor, layout: Layout, routing: Routing | None) -> Tensor:
+    def forward(self, x: Tensor, slice_: Slice, routing: Routing | None) -> Tensor:
         qkv = self.qkv(x, routing).unflatten(-1, (3, -1))  # [T, 3, D]
         qk = self.qk_norm(qkv[:, :2]).unflatten(-1, (-1, self.head_dim))  # [T, 2, H, d]
-        q, k = rotate_(qk, layout.frequencies).unbind(1)
+        q, k = rotate_(qk, slice_.frequencies).unbind(1)
         v = qkv[:, 2].unflatten(-1, (-1, self.head_dim))
-        return self.out(self.backend(q, k, v, layout.segments).flatten(-2), routing)
+        return self.out(self.backend(q, k, v, slice_.segments).flatten(-2), routing)
 
 
 class CrossAttention(nn.Module):
@@ -134,15 +138,15 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim, dtype=torch.float32), requires_grad=False)
 
     def forward(
-        self, x: Tensor, folded: Tensor, seen: Sequence[Seen], layout: Layout, routing: Routing | None
+        self, x: Tensor, folded: Tensor, seen: Sequence[Seen], slice_: Slice, routing: Routing | None
     ) -> Tensor:
-        """x [T, D] → [T, D], overwritten; folded float32 [S, 6, D]."""
+        """x [T, D] → [T, D], overwritten; folded float32 [S, 6, D]; seen per sequence of the slice."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = folded.unbind(1)  # [S, D] each
-        h = norm_modulated(x, scale, shift, self.eps, layout.times)
-        x = gate_(x, gate, self.attn1(h, layout, routing), layout.times)
-        x += self.attn2(self.norm2(x), seen, layout.lengths, routing)
-        h = norm_modulated(x, ffn_scale, ffn_shift, self.eps, layout.times)
-        return gate_(x, ffn_gate, self.ffn(h, routing), layout.times)
+        h = norm_modulated(x, scale, shift, self.eps, slice_.times)
+        x = gate_(x, gate, self.attn1(h, slice_, routing), slice_.times)
+        x += self.attn2(self.norm2(x), seen, slice_.segments.lengths, routing)
+        h = norm_modulated(x, ffn_scale, ffn_shift, self.eps, slice_.times)
+        return gate_(x, ffn_gate, self.ffn(h, routing), slice_.times)
 
 
 class ImageEmbedder(nn.Module):
@@ -162,9 +166,11 @@ class ImageEmbedder(nn.Module):
 class WanTransformer(nn.Module):
     """Velocity of a packed batch of noisy videos under their prompts."""
 
-    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: WanConfig, backend: AttentionBackend, sequence: Group = SOLO) -> None:
+        """`sequence`: the ranks that share every packed batch; `backend` attends across them."""
         super().__init__()
         self.config = config
+        self.sequence = sequence
         dim, single = config.dim, torch.float32
         self.patch_embedding = PatchEmbedding(config.in_channels, config.patch_size, dim)
         self.time_in = Linear(config.freq_dim, dim, bias=True, dtype=single)
@@ -175,7 +181,12 @@ class WanTransformer(nn.Module):
         self.image_embedder = None if config.image_dim is None else ImageEmbedder(config.image_dim, dim)
         self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim, dtype=single), requires_grad=False)
-        self.proj_out = Linear(dim, config.out_channels * config.patch_elements, bias=True)
+        self.proj_out = Linear(dim, self.out_dim, bias=True)
+
+    @property
+    def out_dim(self) -> int:
+        """Numbers that are predicted for one patch."""
+        return self.config.out_channels * self.config.patch_elements
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,11 +235,14 @@ class WanTransformer(nn.Module):
 
         Returns: per sequence [l, patch · C].
         """
-        routing = Routing.of(layout.lengths, overlays)
-        x = self.patch_embedding(torch.cat(list(patches)), routing)
+        shards = TokenShards(layout.segments.total, self.sequence)
+        slice_ = Slice.of(layout, shards)
+        contexts, times = slice_.segments.pick(contexts), slice_.times.pick(times)
+        routing = Routing.of(slice_.segments.lengths, slice_.segments.pick(overlays))
+        x = self.patch_embedding(shards.split(torch.cat(list(patches))), routing)
         folded = torch.stack([time.layers for time in times], dim=1)  # [layers, S, 6, D]
         for index, block in enumerate(self.blocks):
-            x = block(x, folded[index], [context.layers[index] for context in contexts], layout, routing)
+            x = block(x, folded[index], [context.layers[index] for context in contexts], slice_, routing)
         shift, scale = torch.stack([time.final for time in times], dim=1)  # [S, D] each
-        x = norm_modulated(x, scale, shift, self.config.eps, layout.times)
-        return list(self.proj_out(x, routing).split(layout.lengths))
+        x = norm_modulated(x, scale, shift, self.config.eps, slice_.times)
+        return list(shards.gather(self.proj_out(x, routing)).split(layout.segments.lengths))

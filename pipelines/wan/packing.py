@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multimodal_gen.attention.segments import Segments
 from multimodal_gen.nn.rope import axis_frequencies
+from multimodal_gen.parallel.sequence import LocalSegments, TokenShards
 from multimodal_gen.pipelines.contract import CacheUse
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.wan.config import WanConfig
@@ -42,7 +43,6 @@ class Shape:
     frames: int
     height: int
     width: int
-    branches: int  # sequences under guidance: one per prompt
     still: int = 0  # tokens at the beginning that are clean already: their timestep is 0
 
     @property
@@ -74,14 +74,9 @@ class Layout:
         return self.frequencies.nbytes
 
     @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence."""
-        return tuple(s.tokens for s in self.sequences)
-
-    @cached_property
     def segments(self) -> Segments:
         """Who attends to whom."""
-        return Segments.of(self.lengths)
+        return Segments.of([s.tokens for s in self.sequences])
 
     @cached_property
     def pieces(self) -> tuple[tuple[int, int, bool], ...]:
@@ -96,6 +91,20 @@ class Layout:
     def times(self) -> Segments:
         """The pieces, as segments."""
         return Segments.of([tokens for _, tokens, _ in self.pieces])
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One rank's share of a packed batch."""
+
+    segments: LocalSegments  # of sequences
+    times: LocalSegments  # of pieces with one timestep
+    frequencies: Tensor  # complex64 [n, d/2]
+
+    @classmethod
+    def of(cls, layout: Layout, shards: TokenShards) -> Slice:
+        """The share of this rank."""
+        return cls(shards.local(layout.segments), shards.local(layout.times), shards.split(layout.frequencies))
 
 
 class Rope:
@@ -116,9 +125,8 @@ class Rope:
         return axis_frequencies(positions, self.axes, ROPE_THETA, angles_in=torch.float64)
 
 
-def make_layout(shapes: Sequence[Shape], rope: Rope, device: torch.device) -> Layout:
-    """Pack rows of these shapes."""
-    wanted = sorted((shape.tokens, row, branch) for row, shape in enumerate(shapes) for branch in range(shape.branches))
-    sequences = tuple(Stream(row, branch, tokens, shapes[row].still) for tokens, row, branch in wanted)
-    tables = [rope.table(shapes[s.row]) for s in sequences]
-    return Layout(sequences, torch.cat(tables).to(device))
+def make_layout(wanted: Sequence[tuple[Shape, int, int]], rope: Rope, device: torch.device) -> Layout:
+    """Pack (shape, row, guidance branch) into one batch."""
+    ordered = sorted(wanted, key=lambda item: (item[0].tokens, *item[1:]))
+    sequences = tuple(Stream(row, branch, shape.tokens, shape.still) for shape, row, branch in ordered)
+    return Layout(sequences, torch.cat([rope.table(shape) for shape, _, _ in ordered]).to(device))

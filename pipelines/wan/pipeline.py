@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal_gen.attention import registry as attention
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.parallel.branches import BranchShare, Pair
+from multimodal_gen.parallel.mesh import Mesh
+from multimodal_gen.parallel.sequence import choose_attention
+from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.clip_vision import ClipVisionEncoder
 from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
@@ -31,11 +34,12 @@ from multimodal_gen.pipelines.wan.conditions import (
 from multimodal_gen.pipelines.wan.config import WanConfig
 from multimodal_gen.pipelines.wan.model import Context, Modulation, WanTransformer
 from multimodal_gen.pipelines.wan.packing import Layout, Rope, Shape, make_layout, patchify, unpatchify
+from multimodal_gen.pipelines.wan.sharding import sharding
 from multimodal_gen.pipelines.wan.spec import EXPERTS, Experts
 from multimodal_gen.pipelines.wan.weights import IGNORED, RENAMES
 from multimodal_gen.request import ModelCard, VideoRequest
 from multimodal_gen.weights.checkpoint import Checkpoint, read_json, verify
-from multimodal_gen.weights.loading import WeightTree, construction, load_weights
+from multimodal_gen.weights.loading import WeightTree, allocate, construction, load_weights
 
 LAYOUT_BYTES = MODULATION_BYTES = 256 << 20
 
@@ -43,8 +47,9 @@ LAYOUT_BYTES = MODULATION_BYTES = 256 << 20
 class WanPipeline:
     """A loaded Wan checkpoint: one transformer, or two experts for noisy and for clean steps."""
 
-    def __init__(self, card: ModelCard, config: EngineConfig) -> None:
+    def __init__(self, card: ModelCard, config: EngineConfig, mesh: Mesh) -> None:
         """Raises: CorruptModel, ConfigError."""
+        self.mesh = mesh
         folder = Path(card.path)
         checkpoint = verify(folder)
         self.card = card
@@ -53,7 +58,7 @@ class WanPipeline:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.experts = Experts.of(checkpoint)
-        self.backend = attention.choose(config.attention_backend, self.device)
+        self.backend = choose_attention(config.attention_backend, self.device, mesh)
         self.trees: dict[str, WeightTree] = {}
         self.transformers: dict[str, WanTransformer] = {}
         for name in self.experts.names:
@@ -63,7 +68,8 @@ class WanPipeline:
         self.patch = first.patch_size
         self.text = UMT5Encoder(folder, self.device, self.dtype)
         self.images = ClipVisionEncoder(folder, self.device, self.dtype) if first.image_dim is not None else None
-        self.vae = WanVae(folder / "vae", checkpoint.components["vae"].files, self.device)
+        files = checkpoint.components["vae"].files
+        self.vae = WanVae(folder / "vae", files, self.device, config.vae_tiling, mesh.world)
         self.solver = load_solver(folder / "scheduler")
         self.vae_scale = card.size_multiple // self.patch[1]
         self.latent_channels: int = len(self.vae.mean)
@@ -84,13 +90,15 @@ class WanPipeline:
     def _load_expert(self, name: str, checkpoint: Checkpoint) -> None:
         relative = f"{name}/config.json"
         settings = WanConfig.from_json(read_json(checkpoint.folder, relative), relative)
-        with construction(self.device, self.dtype):
-            transformer = WanTransformer(settings, self.backend).eval()
+        with construction(torch.device("meta"), self.dtype):
+            transformer = WanTransformer(settings, self.backend, self.mesh.sp).eval()
+        shard(transformer, sharding(settings), self.mesh.tp)
+        allocate(transformer, self.device)
         self.trees[name] = load_weights(transformer, checkpoint.components[name].files, RENAMES, IGNORED)
         self.transformers[name] = transformer
 
     def _count(self) -> int:
-        own = sum(p.numel() for transformer in self.transformers.values() for p in transformer.parameters())
+        own = sum(tree.parameters for tree in self.trees.values())
         return own + self.text.parameters + self.vae.parameters + (self.images.parameters if self.images else 0)
 
     # --- encode -----------------------------------------------------------------------------------------------------
@@ -188,16 +196,11 @@ class WanPipeline:
         """Guided dx/dσ of each row of one expert, float32 [C, f, h, w]."""
         name = self._expert(rows[0])
         shapes = [self._shape(row) for row in rows]
-        layout = self._layout(shapes)
         patches = [patchify(self._input(row), self.patch).to(self.dtype) for row in rows]
-        outputs = self.transformers[name](
-            [patches[s.row] for s in layout.sequences],
-            [self._modulation(name, rows[layout.sequences[i].row], still) for i, _, still in layout.pieces],
-            [self._context(name, rows[s.row], s.branch) for s in layout.sequences],
-            layout,
-            [rows[s.row].adapters.overlay(name) for s in layout.sequences],
-        )
-        found = {(s.row, s.branch): out for s, out in zip(layout.sequences, outputs, strict=True)}
+        share = BranchShare(tuple(len(_conditions(row).branches) for row in rows), self.mesh.cfg)
+        outputs = self._branches(name, rows, shapes, patches, share.mine)
+        width = self.transformers[name].out_dim
+        found = share.exchange(outputs, [torch.Size((s.tokens, width)) for s in shapes], patches[0])
         velocities = []
         for index, (row, shape) in enumerate(zip(rows, shapes, strict=True)):
             flow = found[index, 0].float()
@@ -206,16 +209,36 @@ class WanPipeline:
             velocities.append(unpatchify(flow, shape, self.patch))
         return velocities
 
+    def _branches(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        shapes: Sequence[Shape],
+        patches: Sequence[Tensor],
+        wanted: Sequence[Pair],
+    ) -> dict[Pair, Tensor]:
+        """What an expert makes of these rows under these of their prompts, [l, patch · C] each: one forward."""
+        if not wanted:
+            return {}
+        layout = self._layout([(shapes[row], row, branch) for row, branch in wanted])
+        outputs = self.transformers[name](
+            [patches[s.row] for s in layout.sequences],
+            [self._modulation(name, rows[layout.sequences[i].row], still) for i, _, still in layout.pieces],
+            [self._context(name, rows[s.row], s.branch) for s in layout.sequences],
+            layout,
+            [rows[s.row].adapters.overlay(name) for s in layout.sequences],
+        )
+        return {(s.row, s.branch): out for s, out in zip(layout.sequences, outputs, strict=True)}
+
     def _shape(self, row: Row) -> Shape:
         _, *sides = _latents(row).shape
         frames, height, width = (side // size for side, size in zip(sides, self.patch, strict=True))
-        conditions = _conditions(row)
-        held = conditions.start is not None and not self.concatenates
-        return Shape(frames, height, width, len(conditions.branches), still=height * width if held else 0)
+        held = _conditions(row).start is not None and not self.concatenates
+        return Shape(frames, height, width, still=height * width if held else 0)
 
-    def _layout(self, shapes: Sequence[Shape]) -> Layout:
-        key = tuple((s.frames, s.height, s.width, s.branches, s.still) for s in shapes)
-        return self.layouts.get(key, lambda: make_layout(shapes, self.rope, self.device))
+    def _layout(self, wanted: Sequence[tuple[Shape, int, int]]) -> Layout:
+        key = tuple((s.frames, s.height, s.width, s.still, row, branch) for s, row, branch in wanted)
+        return self.layouts.get(key, lambda: make_layout(wanted, self.rope, self.device))
 
     def _input(self, row: Row) -> Tensor:
         """What the transformer sees of a row: its latents, and what its picture adds."""

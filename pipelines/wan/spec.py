@@ -10,7 +10,7 @@ from multimodal_gen.errors import CorruptModel
 from multimodal_gen.lora.names import AdapterTarget, Alias
 from multimodal_gen.pipelines.contract import Spec, Variant
 from multimodal_gen.pipelines.wan.config import WanConfig
-from multimodal_gen.request import Defaults, ModelCard, SamplingParams, VideoLimits
+from multimodal_gen.request import OF_IMAGES, Defaults, ModelCard, SamplingParams, VideoLimits
 from multimodal_gen.weights.checkpoint import Checkpoint, Index, read_index, read_json
 
 EXPERTS = ("transformer", "transformer_2")  # for noisy steps, for clean ones
@@ -81,7 +81,11 @@ SPEC = Spec(
             Defaults(width=1280, height=704, num_frames=121, fps=24, num_inference_steps=50, guidance_scale=5.0),
         ),
     ),
-    adapters=tuple(AdapterTarget(tree=name, folder=name, modules=_MODULES, aliases=_ORIGINAL) for name in EXPERTS),
+    adapters=(
+        AdapterTarget(EXPERTS[0], EXPERTS[0], _MODULES, _ORIGINAL),
+        # Files name no expert, or call both `transformer`; `target` says which one they change.
+        AdapterTarget(EXPERTS[1], EXPERTS[1], _MODULES, _ORIGINAL, twin_of=EXPERTS[0]),
+    ),
 )
 
 
@@ -127,9 +131,7 @@ def describe(name: str, folder: Path) -> ModelCard:
     channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
     image = _image_input(index, transformer, channels)
     multiple = scale * transformer.patch_size[1]
-    unused = {"cfg_normalization", "cfg_truncation"}
-    if experts.boundary is None:
-        unused.add("guidance_scale_2")
+    unused = OF_IMAGES | ({"guidance_scale_2"} if experts.boundary is None else set())
     variant = next((v for v in SPEC.variants if name.lower() in v.names), SPEC.variants[0])
     return ModelCard(
         name=name,

@@ -126,8 +126,12 @@ def run(code: str) -> str:
         "from multimodal_gen.pipelines import registry\n"
         "from multimodal_gen.config import EngineConfig\n"
         "registry.describe(EngineConfig()), registry.families(), registry.fallback()",
+        "from multimodal_gen.parallel.plan import plan\n"
+        "from multimodal_gen.config import EngineConfig\n"
+        "from multimodal_gen.pipelines import registry\n"
+        "plan(EngineConfig(ring_degree=2), registry.describe(EngineConfig()))",
     ],
-    ids=["cli", "server", "public names", "describe"],
+    ids=["cli", "server", "public names", "describe", "plan"],
 )
 def test_what_runs_without_a_model_loads_no_torch(code: str) -> None:
     loaded = run(f"{code}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules])").split()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import multimodal_gen
-from multimodal_gen.attention.registry import BACKENDS
+from multimodal_gen.attention.registry import BACKENDS, GIVE_LSE
 from multimodal_gen.pipelines import registry
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,9 @@ def test_every_family_folder_is_in_the_registry() -> None:
 @pytest.mark.parametrize("target", BACKENDS.values(), ids=BACKENDS.keys())
 def test_attention_rows_import(target: str) -> None:
     module, name = target.split(":")
-    assert vars(importlib.import_module(module))[name].name in BACKENDS
+    backend = vars(importlib.import_module(module))[name]
+    assert backend.name in BACKENDS
+    assert backend.gives_lse == (backend.name in GIVE_LSE) == hasattr(backend, "with_lse")
 
 
 def test_the_version_stands_in_the_changelog() -> None:

@@ -118,7 +118,7 @@ def test_keywords_may_be_paths_and_tuples():
         ({"port": "99999"}, "--port cannot be '99999': expected int <= 65535"),
         ({"port": "http"}, "--port cannot be 'http': expected int"),
         ({"threads": 0}, "--threads cannot be 0: expected int >= 1"),
-        ({"num_gpus": True}, "--num-gpus cannot be True: expected int"),
+        ({"num_gpus": True}, "--num-gpus cannot be True: expected int | null"),
         ({"body_timeout_s": "inf"}, "--body-timeout-s cannot be 'inf': expected a finite number"),
         ({"body_timeout_s": float("nan")}, "--body-timeout-s cannot be nan"),
         ({"drain_timeout_s": float("inf")}, "expected a finite number"),

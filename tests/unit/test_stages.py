@@ -55,7 +55,7 @@ UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_sh
 @pytest.mark.parametrize("steps", [1, 2, 3, 9, 20])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"solver_order": 1}, {"solver_order": 3}, {"solver_type": "bh1"}, {"disable_corrector": [0, 2]}],
+    [{}, {"solver_order": 1}, {"solver_order": 3}, {"disable_corrector": [0, 2]}],
     ids=str,
 )
 def test_unipc_takes_the_steps_of_diffusers(options, steps):

@@ -1,0 +1,1 @@
+"""Several ranks compute one model: who they are, and how weights and tokens are shared out among them."""
