@@ -272,6 +272,7 @@ class JobRunner:
     async def _checkpoint(self, running: Running, state: RowState) -> None:
         try:
             await self.disk(self.files.save, running.job.id, state)
+            await self._update(running.job.id, progress=running.progress)
         except OSError as error:
             # It costs time after a crash, not the video.
             log.error("job %s goes on without its checkpoint: %s", running.job.id, error)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from multimodal_gen.config import ServerConfig, check_bind
 from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
+from multimodal_gen.request import ModelCard
 from multimodal_gen.server.app import create_app
 from multimodal_gen.server.errors import error_response
 from multimodal_gen.server.protocol import Limits, guarded
@@ -165,12 +166,9 @@ class _Server:
         assert ready is not None, engine.state
         url = url_of(self.listener)
         key = "" if self.config.api_key is None else ' -H "Authorization: Bearer $MMGEN_API_KEY"'
-        path = "images/generations" if engine.card.media == "image" else "videos"
         print(
             f"Ready at {url}: {self.config.served_model_name or engine.card.name} on {ready.device} in {ready.dtype}, "
-            f"loaded in {ready.load_seconds:.1f} s. Try:\n"
-            f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' "
-            '-d \'{"prompt": "a red apple"}\'',
+            f"loaded in {ready.load_seconds:.1f} s. Try:\ncurl {url}{_example(engine.card, key)}",
             flush=True,
         )
 
@@ -208,6 +206,14 @@ class _Server:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=FINISH_SENDING_S,
         )
+
+
+def _example(card: ModelCard, key: str) -> str:
+    """Path and arguments of a curl command that this model can answer."""
+    if card.video is not None and card.video.image == "required":
+        return f"/v1/videos{key} -F prompt='it moves' -F input_reference=@first.png"
+    path = "/v1/images/generations" if card.video is None else "/v1/videos"
+    return f"{path}{key} -H 'Content-Type: application/json' -d '{{\"prompt\": \"a red apple\"}}'"
 
 
 async def _all(waits: Sequence[Coroutine[Any, Any, None]]) -> None:

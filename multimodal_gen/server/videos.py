@@ -162,7 +162,7 @@ def router(context: Context) -> APIRouter:
         """The owner's job of that id, as it is now. Raises: NotFound."""
         runner = _runner(context)
         job = await runner.disk(runner.jobs.find, video_id, _owner(request))
-        if job is None or (job.expires_at is not None and job.expires_at <= time.time()):
+        if job is None or _expired(job):
             raise _not_found(video_id)
         return runner.current(job)
 
@@ -187,12 +187,20 @@ def _owner(request: Request) -> str:
 
 async def _known(request: Request, runner: JobRunner, owner: str, key: str | None, digest: str) -> Job | None:
     """The job that an earlier sending of the same request has made. Raises: IdempotencyMismatch."""
+    job = None
     if key is not None:
-        return await runner.disk(runner.jobs.find_key, owner, key, digest)
-    # The openai client says so when it sends a request again because an answer did not arrive.
-    if request.headers.get("x-stainless-retry-count", "0") != "0":
-        return await runner.disk(runner.jobs.find_resent, owner, digest, int(time.time()))
-    return None
+        job = await runner.disk(runner.jobs.find_key, owner, key, digest)
+    elif request.headers.get("x-stainless-retry-count", "0") != "0":
+        # The openai client says so when it sends a request again because an answer did not arrive.
+        job = await runner.disk(runner.jobs.find_resent, owner, digest, int(time.time()))
+    if job is not None and _expired(job):
+        await runner.delete(job)
+        return None
+    return job
+
+
+def _expired(job: Job) -> bool:
+    return job.expires_at is not None and job.expires_at <= time.time()
 
 
 async def _body(request: Request, pictures: Pictures) -> dict[str, Any]:

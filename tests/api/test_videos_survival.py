@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.adapters import make_adapter_for
-from tests.support.server import Server, run_server, start_server, wait_for
+from tests.support.server import Server, assert_error, run_server, start_server, wait_for
 from tests.support.survival import JOBS, contents, disturbed, flags_for, kill_all, undisturbed
 from tests.support.videos import TINY, create, download, get, post, wait
 
@@ -165,3 +167,34 @@ def test_an_acknowledged_video_can_be_downloaded_from_the_next_server_too(t2v_fo
         data = download(server, video).content
     with start_server(*flags, ready=False) as server:
         assert download(server, video).content == data, "while the model still loads"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("mounting a file system needs rights that are not there")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_refuses_new_videos_and_fails_running_ones(t2v_folder: Path, small_disk: Path) -> None:
+    with start_server(*flags_for(t2v_folder, small_disk), fault="decode:slow:1") as server:
+        video = create(server)["id"]
+        wait_for_folder(small_disk, video)
+        ballast = small_disk / "ballast"
+        with pytest.raises(OSError, match="No space left"):
+            ballast.write_bytes(bytes(8 << 20))
+        refused = post(server, TINY)
+        assert_error(refused, 503, "storage_full")
+        assert refused.headers["x-should-retry"] == "false"
+        job = wait(server, video)
+        assert (job["status"], job["error"]["code"]) == ("failed", "storage_full")
+        ballast.unlink()
+        assert wait(server, create(server)["id"])["status"] == "completed"
+        assert get(server, video)["status"] == "failed"
