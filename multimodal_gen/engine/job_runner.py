@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,7 +176,7 @@ class JobRunner:
     def position(self, job: Job) -> int | None:
         """How many jobs are likely to start before this one; None once it has started."""
         running = self._running.get(job.id)
-        if job.id not in self._waiting and (running is None or running.started):
+        if job.status != "queued" or (running is not None and running.started):
             return None
         ahead = sum(not other.started for other in self._running.values())
         if running is not None:
@@ -206,14 +207,13 @@ class JobRunner:
                 await running.settled.wait()  # the engine counts its cost from then on
 
     def _next(self) -> Job | None:
-        """The job to start now: the best rank among those of the users with the fewest jobs in the engine."""
+        """The job to start now; None while the engine should get no more."""
         engine = self.engine
         if self._draining or not self._waiting or len(self._running) >= MAX_AT_ONCE:
             return None
         if engine.ready is None or engine.state != "ready":
             return None
-        users = Counter(running.job.fair_key for running in self._running.values())
-        job = min(self._waiting.values(), key=lambda job: (-job.priority, users[job.fair_key], job.number))
+        job = next_in_turn(self._waiting.values(), [running.job for running in self._running.values()])
         cost = engine.outstanding_cost
         return job if not cost or cost + job.cost <= self.config.max_queue_cost else None
 
@@ -360,6 +360,12 @@ class JobRunner:
                     await self.disk(self.files.discard, job.id)
             except (StorageFull, OSError) as error:
                 log.error("expired videos are not removed: %s", error)
+
+
+def next_in_turn(waiting: Iterable[Job], running: Iterable[Job]) -> Job:
+    """The job to start next: the highest priority, then the user with the fewest running jobs, then the oldest."""
+    users = Counter(job.fair_key for job in running)
+    return min(waiting, key=lambda job: (-job.priority, users[job.fair_key], job.number))
 
 
 def _rank(job: Job) -> tuple[int, int]:

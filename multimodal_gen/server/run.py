@@ -107,6 +107,8 @@ class _Server:
         try:
             engine = EngineClient(self.config)
             jobs = _jobs(self.config, engine)
+            if jobs is not None:
+                await jobs.start()
         except MmgenError as error:
             return _complain(error)
         url = url_of(self.listener)
@@ -120,8 +122,6 @@ class _Server:
         code = 1
         try:
             await engine.start()
-            if jobs is not None:
-                await jobs.start()
             code = await self._watch(engine, jobs, serving)
             front.should_exit = True
             front.force_exit = code > 128

@@ -16,6 +16,7 @@ import pytest
 
 from multimodal_gen.adapters import Pin
 from multimodal_gen.engine.job_files import JobFiles
+from multimodal_gen.engine.job_runner import next_in_turn
 from multimodal_gen.engine.jobs import RESENT_S, Job, Jobs
 from multimodal_gen.errors import ConfigError, IdempotencyMismatch, QueueFull, StorageFull
 from multimodal_gen.media.arrays import from_numpy, to_numpy
@@ -173,6 +174,19 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(ConfigError, match="job database"):
         Jobs(tmp_path / "jobs.sqlite")
+
+
+def test_the_next_job_has_the_highest_priority_then_the_idlest_user_then_the_greatest_age() -> None:
+    def numbered(number: int, user: str, priority: int = 0) -> Job:
+        return msgspec.structs.replace(job(number, fair_key=user, priority=priority), number=number)
+
+    alices = [numbered(number, "alice") for number in (1, 2, 3)]
+    bobs = [numbered(number, "bob") for number in (4, 5)]
+    urgent = numbered(6, "alice", priority=1)
+    assert next_in_turn([*alices, *bobs], []).number == 1
+    assert next_in_turn([*alices[1:], *bobs], alices[:1]).number == 4
+    assert next_in_turn([*alices[1:], *bobs[1:]], [alices[0], bobs[0]]).number == 2
+    assert next_in_turn([*alices, *bobs, urgent], alices).number == 6
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
