@@ -6,9 +6,18 @@ import asyncio
 import base64
 import binascii
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from multimodal_gen.errors import InvalidImage, InvalidValue, TooManyImages, UnsupportedParameter, UrlNotAllowed
+from multimodal_gen.errors import (
+    CapacityError,
+    InvalidImage,
+    InvalidValue,
+    TooManyImages,
+    UnsupportedParameter,
+    UrlNotAllowed,
+)
 from multimodal_gen.media.process import read_picture
 from multimodal_gen.media.reference import too_many_bytes
 from multimodal_gen.server.form_fields import PICTURE
@@ -17,14 +26,28 @@ from multimodal_gen.server.schemas import shown
 _DATA = re.compile(r"data:[a-z0-9.+-]{0,64}/?[a-z0-9.+-]{0,64}(?:;[a-z0-9=._-]{1,64}){0,4};base64,", re.IGNORECASE)
 # Decoders at work at once, whatever the number of clients: each may take a core and a gigabyte.
 DECODERS = 2
+ROOM_BYTES = 256 << 20
+"""of all bodies with pictures at a time; one is let in whatever its size"""
 
 
 class Pictures:
-    """Decodes the pictures of one server's requests."""
+    """Receives and decodes the pictures of one server's requests."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._turn = asyncio.Semaphore(DECODERS)
+        self._held = 0  # bytes of bodies that are being received or worked on
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """Keep `size` bytes of memory for a body. Raises: CapacityError while other clients' bodies fill it."""
+        if self._held and self._held + size > ROOM_BYTES:
+            raise CapacityError("The server is busy receiving pictures; try again in a moment.", retry_after=2.0)
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
 
     def bytes_of(self, value: Any) -> bytes | None:
         """The file that `input_reference` holds: a list of files of a form, or `{"image_url": "data:…"}`.

@@ -28,6 +28,7 @@ from multimodal_gen.server.json_body import parse_object
 from multimodal_gen.server.multipart import read_form
 from multimodal_gen.server.pictures import Pictures
 from multimodal_gen.server.ranges import file_answer
+from multimodal_gen.server.security import VIDEOS_PATH, body_limit
 from multimodal_gen.server.video_schemas import VideoGenerationRequest, VideoSettings, body_hash, read_video
 from multimodal_gen.server.video_views import listing, poll_after_ms, view
 from multimodal_gen.server.video_wishes import make_job, settle
@@ -68,9 +69,14 @@ def router(context: Context) -> APIRouter:
     @routes.post("/v1/videos", summary="Make videos", openapi_extra=_VIDEO_BODY)
     async def create(request: Request) -> Response:
         _runner(context)
-        body = await _body(request, pictures)
-        picture = await asyncio.to_thread(pictures.bytes_of, body.pop(PICTURE, None))
-        return await _accept(request, body, picture)
+        try:
+            with pictures.room(_announced(request, context)):
+                body = await _body(request, pictures)
+                picture = await asyncio.to_thread(pictures.bytes_of, body.pop(PICTURE, None))
+                return await _accept(request, body, picture)
+        except CapacityError as error:
+            context.metrics.rejected(error.code)
+            raise
 
     @routes.get("/v1/videos", summary="List videos")
     async def list_videos(request: Request) -> dict[str, Any]:
@@ -129,7 +135,11 @@ def router(context: Context) -> APIRouter:
             source = await runner.disk(runner.jobs.request, job.id)
         except KeyError:
             raise _not_found(video_id) from None
-        return await _accept(request, body, None, job, source)
+        try:
+            return await _accept(request, body, None, job, source)
+        except CapacityError as error:
+            context.metrics.rejected(error.code)
+            raise
 
     async def _accept(
         request: Request,
@@ -144,17 +154,13 @@ def router(context: Context) -> APIRouter:
         remixed_id = None if remixed is None else remixed.id
         digest = await asyncio.to_thread(body_hash, wish, picture, remixed_id or "")
         job = await _known(request, runner, owner, key, digest)
-        try:
-            if job is None:
-                png = None if picture is None else await pictures.decode(picture)
-                settled = settle(wish, context, owner, png, source)
-                job = make_job(
-                    wish, settled, context, owner, body_hash=digest, idempotency_key=key, remixed_from=remixed_id
-                )
-                job = await runner.add(job, settled)
-        except CapacityError as error:
-            context.metrics.rejected(error.code)
-            raise
+        if job is None:
+            png = None if picture is None else await pictures.decode(picture)
+            settled = settle(wish, context, owner, png, source)
+            job = make_job(
+                wish, settled, context, owner, body_hash=digest, idempotency_key=key, remixed_from=remixed_id
+            )
+            job = await runner.add(job, settled)
         headers = {"x-mmgen-warning": "unknown fields ignored: " + ", ".join(unknown)} if unknown else {}
         return JSONResponse(_view(runner.current(job)), headers=headers)
 
@@ -201,6 +207,12 @@ async def _known(request: Request, runner: JobRunner, owner: str, key: str | Non
 
 def _expired(job: Job) -> bool:
     return job.expires_at is not None and job.expires_at <= time.time()
+
+
+def _announced(request: Request, context: Context) -> int:
+    """Bytes that the body may have: what the client says, which the guard has checked, or the most that is read."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdigit() else body_limit(VIDEOS_PATH, context.config)
 
 
 async def _body(request: Request, pictures: Pictures) -> dict[str, Any]:

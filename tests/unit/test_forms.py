@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from multimodal_gen.errors import (
+    CapacityError,
     ImageTooLarge,
     InvalidImage,
     InvalidMultipart,
@@ -59,7 +60,7 @@ def test_a_form_is_read_whatever_its_pieces(piece: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../x.py", "/etc/passwd", "a" * 4096, "C:\\\\x", "%00", "ä"], ids=lambda name: name[:10]
+    "name", ["../../x.py", "/etc/passwd", "a" * 4096, "C:\\\\x", "a\0b", "ä"], ids=lambda name: name[:10]
 )
 def test_names_of_files_are_ignored(name: str) -> None:
     assert form(part("input_reference", b"x", name)).files == [("input_reference", b"x")]
@@ -141,6 +142,17 @@ def test_ambiguous_forms_are_refused(given: Form, param: str) -> None:
     with pytest.raises(InvalidValue) as caught:
         fields_of(given)
     assert caught.value.param == param
+
+
+def test_many_large_bodies_at_once_are_refused_and_leave_no_trace() -> None:
+    pictures = Pictures(100)
+    with pictures.room(200 << 20):
+        with pytest.raises(CapacityError), pictures.room(100 << 20):
+            pass
+        with pictures.room(50 << 20):
+            pass
+    with pictures.room(10 << 30):
+        pass
 
 
 def test_an_empty_file_beside_nothing_is_an_empty_picture() -> None:
