@@ -266,6 +266,24 @@ def test_delete_stops_within_a_step_and_removes_the_files(t2v_folder: Path, tmp_
         assert not list(tmp_path.glob("*/videos/*"))
 
 
+def test_videos_deleted_at_any_moment_leave_nothing_behind(t2v_folder: Path, tmp_path: Path) -> None:
+    import random
+
+    dice = random.Random(3)
+    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path), "--checkpoint-every", "1")
+    with start_server(*flags) as server:
+        for _ in range(15):
+            job = create(server, num_inference_steps=8, n=dice.choice((1, 2)))
+            time.sleep(dice.uniform(0, 1.2))
+            assert delete(server, job["id"]).status_code == 200
+            assert not list(tmp_path.glob("*/videos/*"))
+        wait_for(lambda: server.metric("mmgen_running") + server.metric("mmgen_queue_depth") == 0, 10, "the end")
+        assert server.metric('mmgen_jobs{status="in_progress"}') == 0
+        assert wait(server, create(server)["id"])["status"] == "completed"
+        assert "Traceback" not in server.log
+        assert "failed" not in server.log
+
+
 def checkpoints(data: Path, video_id: str) -> list[Path]:
     return list(data.glob(f"*/videos/{video_id}/row-*"))
 
