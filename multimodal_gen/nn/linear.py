@@ -98,8 +98,9 @@ class ForeignLinear(Linear):
     """In the place of torch's linear layer in a model that is not ours and passes no routing."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
-        self.weight = hollow(tuple(self.weight.shape), layer.weight)
+        assert layer.weight.is_meta, "a layer is shared out before it has memory"
+        with torch.device("meta"):
+            super().__init__(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype)
         self.overlay: Overlay | None = None  # set around a forward
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
