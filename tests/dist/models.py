@@ -1,0 +1,146 @@
+"""Whole runs of a model on every rank of a mesh: the same verbs, in the same order, on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from multimodal_gen.adapters import AdapterSource, AdapterUse, SetLora, pins_of
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import AdapterError
+from multimodal_gen.lora.manager import LoraManager
+from multimodal_gen.parallel.mesh import Mesh
+from multimodal_gen.pipelines import registry
+from multimodal_gen.pipelines.contract import Pipeline, Row
+from multimodal_gen.request import AnyRequest, SamplingParams
+from multimodal_gen.resolve import resolve
+from tests.support.checkpoints import NEGATIVE, PROMPT
+
+BATCH: list[dict[str, Any]] = [
+    {"width": 64, "height": 80, "guidance_scale": 4.0, "seed": 1},
+    {"width": 80, "height": 112, "guidance_scale": 0.0, "seed": 2},
+    {"width": 32, "height": 32, "guidance_scale": 2.5, "negative_prompt": NEGATIVE, "cfg_normalization": 0.9},
+    {"width": 48, "height": 48, "guidance_scale": 0.0, "prompt": " ".join([PROMPT] * 4)},
+    {"width": 112, "height": 80, "guidance_scale": 3.0, "cfg_truncation": 0.5, "num_inference_steps": 3},
+]
+
+
+@dataclass
+class Model:
+    """A rank's share of a model and its adapters."""
+
+    pipeline: Pipeline
+    loras: LoraManager
+
+    @classmethod
+    def load(cls, mesh: Mesh, folder: str, **options: Any) -> Model:
+        config = EngineConfig(model_path=folder, device="cpu", dtype="float32", **options)
+        card = registry.describe(config)
+        pipeline = registry.load(card, config, mesh)
+        targets = registry.find(card.pipeline_class).adapters
+        return cls(pipeline, LoraManager(targets, pipeline.trees, config, ranks=mesh.control))
+
+    def request(self, name: str, prompt: str = PROMPT, **params: Any) -> AnyRequest:
+        settings = SamplingParams(**{"num_inference_steps": 4, "seed": 0, **params})
+        made = resolve(request_id=name, prompt=prompt, params=settings, card=self.pipeline.card, max_cost=10**9)
+        return msgspec.structs.replace(made, loras=self.loras.state.active)
+
+    def own(self, request: AnyRequest, *names: str) -> AnyRequest:
+        """The request with a list of adapters of its own."""
+        uses = [AdapterUse(nickname=name, strength=0.7) for name in names]
+        pins = pins_of(uses, self.loras.state, tuple(self.loras.trees))
+        return msgspec.structs.replace(request, loras=pins, own_loras=True)
+
+    def run(self, requests: Sequence[AnyRequest]) -> dict[str, Tensor]:
+        """Final latents by id; all rows share their forwards."""
+        rows = []
+        for request in requests:
+            applied = self.loras.equip(self.loras.apply(request))
+            self.loras.set_weights(applied.weights)
+            rows += [Row(request, index, applied) for index in range(request.n)]
+        self.pipeline.encode(rows)
+        for row in rows:
+            self.pipeline.prepare(row)
+        while going := [row for row in rows if not row.finished]:
+            self.pipeline.denoise(going)
+        return {f"{row.request.id}/{row.index}": row.latents for row in rows if row.latents is not None}
+
+    def batch(self, name: str) -> dict[str, Tensor]:
+        """Rows of all kinds together."""
+        return self.run([self.request(f"{name}-{i}", **params) for i, params in enumerate(BATCH)])
+
+    def set(self, mode: str, **files: str) -> None:
+        """Make these adapters the active list."""
+        sources = tuple(AdapterSource(nickname=name, path=path) for name, path in files.items())
+        uses = tuple(AdapterUse(nickname=name, strength=0.8) for name in files)
+        change = SetLora(sources=sources, uses=uses, mode=mode)
+        self.loras.commit(self.loras.stage(change), weights_too=True)
+
+    def sums(self) -> dict[str, Tensor]:
+        """One number for every weight held here."""
+        return {
+            f"{tree}/{name}": x.double().sum()
+            for tree, weights in self.pipeline.trees.items()
+            for name, x in weights.model.state_dict().items()
+        }
+
+
+def whole_runs(mesh: Mesh, folder: str, zoo: str, plain: str, too_much: str) -> dict[str, Tensor]:
+    """Everything of one family: without adapters, merged, beside the weights, mixed, and after a failure.
+
+    Args:
+        zoo: a file with updates of every kind, which only merging can apply.
+        plain: one with low-rank updates.
+        too_much: one that overflows in one corner of one weight.
+    """
+    model = Model.load(mesh, folder)
+    base = model.sums()
+    found = model.batch("base")
+    model.set("merge", zoo=zoo)
+    found |= model.batch("zoo")
+    model.set("merge", plain=plain, zoo=zoo)
+    found |= model.batch("both")
+    merged = model.sums()
+    try:
+        model.set("merge", plain=plain, too_much=too_much)
+    except AdapterError:
+        assert model.sums() == merged
+    else:
+        raise AssertionError("an overflow on one rank was not noticed on this one")
+    model.set("dynamic", plain=plain)
+    assert model.sums() == base
+    found |= model.batch("beside")
+    model.set("merge")
+    requests = [model.request(f"mixed-{i}", **params) for i, params in enumerate(BATCH)]
+    found |= model.run([model.own(r, "plain") if i % 2 else r for i, r in enumerate(requests)])
+    assert model.sums() == base
+    return found | {f"held/{name}": torch.tensor(count) for name, count in held(model).items()}
+
+
+def held(model: Model) -> dict[str, int]:
+    """Bytes of the weights that this rank holds, per tree."""
+    return {
+        tree: sum(p.nbytes for p in weights.model.parameters()) for tree, weights in model.pipeline.trees.items()
+    }
+
+
+def one_by_one(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """`--deterministic`: every row has its own forward, with and without guidance."""
+    return Model.load(mesh, folder, deterministic=True).batch("alone")
+
+
+def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """Pixels of latents that are larger than a tile, and of some that are not."""
+    model = Model.load(mesh, folder, vae_tiling=True)
+    rows = []
+    for index, (height, width) in enumerate([(8, 8), (8, 30), (17, 12)]):
+        row = Row(model.request(f"row-{index}"), 0)
+        model.pipeline.prepare(row)
+        row.latents = torch.randn(16, height, width, generator=torch.Generator().manual_seed(index))
+        rows.append(row)
+    return {str(index): torch.from_numpy(pixels) for index, pixels in enumerate(model.pipeline.decode(rows))}
