@@ -14,6 +14,7 @@ from multimodal_gen.adapters import AdapterSource, AdapterUse, SetLora, pins_of
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError
 from multimodal_gen.lora.manager import LoraManager
+from multimodal_gen.media.reference import to_reference
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
@@ -28,6 +29,20 @@ BATCH: list[dict[str, Any]] = [
     {"width": 48, "height": 48, "guidance_scale": 0.0, "prompt": " ".join([PROMPT] * 4)},
     {"width": 112, "height": 80, "guidance_scale": 3.0, "cfg_truncation": 0.5, "num_inference_steps": 3},
 ]
+# Odd numbers of tokens, one frame and several, with guidance and without.
+VIDEOS: list[dict[str, Any]] = [
+    {"width": 96, "height": 64, "num_frames": 9, "guidance_scale": 4.0, "seed": 1},
+    {"width": 64, "height": 96, "num_frames": 5, "guidance_scale": 1.0, "seed": 2},
+    {"width": 160, "height": 96, "num_frames": 1, "guidance_scale": 2.5, "negative_prompt": NEGATIVE},
+    {"width": 96, "height": 96, "num_frames": 9, "guidance_scale": 1.0, "prompt": " ".join([PROMPT] * 4)},
+    {"width": 64, "height": 64, "num_frames": 13, "guidance_scale": 3.0, "num_inference_steps": 3},
+]
+
+
+def picture(seed: int) -> bytes:
+    """A PNG that a video may start from."""
+    pixels = torch.randint(0, 256, (48, 64, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return to_reference(pixels.numpy())
 
 
 @dataclass
@@ -44,6 +59,15 @@ class Model:
         pipeline = registry.load(card, config, mesh)
         targets = registry.find(card.pipeline_class).adapters
         return cls(pipeline, LoraManager(targets, pipeline.trees, config, ranks=mesh.control))
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """Rows of all kinds that this model can make."""
+        limits = self.pipeline.card.video
+        if limits is None:
+            return BATCH
+        from_picture = {"none": (), "required": range(5), "optional": (0, 3)}[limits.image]
+        return [{**v, "image": picture(i)} if i in from_picture else v for i, v in enumerate(VIDEOS)]
 
     def request(self, name: str, prompt: str = PROMPT, **params: Any) -> AnyRequest:
         settings = SamplingParams(**{"num_inference_steps": 4, "seed": 0, **params})
@@ -72,7 +96,7 @@ class Model:
 
     def batch(self, name: str) -> dict[str, Tensor]:
         """Rows of all kinds together."""
-        return self.run([self.request(f"{name}-{i}", **params) for i, params in enumerate(BATCH)])
+        return self.run([self.request(f"{name}-{i}", **params) for i, params in enumerate(self.requests)])
 
     def set(self, mode: str, **files: str) -> None:
         """Make these adapters the active list."""
@@ -116,7 +140,7 @@ def whole_runs(mesh: Mesh, folder: str, zoo: str, plain: str, too_much: str) -> 
     assert model.sums() == base
     found |= model.batch("beside")
     model.set("merge")
-    requests = [model.request(f"mixed-{i}", **params) for i, params in enumerate(BATCH)]
+    requests = [model.request(f"mixed-{i}", **params) for i, params in enumerate(model.requests)]
     found |= model.run([model.own(r, "plain") if i % 2 else r for i, r in enumerate(requests)])
     assert model.sums() == base
     return found | {f"held/{name}": torch.tensor(count) for name, count in held(model).items()}
@@ -129,6 +153,11 @@ def held(model: Model) -> dict[str, int]:
     }
 
 
+def weights_held(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """Only what this rank holds."""
+    return {f"held/{name}": torch.tensor(count) for name, count in held(Model.load(mesh, folder)).items()}
+
+
 def one_by_one(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """`--deterministic`: every row has its own forward, with and without guidance."""
     return Model.load(mesh, folder, deterministic=True).batch("alone")
@@ -139,8 +168,12 @@ def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     model = Model.load(mesh, folder, vae_tiling=True)
     rows = []
     for index, (height, width) in enumerate([(8, 8), (8, 30), (17, 12)]):
-        row = Row(model.request(f"row-{index}"), 0)
+        row = Row(model.request(f"row-{index}", **model.requests[0]), 0)
         model.pipeline.prepare(row)
-        row.latents = torch.randn(16, height, width, generator=torch.Generator().manual_seed(index))
+        assert row.latents is not None
+        channels, *frames = row.latents.shape[:-2]
+        # Tiny VAEs of images have tiles of 8 latents, those of videos of 32 or 16.
+        sides = (height * 4, width * 3) if frames else (height, width)
+        row.latents = torch.randn(channels, *frames, *sides, generator=torch.Generator().manual_seed(index))
         rows.append(row)
     return {str(index): torch.from_numpy(pixels) for index, pixels in enumerate(model.pipeline.decode(rows))}
