@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from multimodal_gen.adapters import AdapterSource, AdapterUse, SetLora, pins_of
@@ -17,17 +20,45 @@ from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
-from multimodal_gen.request import AnyRequest, SamplingParams
+from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
 
-BATCH: list[dict[str, Any]] = [
+IMAGES: list[dict[str, Any]] = [
     {"width": 64, "height": 80, "guidance_scale": 4.0, "seed": 1},
     {"width": 80, "height": 112, "guidance_scale": 0.0, "seed": 2},
     {"width": 32, "height": 32, "guidance_scale": 2.5, "negative_prompt": NEGATIVE, "cfg_normalization": 0.9},
     {"width": 48, "height": 48, "guidance_scale": 0.0, "prompt": " ".join([PROMPT] * 4)},
     {"width": 112, "height": 80, "guidance_scale": 3.0, "cfg_truncation": 0.5, "num_inference_steps": 3},
 ]
+# Sizes in the model's smallest ones. 5 x 3 x 3 tokens are an odd number.
+VIDEOS: list[dict[str, Any]] = [
+    {"width": 5, "height": 3, "num_frames": 9, "guidance_scale": 4.0, "seed": 1},
+    {"width": 2, "height": 4, "num_frames": 5, "guidance_scale": 1.0, "seed": 2},
+    {"width": 4, "height": 3, "num_frames": 1, "guidance_scale": 2.5, "negative_prompt": NEGATIVE},
+    {"width": 3, "height": 3, "num_frames": 5, "guidance_scale": 1.0, "prompt": " ".join([PROMPT] * 4)},
+    {"width": 5, "height": 3, "num_frames": 9, "guidance_scale": 3.0, "num_inference_steps": 3},
+]
+
+
+def batch_for(card: ModelCard) -> list[dict[str, Any]]:
+    """Rows of all kinds: guided and not, of several sizes and lengths, with and without a picture to start from."""
+    if card.video is None:
+        return IMAGES
+    made = []
+    for index, params in enumerate(VIDEOS):
+        sides = {side: params[side] * card.size_multiple for side in ("width", "height")}
+        pictured = card.video.image == "required" or (card.video.image == "optional" and index in (0, 4))
+        made.append({**params, **sides, **({"image": _picture(**sides)} if pictured else {})})
+    return made
+
+
+def _picture(width: int, height: int) -> bytes:
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) % 256], axis=-1)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @dataclass
@@ -72,7 +103,11 @@ class Model:
 
     def batch(self, name: str) -> dict[str, Tensor]:
         """Rows of all kinds together."""
-        return self.run([self.request(f"{name}-{i}", **params) for i, params in enumerate(BATCH)])
+        return self.run(self.requests(name))
+
+    def requests(self, name: str) -> list[AnyRequest]:
+        """With the active adapters."""
+        return [self.request(f"{name}-{i}", **params) for i, params in enumerate(batch_for(self.pipeline.card))]
 
     def set(self, mode: str, **files: str) -> None:
         """Make these adapters the active list."""
@@ -116,10 +151,10 @@ def whole_runs(mesh: Mesh, folder: str, zoo: str, plain: str, too_much: str) -> 
     assert model.sums() == base
     found |= model.batch("beside")
     model.set("merge")
-    requests = [model.request(f"mixed-{i}", **params) for i, params in enumerate(BATCH)]
-    found |= model.run([model.own(r, "plain") if i % 2 else r for i, r in enumerate(requests)])
+    mixed = [model.own(r, "plain") if i % 2 else r for i, r in enumerate(model.requests("mixed"))]
+    found |= model.run(mixed)
     assert model.sums() == base
-    return found | {f"held/{name}": torch.tensor(count) for name, count in held(model).items()}
+    return found
 
 
 def held(model: Model) -> dict[str, int]:
@@ -144,3 +179,8 @@ def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
         row.latents = torch.randn(16, height, width, generator=torch.Generator().manual_seed(index))
         rows.append(row)
     return {str(index): torch.from_numpy(pixels) for index, pixels in enumerate(model.pipeline.decode(rows))}
+
+
+def loaded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """Bytes of the weights that this rank holds, per tree."""
+    return {tree: torch.tensor(count) for tree, count in held(Model.load(mesh, folder)).items()}
