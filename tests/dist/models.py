@@ -20,6 +20,10 @@ from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
+from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
+from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
+from multimodal_gen.pipelines.wan.pipeline import WanPipeline
+from multimodal_gen.pipelines.zimage.pipeline import ZImagePipeline
 from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
@@ -157,11 +161,16 @@ def whole_runs(mesh: Mesh, folder: str, zoo: str, plain: str, too_much: str) -> 
     return found
 
 
+def encoder_of(model: Model) -> UMT5Encoder | CausalTextEncoder:
+    """The text encoder, whose weights adapters may not reach."""
+    assert isinstance(model.pipeline, (WanPipeline, ZImagePipeline))
+    return model.pipeline.text
+
+
 def held(model: Model) -> dict[str, int]:
     """Bytes of the weights that this rank holds, per tree."""
-    return {
-        tree: sum(p.nbytes for p in weights.model.parameters()) for tree, weights in model.pipeline.trees.items()
-    }
+    trees = {**model.pipeline.trees, "text_encoder": encoder_of(model).weights}
+    return {tree: sum(p.nbytes for p in weights.model.parameters()) for tree, weights in trees.items()}
 
 
 def one_by_one(mesh: Mesh, folder: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.mesh import Mesh
 from tests.dist import models
 from tests.dist.comparison import assert_adapters_did_something, assert_same, bytes_of, matrices, write_adapters
+from tests.dist.models import encoder_of
 from tests.support.ranks import Ranks
 from tests.support.wan_checkpoints import VARIANTS, make_wan
 
@@ -73,11 +74,13 @@ def test_a_rank_holds_its_share_and_what_every_rank_has(
 ) -> None:
     folder = str(make_wan(tmp_path, variant))
     model = models.Model.load(Mesh.solo(), folder)
-    places = model.pipeline.trees["transformer"].places
+    text, places = encoder_of(model).weights, model.pipeline.trees["transformer"].places
     shared = bytes_of(places, ".attn1.", ".attn2.", ".ffn.")
     # What is added to all-reduced sums is every rank's own.
     shared -= bytes_of(places, ".to_out.0.bias", ".ffn.net.2.bias")
     whole = models.held(model)["transformer"]
     assert shared > whole // 2
+    norms = bytes_of(text.places, "layer_norm")
     for found in ranks.run(Degrees(tp=size), "tests.dist.models:loaded", folder=folder):
         assert found["transformer"] == whole - shared + shared // size
+        assert found["text_encoder"] == norms + (bytes_of(text.places, "") - norms) // size

@@ -76,7 +76,7 @@ def test_a_rank_holds_its_share_and_what_every_rank_has(ranks: Ranks, size: int,
     trees = model.pipeline.trees
     shared = {
         "transformer": bytes_of(trees["transformer"].places, "to_q", "to_k", "to_v", "to_out", "feed_forward"),
-        "text_encoder": bytes_of(trees["text_encoder"].places, "_proj"),
+        "text_encoder": bytes_of(trees["text_encoder"].places, "_proj", "embed_tokens"),
     }
     results = ranks.run(Degrees(tp=size), "tests.dist.models:loaded", folder=str(folder))
     for tree, whole in models.held(model).items():
