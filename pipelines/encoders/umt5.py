@@ -15,16 +15,14 @@ from pathlib import Path
 
 import ftfy
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.nn.precision import compute_dtype
-from multimodal_gen.nn.slots import Cut, Extent, Slotted
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
 from multimodal_gen.weights.header import read_header
-from multimodal_gen.weights.loading import Rename, allocate, default_dtype, load_weights
+from multimodal_gen.weights.loading import Rename, allocate, construction, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -44,30 +42,13 @@ def clean(prompt: str) -> str:
 
 
 SHARDING = (
-    Rule(r"block\.\d+\.layer\.0\.SelfAttention\.[qkv]", COLUMN),
+    Rule(r"embed_tokens", ROW),
+    Rule(r"block\.\d+\.layer\.0\.SelfAttention\.([qkv]|relative_attention_bias)", COLUMN),
     Rule(r"block\.\d+\.layer\.0\.SelfAttention\.o", ROW),
     Rule(r"block\.\d+\.layer\.1\.DenseReluDense\.wi_[01]", COLUMN),
     Rule(r"block\.\d+\.layer\.1\.DenseReluDense\.wo", ROW),
 )
-
-
-class HeadBias(Slotted):
-    """A rank's heads of a relative position bias [buckets, heads], in the place of torch's embedding."""
-
-    def __init__(self, buckets: int, heads: int, dtype: torch.dtype, group: Group) -> None:
-        super().__init__()
-        weight = torch.empty(buckets, heads // group.size, dtype=dtype, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.cuts = {"weight": Cut(1, group.rank, group.size)}
-
-    def extent(self, part: str | None) -> Extent:
-        """All of it."""
-        rows, columns = self.weight.shape
-        return Extent(slice(0, rows), slice(0, columns))
-
-    def forward(self, buckets: Tensor) -> Tensor:
-        """int64 [...] → [..., heads]."""
-        return F.embedding(buckets, self.weight)
+RENAMES = (Rename(r"encoder\.(.+)", r"\1"), Rename(r"shared\.weight", "embed_tokens.weight"))
 
 
 class UMT5Encoder:
@@ -84,30 +65,29 @@ class UMT5Encoder:
 
         Raises: CorruptModel.
         """
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
+        from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
         self.device = device
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            config = AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
-            with init_empty_weights(include_buffers=False), default_dtype(compute_dtype(dtype, device)):
-                model: nn.Module = UMT5EncoderModel(config).encoder
+            config = UMT5Config.from_pretrained(folder / "text_encoder", local_files_only=True)
+            with construction(torch.device("meta"), compute_dtype(dtype, device)):
+                model = UMT5EncoderModel(config).encoder
         except (OSError, ValueError, KeyError) as error:
             raise CorruptModel(f"{folder / 'text_encoder'} cannot be loaded: {error}") from None
-        if dtype == torch.float16:  # as the reference keeps it: sums of the feed-forward pass its range
-            for name, layer in model.named_modules():
-                if name.endswith(".wo"):
-                    layer.float()
-        if config.num_heads % ranks.size == 0 and config.d_ff % ranks.size == 0:
-            _share_heads(model, ranks)
+        if compute_dtype(dtype, device) == torch.float16:
+            for block in model.block:  # its sums are beyond what float16 can hold
+                block.layer[1].DenseReluDense.wo.float()
+        if all(width % ranks.size == 0 for width in (config.num_heads, config.d_ff, config.vocab_size)):
             shard(model, SHARDING, ranks)
+            for block in model.block:
+                block.layer[0].SelfAttention.n_heads //= ranks.size
         else:
             log.info("the text encoder cannot be shared out over %d ranks: each has all of it", ranks.size)
         allocate(model, device)
         self.model = model.eval()
-        weights = load_weights(self.model, files, RENAMES, _second_names(files))
-        self.parameters = weights.parameters
+        self.weights = load_weights(model, files, RENAMES, _doubles(files))
+        self.parameters = self.weights.parameters
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:
         """The cleaned prompt with its end token, cut to `max_length`."""
@@ -122,24 +102,7 @@ class UMT5Encoder:
         return states[0]
 
 
-RENAMES = (Rename(r"shared\.weight", "embed_tokens.weight"), Rename(r"encoder\.(.+)", r"\1"))
-
-
-def _second_names(files: Sequence[Path]) -> tuple[str, ...]:
-    """The embedding has two names, of which files have one or both."""
-    both = any("shared.weight" in read_header(file, str(file)) for file in files)
-    return (r"encoder\.embed_tokens\.weight",) if both else ()
-
-
-def _share_heads(model: nn.Module, ranks: Group) -> None:
-    """What transformers' attention knows of its heads besides the linear layers."""
-    from transformers.models.umt5.modeling_umt5 import UMT5Attention
-
-    for layer in list(model.modules()) if ranks.size > 1 else ():
-        if not isinstance(layer, UMT5Attention):
-            continue
-        if layer.has_relative_attention_bias:
-            bias = layer.relative_attention_bias
-            layer.relative_attention_bias = HeadBias(bias.num_embeddings, bias.embedding_dim, bias.weight.dtype, ranks)
-        layer.n_heads //= ranks.size
-        layer.inner_dim //= ranks.size
+def _doubles(files: Sequence[Path]) -> tuple[str, ...]:
+    """Some files hold the embedding twice, under the name of the encoder's own and under that of the shared one."""
+    keys = {key for file in files for key in read_header(file, str(file))}
+    return (r"shared\.weight",) if "encoder.embed_tokens.weight" in keys else ()

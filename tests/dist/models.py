@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from multimodal_gen.adapters import AdapterSource, AdapterUse, SetLora, pins_of
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError
 from multimodal_gen.lora.manager import LoraManager
-from multimodal_gen.media.reference import to_reference
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
-from multimodal_gen.request import AnyRequest, SamplingParams
+from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
+from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
+from multimodal_gen.pipelines.wan.pipeline import WanPipeline
+from multimodal_gen.pipelines.zimage.pipeline import ZImagePipeline
+from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
 
-BATCH: list[dict[str, Any]] = [
+IMAGES: list[dict[str, Any]] = [
     {"width": 64, "height": 80, "guidance_scale": 4.0, "seed": 1},
     {"width": 80, "height": 112, "guidance_scale": 0.0, "seed": 2},
     {"width": 32, "height": 32, "guidance_scale": 2.5, "negative_prompt": NEGATIVE, "cfg_normalization": 0.9},
     {"width": 48, "height": 48, "guidance_scale": 0.0, "prompt": " ".join([PROMPT] * 4)},
     {"width": 112, "height": 80, "guidance_scale": 3.0, "cfg_truncation": 0.5, "num_inference_steps": 3},
 ]
-# Odd numbers of tokens, one frame and several, with guidance and without.
+# Sizes in the model's smallest ones. 5 x 3 x 3 tokens are an odd number.
 VIDEOS: list[dict[str, Any]] = [
-    {"width": 96, "height": 64, "num_frames": 9, "guidance_scale": 4.0, "seed": 1},
-    {"width": 64, "height": 96, "num_frames": 5, "guidance_scale": 1.0, "seed": 2},
-    {"width": 160, "height": 96, "num_frames": 1, "guidance_scale": 2.5, "negative_prompt": NEGATIVE},
-    {"width": 96, "height": 96, "num_frames": 9, "guidance_scale": 1.0, "prompt": " ".join([PROMPT] * 4)},
-    {"width": 64, "height": 64, "num_frames": 13, "guidance_scale": 3.0, "num_inference_steps": 3},
+    {"width": 5, "height": 3, "num_frames": 9, "guidance_scale": 4.0, "seed": 1},
+    {"width": 2, "height": 4, "num_frames": 5, "guidance_scale": 1.0, "seed": 2},
+    {"width": 4, "height": 3, "num_frames": 1, "guidance_scale": 2.5, "negative_prompt": NEGATIVE},
+    {"width": 3, "height": 3, "num_frames": 5, "guidance_scale": 1.0, "prompt": " ".join([PROMPT] * 4)},
+    {"width": 5, "height": 3, "num_frames": 9, "guidance_scale": 3.0, "num_inference_steps": 3},
 ]
 
 
-def picture(seed: int) -> bytes:
-    """A PNG that a video may start from."""
-    pixels = torch.randint(0, 256, (48, 64, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return to_reference(pixels.numpy())
+def batch_for(card: ModelCard) -> list[dict[str, Any]]:
+    """Rows of all kinds: guided and not, of several sizes and lengths, with and without a picture to start from."""
+    if card.video is None:
+        return IMAGES
+    made = []
+    for index, params in enumerate(VIDEOS):
+        sides = {side: params[side] * card.size_multiple for side in ("width", "height")}
+        pictured = card.video.image == "required" or (card.video.image == "optional" and index in (0, 4))
+        made.append({**params, **sides, **({"image": _picture(**sides)} if pictured else {})})
+    return made
+
+
+def _picture(width: int, height: int) -> bytes:
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) % 256], axis=-1)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @dataclass
@@ -59,15 +79,6 @@ class Model:
         pipeline = registry.load(card, config, mesh)
         targets = registry.find(card.pipeline_class).adapters
         return cls(pipeline, LoraManager(targets, pipeline.trees, config, ranks=mesh.control))
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        """Rows of all kinds that this model can make."""
-        limits = self.pipeline.card.video
-        if limits is None:
-            return BATCH
-        from_picture = {"none": (), "required": range(5), "optional": (0, 3)}[limits.image]
-        return [{**v, "image": picture(i)} if i in from_picture else v for i, v in enumerate(VIDEOS)]
 
     def request(self, name: str, prompt: str = PROMPT, **params: Any) -> AnyRequest:
         settings = SamplingParams(**{"num_inference_steps": 4, "seed": 0, **params})
@@ -96,7 +107,11 @@ class Model:
 
     def batch(self, name: str) -> dict[str, Tensor]:
         """Rows of all kinds together."""
-        return self.run([self.request(f"{name}-{i}", **params) for i, params in enumerate(self.requests)])
+        return self.run(self.requests(name))
+
+    def requests(self, name: str) -> list[AnyRequest]:
+        """With the active adapters."""
+        return [self.request(f"{name}-{i}", **params) for i, params in enumerate(batch_for(self.pipeline.card))]
 
     def set(self, mode: str, **files: str) -> None:
         """Make these adapters the active list."""
@@ -140,22 +155,22 @@ def whole_runs(mesh: Mesh, folder: str, zoo: str, plain: str, too_much: str) -> 
     assert model.sums() == base
     found |= model.batch("beside")
     model.set("merge")
-    requests = [model.request(f"mixed-{i}", **params) for i, params in enumerate(model.requests)]
-    found |= model.run([model.own(r, "plain") if i % 2 else r for i, r in enumerate(requests)])
+    mixed = [model.own(r, "plain") if i % 2 else r for i, r in enumerate(model.requests("mixed"))]
+    found |= model.run(mixed)
     assert model.sums() == base
-    return found | {f"held/{name}": torch.tensor(count) for name, count in held(model).items()}
+    return found
+
+
+def encoder_of(model: Model) -> UMT5Encoder | CausalTextEncoder:
+    """The text encoder, whose weights adapters may not reach."""
+    assert isinstance(model.pipeline, (WanPipeline, ZImagePipeline))
+    return model.pipeline.text
 
 
 def held(model: Model) -> dict[str, int]:
     """Bytes of the weights that this rank holds, per tree."""
-    return {
-        tree: sum(p.nbytes for p in weights.model.parameters()) for tree, weights in model.pipeline.trees.items()
-    }
-
-
-def weights_held(mesh: Mesh, folder: str) -> dict[str, Tensor]:
-    """Only what this rank holds."""
-    return {f"held/{name}": torch.tensor(count) for name, count in held(Model.load(mesh, folder)).items()}
+    trees = {**model.pipeline.trees, "text_encoder": encoder_of(model).weights}
+    return {tree: sum(p.nbytes for p in weights.model.parameters()) for tree, weights in trees.items()}
 
 
 def one_by_one(mesh: Mesh, folder: str) -> dict[str, Tensor]:
@@ -168,12 +183,13 @@ def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     model = Model.load(mesh, folder, vae_tiling=True)
     rows = []
     for index, (height, width) in enumerate([(8, 8), (8, 30), (17, 12)]):
-        row = Row(model.request(f"row-{index}", **model.requests[0]), 0)
+        row = Row(model.request(f"row-{index}"), 0)
         model.pipeline.prepare(row)
-        assert row.latents is not None
-        channels, *frames = row.latents.shape[:-2]
-        # Tiny VAEs of images have tiles of 8 latents, those of videos of 32 or 16.
-        sides = (height * 4, width * 3) if frames else (height, width)
-        row.latents = torch.randn(channels, *frames, *sides, generator=torch.Generator().manual_seed(index))
+        row.latents = torch.randn(16, height, width, generator=torch.Generator().manual_seed(index))
         rows.append(row)
     return {str(index): torch.from_numpy(pixels) for index, pixels in enumerate(model.pipeline.decode(rows))}
+
+
+def loaded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """Bytes of the weights that this rank holds, per tree."""
+    return {tree: torch.tensor(count) for tree, count in held(Model.load(mesh, folder)).items()}
