@@ -7,6 +7,7 @@ at a tenth of the time.
 from __future__ import annotations
 
 import html
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from torch import Tensor
 
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.nn.precision import compute_dtype
+from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
+from multimodal_gen.weights.header import read_header
+from multimodal_gen.weights.loading import Rename, allocate, construction, load_weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,28 +41,53 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", text.strip()).strip()
 
 
+SHARDING = (
+    Rule(r"embed_tokens", ROW),
+    Rule(r"block\.\d+\.layer\.0\.SelfAttention\.([qkv]|relative_attention_bias)", COLUMN),
+    Rule(r"block\.\d+\.layer\.0\.SelfAttention\.o", ROW),
+    Rule(r"block\.\d+\.layer\.1\.DenseReluDense\.wi_[01]", COLUMN),
+    Rule(r"block\.\d+\.layer\.1\.DenseReluDense\.wo", ROW),
+)
+RENAMES = (Rename(r"encoder\.(.+)", r"\1"), Rename(r"shared\.weight", "embed_tokens.weight"))
+
+
 class UMT5Encoder:
     """Tokenizer and encoder stack."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        """`folder` holds tokenizer/ and text_encoder/. Raises: CorruptModel."""
-        from transformers import AutoTokenizer, UMT5EncoderModel
-        from transformers.utils import logging as transformers_logging
+    def __init__(
+        self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype, ranks: Group = SOLO
+    ) -> None:
+        """
+        Args:
+            folder: holds tokenizer/ and text_encoder/.
+            files: the encoder's weights.
+            ranks: share the weights where their number divides the heads; else each has all of them.
 
-        transformers_logging.disable_progress_bar()
+        Raises: CorruptModel.
+        """
+        from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
         self.device = device
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            model = UMT5EncoderModel.from_pretrained(
-                folder / "text_encoder",
-                dtype=compute_dtype(dtype, device),
-                local_files_only=True,
-                use_safetensors=True,
-            )
+            config = UMT5Config.from_pretrained(folder / "text_encoder", local_files_only=True)
+            with construction(torch.device("meta"), compute_dtype(dtype, device)):
+                model = UMT5EncoderModel(config).encoder
         except (OSError, ValueError, KeyError) as error:
             raise CorruptModel(f"{folder / 'text_encoder'} cannot be loaded: {error}") from None
-        self.model = model.to(device).eval()
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        if compute_dtype(dtype, device) == torch.float16:
+            for block in model.block:  # its sums are beyond what float16 can hold
+                block.layer[1].DenseReluDense.wo.float()
+        if all(width % ranks.size == 0 for width in (config.num_heads, config.d_ff, config.vocab_size)):
+            shard(model, SHARDING, ranks)
+            for block in model.block:
+                block.layer[0].SelfAttention.n_heads //= ranks.size
+        else:
+            log.info("the text encoder cannot be shared out over %d ranks: each has all of it", ranks.size)
+        allocate(model, device)
+        self.model = model.eval()
+        self.weights = load_weights(model, files, RENAMES, _doubles(files))
+        self.parameters = self.weights.parameters
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:
         """The cleaned prompt with its end token, cut to `max_length`."""
@@ -68,3 +100,9 @@ class UMT5Encoder:
         """[l] tokens → [l, D]."""
         states: Tensor = self.model(input_ids=tokens.ids[None]).last_hidden_state
         return states[0]
+
+
+def _doubles(files: Sequence[Path]) -> tuple[str, ...]:
+    """Some files hold the embedding twice, under the name of the encoder's own and under that of the shared one."""
+    keys = {key for file in files for key in read_header(file, str(file))}
+    return (r"shared\.weight",) if "encoder.embed_tokens.weight" in keys else ()
