@@ -154,7 +154,11 @@ class JobRunner:
 
     async def delete(self, job: Job) -> bool:
         """Stop a job before its next step and forget it and its files; whether it was there. Raises: StorageFull."""
-        found = await self.disk(self.jobs.delete, job.id)
+        try:
+            found = await self.disk(self.jobs.delete, job.id)
+        except StorageFull:  # its own files may be what fills the disk
+            await self.disk(self.files.discard, job.id)
+            found = await self.disk(self.jobs.delete, job.id)
         self._waiting.pop(job.id, None)
         self._unwritten.pop(job.id, None)
         running = self._running.pop(job.id, None)
@@ -170,7 +174,7 @@ class JobRunner:
         """The job with what the database does not know of it yet."""
         running, unwritten = self._running.get(job.id), self._unwritten.get(job.id, {})
         if running is not None and not job.finished:
-            unwritten = {"progress": running.progress} | unwritten
+            unwritten = unwritten | {"progress": max(running.progress, job.progress)}
         return msgspec.structs.replace(job, **unwritten) if unwritten else job
 
     def position(self, job: Job) -> int | None:

@@ -16,7 +16,7 @@ import pytest
 from tests.support.adapters import make_adapter_for
 from tests.support.server import Server, assert_error, run_server, start_server, wait_for
 from tests.support.survival import JOBS, contents, disturbed, flags_for, kill_all, undisturbed
-from tests.support.videos import TINY, create, download, get, post, wait
+from tests.support.videos import TINY, create, delete, download, get, post, wait
 
 pytestmark = [pytest.mark.api]
 
@@ -176,7 +176,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_refuses_new_videos_and_fails_running_ones(t2v_folder: Path, small_disk: Path) -> None:
-    with start_server(*flags_for(t2v_folder, small_disk), fault="decode:slow:1") as server:
+    with start_server(*flags_for(t2v_folder, small_disk), fault="decode:slow:2") as server:
+        earlier = wait(server, create(server)["id"])["id"]
         video = create(server)["id"]
         wait_for_folder(small_disk, video)
         ballast = small_disk / "ballast"
@@ -187,6 +188,6 @@ def test_a_full_disk_refuses_new_videos_and_fails_running_ones(t2v_folder: Path,
         assert refused.headers["x-should-retry"] == "false"
         job = wait(server, video)
         assert (job["status"], job["error"]["code"]) == ("failed", "storage_full")
+        assert delete(server, earlier).status_code == 200, "a full disk can be tidied"
         ballast.unlink()
         assert wait(server, create(server)["id"])["status"] == "completed"
-        assert get(server, video)["status"] == "failed"

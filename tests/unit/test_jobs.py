@@ -261,6 +261,11 @@ def test_a_folder_has_one_server_at_a_time(tmp_path: Path) -> None:
     JobFiles(tmp_path).close()
 
 
+def test_other_users_of_the_machine_cannot_look_in(tmp_path: Path) -> None:
+    JobFiles(tmp_path / "data" / "model").close()
+    assert (tmp_path / "data" / "model").stat().st_mode & 0o077 == 0
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--data-dir"):
