@@ -111,7 +111,12 @@ class JobRunner:
             self._waiting[job.id] = job
         if self._waiting:
             log.info("%d videos go on from the last run of this server", len(self._waiting))
-        self._tasks = [asyncio.create_task(self._feed(), name="jobs"), asyncio.create_task(self._sweep(), name="sweep")]
+        self._tasks = [
+            asyncio.create_task(self._feed(), name="queue"),
+            asyncio.create_task(self._sweep(), name="sweep"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(_report)
         self._wake.set()
 
     async def drain(self, timeout_s: float) -> None:
@@ -374,6 +379,12 @@ def next_in_turn(waiting: Iterable[Job], running: Iterable[Job]) -> Job:
 
 def _rank(job: Job) -> tuple[int, int]:
     return -job.priority, job.number
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A loop of ours that ends by itself is a mistake of ours, and must not go unseen."""
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("the %s of videos ended; restart the server", task.get_name(), exc_info=task.exception())
 
 
 async def _end(running: Running) -> None:
