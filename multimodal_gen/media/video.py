@@ -29,8 +29,9 @@ Frame = npt.NDArray[np.uint8]
 
 # A fixed number of threads: how an encoder splits a picture among them shows in the bytes.
 THREADS = 2
+# x264's macroblock tree, on by default, gives other bytes for the same frames now and then, by what is left in memory.
 _CODECS: dict[str, tuple[str, dict[str, str]]] = {
-    "mp4": ("libx264", {"crf": "18", "preset": "medium"}),
+    "mp4": ("libx264", {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}),
     "webm": ("libvpx-vp9", {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0"}),
 }
 BT709, MPEG_RANGE, FULL_RANGE = 1, 1, 2  # ISO/IEC 23091-2 and libav's numbers of ranges

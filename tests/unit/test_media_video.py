@@ -86,6 +86,17 @@ def test_equal_videos_are_equal_files(kind: VideoFormat) -> None:
     assert encode_video(frames(), 16, kind, recipe()) == encode_video(frames(), 16, kind, recipe())
 
 
+def test_equal_videos_are_equal_files_whatever_was_encoded_between() -> None:
+    """x264 with its defaults fails this one time in four at this size."""
+    square = np.tile(frames(), (1, 2, 1, 1))[:, :64, :64]
+    files = set()
+    for _ in range(16):
+        files.add(encode_video(square, 16, "mp4"))
+        encode_video(frames(), 16, "webm")
+        encode_video(frames(), 16, "gif")
+    assert len(files) == 1
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("prompt", [REQUEST.prompt, "水" * 32_000], ids=["odd", "long"])
 def test_the_recipe_comes_back(tmp_path: Path, kind: VideoFormat, prompt: str) -> None:
