@@ -174,8 +174,8 @@ def _tokens_for_heads(group: Group, *tensors: Tensor) -> list[Tensor]:
     """[n, H, D] each: n tokens of all heads → [P · n, H / P, D] each: all tokens of some heads."""
     if group.size == 1:
         return list(tensors)
-    x = torch.stack(tensors, dim=1).unflatten(2, (group.size, -1))  # [n, tensors, P, H / P, D]
-    x = group.all_to_all(x.movedim(2, 0))  # [P, n, tensors, H / P, D]
+    by_rank = [x.unflatten(1, (group.size, -1)).movedim(1, 0) for x in tensors]  # [P, n, H / P, D] each
+    x = group.all_to_all(torch.stack(by_rank, dim=2))  # [P, n, tensors, H / P, D]
     return list(x.flatten(0, 1).unbind(1))
 
 
