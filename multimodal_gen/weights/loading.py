@@ -165,21 +165,15 @@ class WeightTree:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Floating parameters made inside have this dtype unless they say another."""
+def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside are allocated on `device` with floating parameters of `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with device:
+            yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside are allocated on `device` with floating parameters of `dtype`."""
-    with default_dtype(dtype), device:
-        yield
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

@@ -66,8 +66,8 @@ class WanPipeline:
         first = self.transformers[EXPERTS[0]].config
         self.rope = Rope(first)
         self.patch = first.patch_size
-        text_files = checkpoint.components["text_encoder"].files
-        self.text = UMT5Encoder(folder, text_files, self.device, self.dtype, mesh.tp)
+        files = checkpoint.components["text_encoder"].files
+        self.text = UMT5Encoder(folder, files, self.device, self.dtype, mesh.tp)
         self.images = ClipVisionEncoder(folder, self.device, self.dtype) if first.image_dim is not None else None
         files = checkpoint.components["vae"].files
         self.vae = WanVae(folder / "vae", files, self.device, config.vae_tiling, mesh.world)
