@@ -93,7 +93,7 @@ class UlyssesAttention:
     """Attention of the whole batch for ranks that hold a slice each; segments that are not sliced stay local."""
 
     def __init__(self, local: AttentionBackend, ulysses: Group) -> None:
-        self.name = f"{local.name}, ulysses {ulysses.size}"
+        self.name = local.name  # recipes hold it, and ask for it again wherever they are replayed
         self._local = local
         self._ulysses = ulysses
 
@@ -111,8 +111,7 @@ class RingAttention:
     """The same over a ring, with Ulysses among the neighbours of each of its stations."""
 
     def __init__(self, local: LseBackend, ulysses: Group, ring: Group) -> None:
-        names = [f"{kind} {group.size}" for kind, group in (("ulysses", ulysses), ("ring", ring)) if group.size > 1]
-        self.name = ", ".join([local.name, *names])
+        self.name = local.name
         self._local = local
         self._ulysses, self._ring = ulysses, ring
 
