@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -203,3 +205,30 @@ def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
 def loaded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """Bytes of the weights that this rank holds, per tree."""
     return {tree: torch.tensor(count) for tree, count in held(Model.load(mesh, folder)).items()}
+
+
+def memory_of_loading(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """Bytes of anonymous memory (what is mapped from files left out) that loading adds, at its highest and after it."""
+    Model.load(mesh, folder)  # imports, and what libraries keep
+    before, peak, done = _anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _anonymous())
+            done.wait(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        model = Model.load(mesh, folder)
+    finally:
+        done.set()
+        watcher.join()
+    counted = {"peak": peak - before, "after": _anonymous() - before, "held": sum(held(model).values())}
+    return {name: torch.tensor(count) for name, count in counted.items()}
+
+
+def _anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
