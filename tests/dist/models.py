@@ -207,9 +207,12 @@ def loaded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     return {tree: torch.tensor(count) for tree, count in held(Model.load(mesh, folder)).items()}
 
 
-def memory_of_loading(mesh: Mesh, folder: str) -> dict[str, Tensor]:
-    """Bytes of anonymous memory (what is mapped from files left out) that loading adds, at its highest and after it."""
-    Model.load(mesh, folder)  # imports, and what libraries keep
+def memory_of_loading(mesh: Mesh, folder: str, tiny: str) -> dict[str, Tensor]:
+    """Bytes of anonymous memory (what is mapped from files left out) that loading adds, at its highest.
+
+    The process must be fresh: one that has freed a model takes the next one's memory from there.
+    """
+    Model.load(mesh, tiny)  # imports, and what libraries keep
     before, peak, done = _anonymous(), 0, threading.Event()
 
     def watch() -> None:
@@ -225,8 +228,7 @@ def memory_of_loading(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     finally:
         done.set()
         watcher.join()
-    counted = {"peak": peak - before, "after": _anonymous() - before, "held": sum(held(model).values())}
-    return {name: torch.tensor(count) for name, count in counted.items()}
+    return {"peak": torch.tensor(peak - before), "held": torch.tensor(sum(held(model).values()))}
 
 
 def _anonymous() -> int:
