@@ -49,7 +49,8 @@ class JobFiles:
         self.folder = folder
         self._videos = folder / "videos"
         try:
-            self._videos.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts and pictures are their owners' business
+            self._videos.mkdir(exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(

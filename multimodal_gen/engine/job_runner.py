@@ -11,9 +11,6 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +19,8 @@ import msgspec
 from multimodal_gen.config import ServerConfig, data_folder
 from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.job_files import JobFiles
+from multimodal_gen.engine.job_queue import JobQueue, Running
+from multimodal_gen.engine.job_rows import JobRows
 from multimodal_gen.engine.jobs import Job, Jobs, OneThread
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.errors import (
@@ -38,8 +37,6 @@ from multimodal_gen.media.process import write_video
 from multimodal_gen.messages import Checkpoint, Finished, Progress, RowState, Started
 from multimodal_gen.request import Timings, VideoRequest
 
-# Jobs in the engine at once: enough to fill a batch, few enough that the others' requests stay on the disk.
-MAX_AT_ONCE = 8
 # While the engine takes nothing (it loads, or its queue is full), it is asked again this often.
 ASK_AGAIN_S = 0.25
 SWEEP_S = 60.0
@@ -59,24 +56,6 @@ class Observer(Protocol):
     def cancelled(self) -> None: ...
 
 
-@dataclass
-class Running:
-    """A job that has left the queue."""
-
-    job: Job
-    task: asyncio.Task[None] | None = None  # filled once it is made
-    ticket: Ticket | None = None  # filled once the engine has it
-    settled: asyncio.Event = field(default_factory=asyncio.Event)  # set once the engine has it, or will not
-    started: bool = False  # set when its first row has begun, here or before a restart
-    rows: dict[int, int] = field(default_factory=dict)  # row → steps done
-    steps: int = 0  # of all rows together; filled when the request is known
-
-    @property
-    def progress(self) -> int:
-        """0 to 99: the files are still to be made."""
-        return math.floor(99 * sum(self.rows.values()) / self.steps) if self.steps else 0
-
-
 class PutBack(Exception):
     """The job goes back to the queue: the server is about to stop."""
 
@@ -94,9 +73,8 @@ class JobRunner:
         self.jobs = Jobs(Path(folder, "jobs.sqlite"))
         self.disk = OneThread("jobs")
         self.observer: Observer | None = None
-        self._waiting: dict[str, Job] = {}
-        self._running: dict[str, Running] = {}
-        self._unwritten: dict[str, dict[str, Any]] = {}  # columns that the database could not take yet
+        self.queue = JobQueue()
+        self._rows = JobRows(self.jobs, self.disk)
         self._wake = asyncio.Event()
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -108,26 +86,31 @@ class JobRunner:
         """Take up what the server before this one left, and begin to work."""
         await self.disk(lambda: self.files.sweep(self.jobs.ids()))
         for job in await self.disk(self.jobs.unfinished):
-            self._waiting[job.id] = job
-        if self._waiting:
-            log.info("%d videos go on from the last run of this server", len(self._waiting))
-        self._tasks = [asyncio.create_task(self._feed(), name="jobs"), asyncio.create_task(self._sweep(), name="sweep")]
+            self.queue.waiting[job.id] = job
+        if self.queue.waiting:
+            log.info("%d videos go on from the last run of this server", len(self.queue.waiting))
+        self._tasks = [
+            asyncio.create_task(self._feed(), name="queue"),
+            asyncio.create_task(self._sweep(), name="sweep"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(_report)
         self._wake.set()
 
     async def drain(self, timeout_s: float) -> None:
         """Start nothing more; running jobs end with their next checkpoint, or finish, or stop after `timeout_s`."""
         self._draining = True
-        for running in list(self._running.values()):
+        for running in list(self.queue.running.values()):
             if running.ticket is not None and not running.ticket.started:
                 await self._put_back(running)
-        tasks = [running.task for running in self._running.values() if running.task is not None]
+        tasks = [running.task for running in self.queue.running.values() if running.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
 
     async def stop(self) -> None:
         """Put what still runs back into the queue and let go of the database."""
         self._draining = True
-        for running in list(self._running.values()):
+        for running in list(self.queue.running.values()):
             await self._put_back(running)
         for task in self._tasks:
             task.cancel()
@@ -148,18 +131,22 @@ class JobRunner:
         await self.disk(self.files.check_room, request)
         accepted = await self.disk(self.jobs.add, job, request, self.config.max_jobs)
         if accepted.id == job.id:
-            self._waiting[job.id] = accepted
+            self.queue.waiting[job.id] = accepted
             self._wake.set()
         return accepted
 
     async def delete(self, job: Job) -> bool:
         """Stop a job before its next step and forget it and its files; whether it was there. Raises: StorageFull."""
-        found = await self.disk(self.jobs.delete, job.id)
-        self._waiting.pop(job.id, None)
-        self._unwritten.pop(job.id, None)
-        running = self._running.pop(job.id, None)
+        try:
+            found = await self.disk(self.jobs.delete, job.id)
+        except StorageFull:  # its own files may be what fills the disk
+            await self.disk(self.files.discard, job.id)
+            found = await self.disk(self.jobs.delete, job.id)
+        self.queue.waiting.pop(job.id, None)
+        self._rows.forget(job.id)
+        running = self.queue.running.pop(job.id, None)
         if running is not None:
-            await _end(running)
+            await running.end()
             if self.observer is not None:
                 self.observer.cancelled()
         await self.disk(self.files.discard, job.id)
@@ -167,55 +154,28 @@ class JobRunner:
         return found
 
     def current(self, job: Job) -> Job:
-        """The job with what the database does not know of it yet."""
-        running, unwritten = self._running.get(job.id), self._unwritten.get(job.id, {})
+        """A job from the database, as it is at this moment."""
+        running = self.queue.running.get(job.id)
         if running is not None and not job.finished:
-            unwritten = {"progress": running.progress} | unwritten
-        return msgspec.structs.replace(job, **unwritten) if unwritten else job
-
-    def position(self, job: Job) -> int | None:
-        """How many jobs are likely to start before this one; None once it has started."""
-        running = self._running.get(job.id)
-        if job.status != "queued" or (running is not None and running.started):
-            return None
-        ahead = sum(not other.started for other in self._running.values())
-        if running is not None:
-            return sum(not other.started and other.job.number < job.number for other in self._running.values())
-        return ahead + sum(_rank(other) < _rank(job) for other in self._waiting.values())
-
-    @property
-    def waiting(self) -> int:
-        """Jobs that have not started."""
-        return len(self._waiting) + sum(not running.started for running in self._running.values())
-
-    @property
-    def running(self) -> int:
-        """Jobs that have started and not ended."""
-        return sum(running.started for running in self._running.values())
+            job = msgspec.structs.replace(job, progress=max(running.progress, job.progress))
+        return self._rows.current(job)
 
     # --- the queue ------------------------------------------------------------------------------------------------
 
     async def _feed(self) -> None:
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), ASK_AGAIN_S if self._waiting else None)
+                await asyncio.wait_for(self._wake.wait(), ASK_AGAIN_S if self.queue.waiting else None)
             self._wake.clear()
-            while (job := self._next()) is not None:
-                del self._waiting[job.id]
-                running = self._running[job.id] = Running(job, started=job.status == "in_progress")
-                running.task = asyncio.create_task(self._guarded(running), name=job.id)
+            while (running := self._next()) is not None:
+                running.task = asyncio.create_task(self._guarded(running), name=running.job.id)
                 await running.settled.wait()  # the engine counts its cost from then on
 
-    def _next(self) -> Job | None:
-        """The job to start now; None while the engine should get no more."""
+    def _next(self) -> Running | None:
         engine = self.engine
-        if self._draining or not self._waiting or len(self._running) >= MAX_AT_ONCE:
+        if self._draining or engine.ready is None or engine.state != "ready":
             return None
-        if engine.ready is None or engine.state != "ready":
-            return None
-        job = next_in_turn(self._waiting.values(), [running.job for running in self._running.values()])
-        cost = engine.outstanding_cost
-        return job if not cost or cost + job.cost <= self.config.max_queue_cost else None
+        return self.queue.take(engine.outstanding_cost, self.config.max_queue_cost)
 
     async def _guarded(self, running: Running) -> None:
         """One job from the queue to its end; nothing it raises is lost."""
@@ -223,9 +183,9 @@ class JobRunner:
         try:
             await self._run(running)
         except PutBack:
-            await self._update(job.id, status="queued", progress=running.progress)
+            await self._rows.update(job.id, status="queued", progress=running.progress)
         except CapacityError:  # the engine takes nothing right now
-            self._requeue(job)
+            self.queue.waiting[job.id] = job
         except WorkerCrashed as error:
             await self._crashed(running, error)
         except MmgenError as error:
@@ -235,8 +195,8 @@ class JobRunner:
             await self._fail(running, GenerationFailed("The server made a mistake with this video; its log has more."))
         finally:
             running.settled.set()
-            if self._running.get(job.id) is running:
-                del self._running[job.id]
+            if self.queue.running.get(job.id) is running:
+                del self.queue.running[job.id]
             self._wake.set()
 
     async def _run(self, running: Running) -> None:
@@ -257,7 +217,7 @@ class JobRunner:
         async for event in ticket:
             if isinstance(event, Started) and job.status == "queued":
                 running.started = True
-                await self._update(job.id, status="in_progress")
+                await self._rows.update(job.id, status="in_progress")
             elif isinstance(event, Progress):
                 running.rows[event.index] = event.step
             elif isinstance(event, Checkpoint):
@@ -272,7 +232,7 @@ class JobRunner:
     async def _checkpoint(self, running: Running, state: RowState) -> None:
         try:
             await self.disk(self.files.save, running.job.id, state)
-            await self._update(running.job.id, progress=running.progress)
+            await self._rows.update(running.job.id, progress=running.progress)
         except OSError as error:
             # It costs time after a crash, not the video.
             log.error("job %s goes on without its checkpoint: %s", running.job.id, error)
@@ -306,13 +266,10 @@ class JobRunner:
                 running, WorkerCrashed(f"{error.message} It was the second time, so it is not tried again.")
             )
             return
-        await self._update(job.id, crashes=crashes)
+        await self._rows.update(job.id, crashes=crashes)
         current = await self.disk(self.jobs.find, job.id)
         if current is not None:
-            self._requeue(current)
-
-    def _requeue(self, job: Job) -> None:
-        self._waiting[job.id] = job
+            self.queue.waiting[job.id] = current
 
     async def _fail(self, running: Running, error: MmgenError) -> None:
         log.warning("job %s failed: %s: %s", running.job.id, error.code, error.message)
@@ -321,40 +278,22 @@ class JobRunner:
     async def _end(self, running: Running, status: str, **fields: Any) -> None:
         job, now = running.job, int(time.time())
         times = {"completed_at": now, "expires_at": now + math.ceil(self.config.job_ttl_s)}
-        if await self._update(job.id, status=status, **times, **fields):
+        if await self._rows.update(job.id, status=status, **times, **fields):
             await self.disk(self.files.discard_checkpoints, job.id)
         if self.observer is not None:
             self.observer.job_done(fields.get("error_code", status), now - job.created_at)
 
-    async def _update(self, job_id: str, **fields: Any) -> bool:
-        """Whether the database has it. A disk that is full now must not take down what is computed: what could not be
-        written is kept here, shown by `current` and tried again."""
-        self._unwritten[job_id] = self._unwritten.get(job_id, {}) | fields
-        return await self._write(job_id)
-
-    async def _write(self, job_id: str) -> bool:
-        fields = self._unwritten.get(job_id, {})
-        try:
-            await self.disk(self.jobs.update, job_id, **fields)
-        except StorageFull as error:
-            log.error("the state of job %s is not written: %s", job_id, error.message)
-            return False
-        if self._unwritten.get(job_id) is fields:  # nothing was added meanwhile
-            del self._unwritten[job_id]
-        return True
-
     async def _put_back(self, running: Running) -> None:
-        await _end(running)
-        self._running.pop(running.job.id, None)
-        await self._update(running.job.id, status="queued", progress=running.progress)
+        await running.end()
+        self.queue.running.pop(running.job.id, None)
+        await self._rows.update(running.job.id, status="queued", progress=running.progress)
 
     async def _sweep(self) -> None:
         """Remove what has expired."""
         while True:
             await asyncio.sleep(min(SWEEP_S, self.config.job_ttl_s / 4))
             try:
-                for job_id in list(self._unwritten):
-                    await self._write(job_id)
+                await self._rows.retry()
                 for job in await self.disk(self.jobs.expired, int(time.time())):
                     await self.disk(self.jobs.delete, job.id)
                     await self.disk(self.files.discard, job.id)
@@ -362,20 +301,7 @@ class JobRunner:
                 log.error("expired videos are not removed: %s", error)
 
 
-def next_in_turn(waiting: Iterable[Job], running: Iterable[Job]) -> Job:
-    """The job to start next: the highest priority, then the user with the fewest running jobs, then the oldest."""
-    users = Counter(job.fair_key for job in running)
-    return min(waiting, key=lambda job: (-job.priority, users[job.fair_key], job.number))
-
-
-def _rank(job: Job) -> tuple[int, int]:
-    return -job.priority, job.number
-
-
-async def _end(running: Running) -> None:
-    """Stop a job's work here and in the engine."""
-    if running.ticket is not None:
-        running.ticket.cancel()
-    if running.task is not None:
-        running.task.cancel()
-        await asyncio.gather(running.task, return_exceptions=True)
+def _report(task: asyncio.Task[None]) -> None:
+    """A loop of ours that ends by itself is a mistake of ours, and must not go unseen."""
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("the %s of videos ended; restart the server", task.get_name(), exc_info=task.exception())

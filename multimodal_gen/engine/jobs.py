@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import msgspec
 
-from multimodal_gen.errors import ConfigError, IdempotencyMismatch, QueueFull, StorageFull
+from multimodal_gen.errors import ConfigError, IdempotencyMismatch, QueueFull, ShuttingDown, StorageFull
 from multimodal_gen.media.recipe import VideoFormat
 from multimodal_gen.request import VideoRequest
 
@@ -98,13 +98,17 @@ class OneThread:
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._closed = False
 
     async def __call__(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's result. Raises: what it raises."""
+        """The function's result. Raises: what it raises; ShuttingDown after `close`."""
+        if self._closed:
+            raise ShuttingDown("The server is shutting down.")
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))
 
     def close(self) -> None:
         """Wait for what runs; nothing can be run any more."""
+        self._closed = True
         self._pool.shutdown(wait=True)
 
 

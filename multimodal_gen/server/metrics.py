@@ -161,6 +161,6 @@ class _JobState(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("mmgen_jobs", "Unfinished video jobs.", labels=["status"])
-        family.add_metric(["queued"], self._jobs.waiting if self._jobs else 0)
-        family.add_metric(["in_progress"], self._jobs.running if self._jobs else 0)
+        family.add_metric(["queued"], self._jobs.queue.unstarted if self._jobs else 0)
+        family.add_metric(["in_progress"], self._jobs.queue.started if self._jobs else 0)
         yield family

@@ -174,7 +174,7 @@ def router(context: Context) -> APIRouter:
 
     def _view(job: Job) -> dict[str, Any]:
         runner = _runner(context)
-        return view(runner.current(job), runner.position(job))
+        return view(runner.current(job), runner.queue.position(job))
 
     return routes
 

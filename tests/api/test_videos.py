@@ -6,6 +6,7 @@ import io
 import json
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,26 +136,94 @@ def test_several_videos_of_one_request_have_their_own_seeds_and_files(video_serv
     assert_error(download(video_server, job["id"], "?index=2"), 400, "invalid_value", "index")
 
 
-def test_progress_rises_step_by_step_and_the_queue_has_positions(t2v_folder: Path, tmp_path: Path) -> None:
-    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path), "--max-batch-tokens", "1")
-    with start_server(*flags, fault="denoise:slow:6") as server:
-        first, second, third = (create(server, num_inference_steps=5)["id"] for _ in range(3))
-        wait(server, first, "in_progress")
-        assert [get(server, job)["queue_position"] for job in (first, second, third)] == [None, 0, 1]
-        seen: list[int] = []
-        while (job := get(server, first))["status"] == "in_progress":
-            seen.append(job["progress"])
-            time.sleep(0.05)
-        assert seen == sorted(seen)
-        assert {0, 19, 39, 59, 79} <= set(seen), "a step of five is a fifth of 99"
-        assert max(seen) < 100
-        poll = server.get(f"/v1/videos/{third}").headers["openai-poll-after-ms"]
-        assert 250 <= int(poll) <= 5000
-        assert wait(server, third)["progress"] == 100
-        assert "openai-poll-after-ms" not in server.get(f"/v1/videos/{third}").headers
-        assert server.metric('mmgen_jobs{status="queued"}') == 0
-        assert server.metric("mmgen_videos_total") == 3
-        assert server.metric('mmgen_jobs_done_total{outcome="completed"}') == 3
+@pytest.fixture(scope="module")
+def slow_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder of `slow`."""
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def slow_server(t2v_folder: Path, slow_data: Path) -> Iterator[Server]:
+    """Each step takes half a second and belongs to one row; at most three jobs may wait or run."""
+    flags = ("--model-path", str(t2v_folder), "--data-dir", str(slow_data), "--checkpoint-every", "1")
+    limits = ("--max-batch-tokens", "1", "--max-jobs", "3")
+    with start_server(*flags, *limits, fault="denoise:slow:100000") as server:
+        yield server
+
+
+@pytest.fixture
+def slow(slow_server: Server, slow_data: Path) -> Iterator[Server]:
+    """The slow server without jobs, before and after."""
+    yield slow_server
+    for job in slow_server.get("/v1/videos?limit=100").json()["data"]:
+        delete(slow_server, job["id"])
+    wait_for(lambda: unanswered(slow_server) == 0, 10, "the end of the work")
+    assert not list(slow_data.glob("*/videos/*"))
+
+
+def unanswered(server: Server) -> float:
+    """Requests that the engine holds."""
+    return server.metric("mmgen_running") + server.metric("mmgen_queue_depth")
+
+
+def test_progress_rises_step_by_step_and_the_queue_has_positions(slow: Server) -> None:
+    first, second, third = (create(slow, num_inference_steps=steps)["id"] for steps in (5, 1, 1))
+    wait(slow, first, "in_progress")
+    assert [get(slow, job)["queue_position"] for job in (first, second, third)] == [None, 0, 1]
+    seen: list[int] = []
+    while (job := get(slow, first))["status"] == "in_progress":
+        seen.append(job["progress"])
+        time.sleep(0.02)
+    assert seen == sorted(seen)
+    assert {0, 19, 39, 59, 79} <= set(seen), "a step of five is a fifth of 99"
+    assert max(seen) < 100
+    assert wait(slow, third)["progress"] == 100
+    assert slow.metric('mmgen_jobs{status="queued"}') == 0
+    assert slow.metric("mmgen_videos_total") >= 3
+    wait_for(lambda: slow.metric('mmgen_jobs_done_total{outcome="completed"}') >= 3, 5, "the count")
+
+
+def test_polling_is_told_when_there_may_be_news(slow: Server) -> None:
+    first, second = (create(slow, num_inference_steps=50)["id"] for _ in range(2))
+    wait_for(lambda: get(slow, first)["progress"] > 0, 20, "a step")
+    for job in (first, second):
+        assert 250 <= int(slow.get(f"/v1/videos/{job}").headers["openai-poll-after-ms"]) <= 5000
+    delete(slow, first)
+    done = wait(slow, create(slow, num_inference_steps=1, priority=0)["id"])
+    assert "openai-poll-after-ms" not in slow.get(f"/v1/videos/{done['id']}").headers
+
+
+def test_delete_stops_within_a_step_and_removes_the_files(slow: Server, slow_data: Path) -> None:
+    jobs = [create(slow, num_inference_steps=500)["id"] for _ in range(2)]
+    wait_for(lambda: bool(list(slow_data.glob(f"*/videos/{jobs[0]}/row-*"))), 20, "a checkpoint")
+    cancelled = slow.metric("mmgen_cancelled_total")
+    began = time.monotonic()
+    for job in jobs:
+        assert delete(slow, job).json() == {"id": job, "object": "video.deleted", "deleted": True}
+        assert_error(slow.get(f"/v1/videos/{job}"), 404, "not_found")
+        assert not list(slow_data.glob(f"*/videos/{job}"))
+    wait_for(lambda: unanswered(slow) == 0, 5, "the stop")
+    assert time.monotonic() - began < 2.0, "one step of half a second, not five hundred"
+    assert_error(delete(slow, jobs[0]), 404, "not_found")
+    assert slow.metric("mmgen_cancelled_total") == cancelled + 2
+
+
+def test_a_waiting_job_can_be_deleted(slow: Server) -> None:
+    first, second = create(slow, num_inference_steps=3)["id"], create(slow)["id"]
+    assert delete(slow, second).status_code == 200
+    assert wait(slow, first)["status"] == "completed"
+    assert [job["id"] for job in slow.get("/v1/videos").json()["data"]] == [first]
+    assert slow.metric("mmgen_queue_depth") == 0
+
+
+def test_the_queue_is_bounded(slow: Server) -> None:
+    jobs = [create(slow, num_inference_steps=500)["id"] for _ in range(3)]
+    refused = post(slow, TINY)
+    assert_error(refused, 429, "queue_full")
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert slow.metric('mmgen_rejected_total{reason="queue_full"}') == 1
+    delete(slow, jobs[1])
+    create(slow)
 
 
 def test_ranges_of_a_file(video_server: Server) -> None:
@@ -185,19 +254,29 @@ def test_ranges_of_a_file(video_server: Server) -> None:
         assert time.monotonic() - began < 1
 
 
-def test_the_list_is_paged_in_both_orders(t2v_folder: Path, tmp_path: Path) -> None:
-    with start_server("--model-path", str(t2v_folder), "--data-dir", str(tmp_path)) as server:
-        empty = server.get("/v1/videos").json()
-        assert empty == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
-        made_ids = [create(server)["id"] for _ in range(5)]
-        for order, wanted in (("asc", made_ids), ("desc", made_ids[::-1])):
-            page = server.get(f"/v1/videos?limit=2&order={order}").json()
-            assert [job["id"] for job in page["data"]] == wanted[:2]
-            assert (page["first_id"], page["last_id"], page["has_more"]) == (wanted[0], wanted[1], True)
-            page = server.get(f"/v1/videos?limit=100&order={order}&after={wanted[1]}").json()
-            assert [job["id"] for job in page["data"]] == wanted[2:]
-            assert page["has_more"] is False
-        assert [job["id"] for job in server.get("/v1/videos").json()["data"]] == made_ids[::-1]
+@pytest.fixture(scope="module")
+def two_keys(t2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two keys: `mine`, and `other`, the admin's."""
+    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path_factory.mktemp("jobs")))
+    with start_server(*flags, "--admin-api-key", "other", api_key="mine") as server:
+        yield server
+
+
+def test_the_list_is_paged_in_both_orders(two_keys: Server) -> None:
+    two_keys.api_key = "other"
+    empty = two_keys.get("/v1/videos").json()
+    assert empty == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    made_ids = [create(two_keys, num_frames=1)["id"] for _ in range(5)]
+    for order, wanted in (("asc", made_ids), ("desc", made_ids[::-1])):
+        page = two_keys.get(f"/v1/videos?limit=2&order={order}").json()
+        assert [job["id"] for job in page["data"]] == wanted[:2]
+        assert (page["first_id"], page["last_id"], page["has_more"]) == (wanted[0], wanted[1], True)
+        page = two_keys.get(f"/v1/videos?limit=100&order={order}&after={wanted[1]}").json()
+        assert [job["id"] for job in page["data"]] == wanted[2:]
+        assert page["has_more"] is False
+    assert [job["id"] for job in two_keys.get("/v1/videos").json()["data"]] == made_ids[::-1]
+    for job in made_ids:
+        delete(two_keys, job)
 
 
 def test_the_same_idempotency_key_makes_one_video(video_server: Server) -> None:
@@ -232,38 +311,24 @@ def test_what_the_openai_client_sends_again_by_itself_makes_one_video(video_serv
     assert post(video_server, body, x_stainless_retry_count="0").json()["id"] != first
 
 
-def test_another_key_finds_nothing(t2v_folder: Path, tmp_path: Path) -> None:
-    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path), "--admin-api-key", "other")
-    with start_server(*flags, api_key="mine") as server:
-        job = wait(server, create(server)["id"])
-        server.api_key = "other"
-        path = f"/v1/videos/{job['id']}"
-        for answer in (server.get(path), download(server, job["id"]), delete(server, job["id"]),
-                       post(server, {"prompt": "x"}, path + "/remix")):  # fmt: skip
-            assert_error(answer, 404, "not_found")
-        assert server.get("/v1/videos").json()["data"] == []
-        assert_error(server.get(f"/v1/videos?after={job['id']}"), 400, "invalid_value", "after")
-        assert post(server, TINY, idempotency_key="k").json()["id"] != job["id"]
-        server.api_key = "mine"
-        assert server.get(path).status_code == 200
-
-
-def test_delete_stops_within_a_step_and_removes_the_files(t2v_folder: Path, tmp_path: Path) -> None:
-    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path), "--checkpoint-every", "1")
-    with start_server(*flags, fault="denoise:slow:1000") as server:
-        job = create(server, num_inference_steps=500)
-        other = create(server, num_inference_steps=500)
-        wait_for(lambda: get(server, job["id"])["progress"] > 0 or bool(checkpoints(tmp_path, job["id"])), 20, "a step")
-        began = time.monotonic()
-        assert delete(server, job["id"]).json() == {"id": job["id"], "object": "video.deleted", "deleted": True}
-        assert_error(server.get(f"/v1/videos/{job['id']}"), 404, "not_found")
-        assert not list(tmp_path.glob(f"*/videos/{job['id']}"))
-        assert delete(server, other["id"]).status_code == 200
-        wait_for(lambda: server.metric("mmgen_running") + server.metric("mmgen_queue_depth") == 0, 5, "the stop")
-        assert time.monotonic() - began < 2.0, "one step of half a second, not five hundred"
-        assert_error(delete(server, job["id"]), 404, "not_found")
-        assert server.metric("mmgen_cancelled_total") == 2
-        assert not list(tmp_path.glob("*/videos/*"))
+def test_another_key_finds_nothing(two_keys: Server) -> None:
+    two_keys.api_key = "mine"
+    job = wait(two_keys, create(two_keys)["id"])
+    two_keys.api_key = "other"
+    path = f"/v1/videos/{job['id']}"
+    for answer in (
+        two_keys.get(path),
+        download(two_keys, job["id"]),
+        delete(two_keys, job["id"]),
+        post(two_keys, {"prompt": "x"}, path + "/remix"),
+    ):
+        assert_error(answer, 404, "not_found")
+    assert two_keys.get("/v1/videos").json()["data"] == []
+    assert_error(two_keys.get(f"/v1/videos?after={job['id']}"), 400, "invalid_value", "after")
+    theirs = post(two_keys, TINY, idempotency_key="k").json()["id"]
+    two_keys.api_key = "mine"
+    assert post(two_keys, TINY, idempotency_key="k").json()["id"] != theirs
+    assert two_keys.get(path).status_code == 200
 
 
 def test_videos_deleted_at_any_moment_leave_nothing_behind(t2v_folder: Path, tmp_path: Path) -> None:
@@ -282,32 +347,6 @@ def test_videos_deleted_at_any_moment_leave_nothing_behind(t2v_folder: Path, tmp
         assert wait(server, create(server)["id"])["status"] == "completed"
         assert "Traceback" not in server.log
         assert "failed" not in server.log
-
-
-def checkpoints(data: Path, video_id: str) -> list[Path]:
-    return list(data.glob(f"*/videos/{video_id}/row-*"))
-
-
-def test_a_waiting_job_can_be_deleted(t2v_folder: Path, tmp_path: Path) -> None:
-    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path), "--max-queue-cost", "1")
-    with start_server(*flags, fault="denoise:slow:4") as server:
-        first, second = create(server, num_inference_steps=4)["id"], create(server)["id"]
-        assert delete(server, second).status_code == 200
-        assert wait(server, first)["status"] == "completed"
-        assert len(server.get("/v1/videos").json()["data"]) == 1
-
-
-def test_the_queue_is_bounded(t2v_folder: Path, tmp_path: Path) -> None:
-    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path), "--max-jobs", "2")
-    with start_server(*flags, fault="denoise:slow:4") as server:
-        jobs = [create(server)["id"] for _ in range(2)]
-        refused = post(server, TINY)
-        assert_error(refused, 429, "queue_full")
-        assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert server.metric('mmgen_rejected_total{reason="queue_full"}') == 1
-        for job in jobs:
-            wait(server, job)
-        create(server)
 
 
 def test_finished_videos_expire(t2v_folder: Path, tmp_path: Path) -> None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from tests.support.adapters import make_adapter_for
 from tests.support.server import Server, assert_error, run_server, start_server, wait_for
 from tests.support.survival import JOBS, contents, disturbed, flags_for, kill_all, undisturbed
-from tests.support.videos import TINY, create, download, get, post, wait
+from tests.support.videos import TINY, create, delete, download, get, listed, post, wait
 
 pytestmark = [pytest.mark.api]
 
-LONG: dict[str, Any] = {**TINY, "num_inference_steps": 20, "n": 2, "num_frames": 9}
+LONG: dict[str, Any] = {**TINY, "num_inference_steps": 14, "n": 2, "num_frames": 9}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def reference(t2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def half_way(server: Server, video_id: str) -> None:
-    wait_for(lambda: get(server, video_id)["progress"] >= 40, 60, "half of the steps")
+    wait_for(lambda: get(server, video_id)["progress"] >= 50, 60, "half of the steps")
 
 
 def test_a_running_video_goes_on_from_its_checkpoint_after_kill_9(
@@ -49,9 +52,6 @@ def test_a_running_video_goes_on_from_its_checkpoint_after_kill_9(
         assert server.metric("mmgen_jobs_resumed_total") >= 1
         assert wait(server, waiting)["status"] == "completed"
         assert not list(tmp_path.glob("*/videos/*/row-*")), "checkpoints go when the job has ended"
-        kill_all(server)
-    with start_server(*flags) as server:
-        assert contents(server, [video]) == [reference], "finished ones stay downloadable"
 
 
 def test_a_worker_that_dies_alone_costs_nothing_but_time(
@@ -94,7 +94,9 @@ def test_sigterm_puts_running_videos_back(t2v_folder: Path, tmp_path: Path, refe
         assert wait(server, waiting)["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_random_moments(t2v_folder: Path, tmp_path: Path) -> None:
+    """Three moments and four jobs; benchmarks/survival.py takes twenty and ten."""
     jobs = JOBS[:4]
     wanted = undisturbed(t2v_folder, tmp_path / "calm", jobs)
     files, seen = disturbed(t2v_folder, tmp_path / "wild", jobs, kills=3, seed=1, longest_s=2.0)
@@ -102,14 +104,45 @@ def test_random_moments(t2v_folder: Path, tmp_path: Path) -> None:
     assert seen["kills"] == 3
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_twenty_random_moments_and_ten_jobs(t2v_folder: Path, tmp_path: Path) -> None:
-    wanted = undisturbed(t2v_folder, tmp_path / "calm", JOBS)
-    files, seen = disturbed(t2v_folder, tmp_path / "wild", JOBS, kills=20, seed=7, longest_s=1.5)
-    assert files == wanted
-    assert seen["kills"] == 20
-    print(seen)
+def test_what_was_acknowledged_in_the_moment_of_the_kill_is_there_and_the_rest_can_be_sent_again(
+    t2v_folder: Path, tmp_path: Path
+) -> None:
+    flags = flags_for(t2v_folder, tmp_path)
+    acknowledged: dict[str, str] = {}
+    sent: set[str] = set()
+
+    def send(server: Server, sender: int) -> None:
+        for number in itertools.count():
+            key = f"{sender}-{number}"
+            sent.add(key)
+            try:
+                answer = httpx2.post(
+                    server.base_url + "/v1/videos", json={**TINY, "seed": number}, headers={"idempotency-key": key}
+                )
+            except httpx2.TransportError:
+                return
+            assert answer.status_code == 200, answer.text
+            acknowledged[key] = answer.json()["id"]
+
+    with start_server(*flags) as server:
+        with ThreadPoolExecutor(4) as pool:
+            senders = [pool.submit(send, server, sender) for sender in range(4)]
+            time.sleep(0.7)
+            kill_all(server)
+        for sender in senders:
+            sender.result()
+    assert len(sent) > len(acknowledged) > 4
+    with start_server(*flags) as server:
+        for video_id in acknowledged.values():
+            get(server, video_id)
+        for key in sent:
+            seed = int(key.partition("-")[2])
+            answer = post(server, {**TINY, "seed": seed}, idempotency_key=key).json()
+            assert answer["id"] == acknowledged.get(key, answer["id"])
+            acknowledged[key] = answer["id"]
+        ids = listed(server)
+        assert len(ids) == len(set(ids)) == len(sent), "no job is lost and none is there twice"
+        assert set(ids) == set(acknowledged.values())
 
 
 def test_a_video_whose_adapter_is_gone_fails_and_says_so(t2v_folder: Path, tmp_path: Path) -> None:
@@ -184,7 +217,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_refuses_new_videos_and_fails_running_ones(t2v_folder: Path, small_disk: Path) -> None:
-    with start_server(*flags_for(t2v_folder, small_disk), fault="decode:slow:1") as server:
+    with start_server(*flags_for(t2v_folder, small_disk), fault="decode:slow:2") as server:
+        earlier = wait(server, create(server)["id"])["id"]
         video = create(server)["id"]
         wait_for_folder(small_disk, video)
         ballast = small_disk / "ballast"
@@ -195,6 +229,6 @@ def test_a_full_disk_refuses_new_videos_and_fails_running_ones(t2v_folder: Path,
         assert refused.headers["x-should-retry"] == "false"
         job = wait(server, video)
         assert (job["status"], job["error"]["code"]) == ("failed", "storage_full")
+        assert delete(server, earlier).status_code == 200, "a full disk can be tidied"
         ballast.unlink()
         assert wait(server, create(server)["id"])["status"] == "completed"
-        assert get(server, video)["status"] == "failed"

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from tests.support.server import Server, start_server
-from tests.support.videos import TINY, download, get, post, wait
+from tests.support.videos import TINY, download, get, listed, post, wait
 
 # Different in all that a job can differ in; each takes a second or two.
 JOBS: list[dict[str, Any]] = [
@@ -91,6 +91,5 @@ def disturbed(
             ids[index] = post(server, jobs[index], idempotency_key=f"job-{index}").json()["id"]
         files = contents(server, [ids[index] for index in range(len(jobs))])
         seen["resumed"] += int(server.metric("mmgen_jobs_resumed_total"))
-        listed = [job["id"] for job in server.get("/v1/videos?limit=100&order=asc").json()["data"]]
-        assert listed == [ids[index] for index in range(len(jobs))], "nothing is lost and nothing is made twice"
+        assert listed(server) == [ids[index] for index in range(len(jobs))], "nothing is lost and nothing is made twice"
     return files, seen

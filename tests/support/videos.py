@@ -78,3 +78,14 @@ def made(server: Server, **fields: Any) -> bytes:
 def delete(server: Server, video_id: str) -> httpx2.Response:
     """DELETE a job."""
     return server.client.delete(f"{server.base_url}/v1/videos/{video_id}", headers=server.headers)
+
+
+def listed(server: Server) -> list[str]:
+    """The ids of all jobs, oldest first, page by page."""
+    ids: list[str] = []
+    while True:
+        after = f"&after={ids[-1]}" if ids else ""
+        page = server.get(f"/v1/videos?limit=100&order=asc{after}").json()
+        ids += [job["id"] for job in page["data"]]
+        if not page["has_more"]:
+            return ids

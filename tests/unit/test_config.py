@@ -12,6 +12,7 @@ from multimodal_gen.config import (
     EngineConfig,
     ServerConfig,
     check_bind,
+    data_folder,
     is_loopback,
     load,
     options,
@@ -220,3 +221,14 @@ def test_keys_that_cannot_travel_in_a_header_are_refused(key):
     with pytest.raises(ConfigError, match="--api-key") as caught:
         check_bind(ServerConfig(api_key=key))
     assert caught.value.param == "api_key"
+
+
+def test_the_data_folder_is_where_the_user_says_or_where_the_desktop_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert data_folder(ServerConfig()) == Path("/home/x/.local/share/mmgen")
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert data_folder(ServerConfig()) == Path("/data/mmgen")
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    assert data_folder(ServerConfig()) == Path("/home/x/.local/share/mmgen")
+    assert data_folder(ServerConfig(data_dir="~/jobs")) == Path("/home/x/jobs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 
 from multimodal_gen.adapters import Pin
 from multimodal_gen.engine.job_files import JobFiles
-from multimodal_gen.engine.job_runner import next_in_turn
-from multimodal_gen.engine.jobs import RESENT_S, Job, Jobs
-from multimodal_gen.errors import ConfigError, IdempotencyMismatch, QueueFull, StorageFull
+from multimodal_gen.engine.job_queue import MAX_AT_ONCE, JobQueue, Running, next_in_turn
+from multimodal_gen.engine.job_rows import JobRows
+from multimodal_gen.engine.jobs import RESENT_S, Job, Jobs, OneThread
+from multimodal_gen.errors import ConfigError, IdempotencyMismatch, QueueFull, ShuttingDown, StorageFull
 from multimodal_gen.media.arrays import from_numpy, to_numpy
 from multimodal_gen.messages import RowState
 from multimodal_gen.request import VideoRequest
@@ -261,6 +263,11 @@ def test_a_folder_has_one_server_at_a_time(tmp_path: Path) -> None:
     JobFiles(tmp_path).close()
 
 
+def test_other_users_of_the_machine_cannot_look_in(tmp_path: Path) -> None:
+    JobFiles(tmp_path / "data" / "model").close()
+    assert (tmp_path / "data" / "model").stat().st_mode & 0o077 == 0
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--data-dir"):
@@ -271,3 +278,74 @@ def test_a_job_that_cannot_fit_the_disk_is_refused(files: JobFiles) -> None:
     files.check_room(REQUEST)
     with pytest.raises(StorageFull, match="disk is full"):
         files.check_room(msgspec.structs.replace(REQUEST, num_frames=10**15 + 1))
+
+
+# --- the queue and the rows in memory -------------------------------------------------------------------------------
+
+
+def queue_of(*numbers: int, cost: int = 5) -> JobQueue:
+    jobs = [msgspec.structs.replace(job(number, cost=cost), number=number) for number in numbers]
+    return JobQueue(waiting={found.id: found for found in jobs})
+
+
+def test_the_engine_gets_no_more_than_it_may_hold() -> None:
+    queue = queue_of(1, 2, 3, cost=5)
+    first = queue.take(0, 4)
+    assert first is not None, "one job is taken whatever it costs"
+    assert queue.take(5, 9) is None
+    assert queue.take(5, 10) is not None
+    assert [len(queue.waiting), len(queue.running)] == [1, 2]
+
+
+def test_waiting_requests_stay_on_the_disk() -> None:
+    queue = queue_of(*range(1, 30))
+    while queue.take(0, 10**9) is not None:
+        continue
+    assert len(queue.running) == MAX_AT_ONCE
+    assert queue.unstarted == 29
+
+
+def test_positions_count_what_comes_before() -> None:
+    queue = queue_of(1, 2, 3, 4)
+    queue.waiting["video_4"] = msgspec.structs.replace(queue.waiting["video_4"], priority=1)
+    waiting = dict(queue.waiting)
+    assert [queue.position(waiting[f"video_{i}"]) for i in (1, 2, 3, 4)] == [1, 2, 3, 0]
+    running = queue.take(0, 99)
+    assert running is not None
+    assert running.job.id == "video_4"
+    assert [queue.position(waiting[f"video_{i}"]) for i in (4, 1, 2)] == [0, 1, 2]
+    running.started = True
+    assert [queue.position(waiting[f"video_{i}"]) for i in (4, 1, 2)] == [None, 0, 1]
+    assert (queue.unstarted, queue.started) == (3, 1)
+
+
+def test_progress_counts_the_steps_of_all_rows_and_never_says_done() -> None:
+    running = Running(job(), rows={0: 5, 1: 0}, steps=20)
+    assert running.progress == 24
+    running.rows = {0: 10, 1: 10}
+    assert running.progress == 99
+    assert Running(job()).progress == 0
+
+
+def test_what_the_disk_cannot_take_is_shown_and_written_later(jobs: Jobs) -> None:
+    disk = OneThread("test")
+    rows = JobRows(jobs, disk)
+    added = jobs.add(job(), REQUEST, 10)
+    jobs._db.execute("PRAGMA query_only = ON")  # a disk that takes nothing
+
+    async def scenario() -> None:
+        assert not await rows.update("video_1", status="in_progress", progress=5)
+        assert not await rows.update("video_1", status="failed", error_code="storage_full")
+        shown = rows.current(added)
+        assert (shown.status, shown.progress, shown.error_code) == ("failed", 5, "storage_full")
+        jobs._db.execute("PRAGMA query_only = OFF")
+        await rows.retry()
+
+    asyncio.run(scenario())
+    found = jobs.find("video_1")
+    assert found is not None
+    assert (found.status, found.progress, found.error_code) == ("failed", 5, "storage_full")
+    assert rows.current(found) is found
+    disk.close()
+    with pytest.raises(ShuttingDown):
+        asyncio.run(disk(jobs.ids))
