@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -56,7 +57,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="two groups of ranks, one for the prompt and one for the negative prompt")
     ] = False
     dp_size: Annotated[int, Meta(ge=1, description="replicas of the model, each with its own ranks")] = 1
-    threads: Annotated[AtLeastOne | None, Meta(description="CPU threads of the worker; default: all cores")] = None
+    threads: Annotated[
+        AtLeastOne | None, Meta(description="CPU threads of each worker; default: all cores, shared out")
+    ] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every image gets its own forward")
@@ -76,6 +79,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3
+    step_timeout_s: Annotated[
+        float, Positive, Meta(description="a worker silent for this long while it has work is killed and restarted")
+    ] = 600.0
+    load_timeout_s: Annotated[
+        float, Positive, Meta(description="a worker that has not loaded the model by then is killed and restarted")
+    ] = 1800.0
     lora_root: Annotated[
         list[str],
         Meta(description="folders that adapters may be loaded from; default of the server: loras/ where it started"),
@@ -91,7 +100,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_lora_mb: Annotated[int, Meta(ge=1, description="memory for the tensors of all loaded adapters")] = 4096
     max_lora_rank: Annotated[int, Meta(ge=1, description="largest rank of an adapter's modules")] = 1024
     fault: Annotated[
-        str | None, Meta(description="tests only: STAGE:ACTION:COUNT, injects a failure into the worker")
+        str | None, Meta(description="tests only: STAGE:ACTION:COUNT[@RANK], injects a failure into the workers")
     ] = None
 
 
@@ -122,9 +131,6 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
         Literal["error", "warn"], Meta(description="unknown JSON fields: 400, or 200 with an x-mmgen-warning header")
     ] = "error"
     max_connections: Annotated[int, Meta(ge=1, description="open connections; more are answered 503")] = 1000
-    step_timeout_s: Annotated[
-        float, Positive, Meta(description="a worker silent for this long while it has work is killed and restarted")
-    ] = 600.0
     drain_timeout_s: Annotated[float, Meta(ge=0, description="time for running requests to finish at SIGTERM")] = 25.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
@@ -355,7 +361,18 @@ def calm_openmp() -> None:
 def worker_environment() -> dict[str, str]:
     """The environment of a worker process: ours without our own variables, which may hold the API key."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    return {**ours, **openmp_defaults()}
+    # Ranks of one machine talk over loopback, whatever its name resolves to.
+    loopback = {} if "GLOO_SOCKET_IFNAME" in ours or sys.platform != "linux" else {"GLOO_SOCKET_IFNAME": "lo"}
+    return {**ours, **openmp_defaults(), **loopback}
+
+
+def worker_threads(config: EngineConfig, workers: int) -> EngineConfig:
+    """The engine's share of the settings with the cores of this machine shared out among so many workers."""
+    part = engine_part(config)
+    if config.threads is not None or workers == 1:
+        return part
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return msgspec.structs.replace(part, threads=max(1, cores // workers))
 
 
 def engine_part(config: EngineConfig) -> EngineConfig:

@@ -97,7 +97,7 @@ class _Server:
         self.signals: asyncio.Queue[int] = asyncio.Queue()
 
     async def run(self) -> int:
-        from multimodal_gen.engine.client import STOP_SECONDS, EngineClient
+        from multimodal_gen.engine.client import EngineClient
 
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
@@ -121,7 +121,7 @@ class _Server:
             front.should_exit = True
             front.force_exit = code > 128
         finally:
-            await engine.stop(patience_s=0.0 if code > 128 else STOP_SECONDS)
+            await (engine.stop(patience_s=0.0) if code > 128 else engine.stop())
         if code <= 128:
             await serving
         else:

@@ -224,6 +224,11 @@ class ZImagePipeline:
         """Modulations; encoded prompts stay, within --condition-cache-mb."""
         self.times.clear()
 
+    def reset(self) -> None:
+        """Encoded prompts and modulations."""
+        self.cache.clear()
+        self.times.clear()
+
 
 def _state(row: Row) -> tuple[FlowMatchState, Tensor]:
     assert isinstance(row.sampler, FlowMatchState), "prepare() comes before denoise()"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.core import EngineCore, preview_steps
+from multimodal_gen.engine.active import preview_steps
+from multimodal_gen.engine.core import EngineCore
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.media.arrays import to_numpy
