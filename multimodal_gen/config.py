@@ -76,6 +76,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     condition_cache_mb: Annotated[int, Meta(ge=0, description="memory for encoded prompts; 0 turns the cache off")] = (
         256
     )
+    vae_tiling: Annotated[
+        bool, Meta(description="decode large pictures by overlapping tiles, which ranks share; slightly approximate")
+    ] = False
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3

@@ -1,4 +1,4 @@
-"""What an attention backend is."""
+"""What attention is to a model, and what a backend of it is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ class AttentionBackend(Protocol):
     """Bidirectional softmax attention inside each segment of a packed batch."""
 
     name: str
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """q, k, v [T, H, D] → [T, H, D]; scale 1/√D. A segment's result does not depend on its neighbours."""
+
+
+class Candidate(AttentionBackend, Protocol):
+    """A row of the registry."""
+
     gives_lse: bool  # whether it is an `LseBackend`, as `registry.GIVE_LSE` lists them
 
     @staticmethod
@@ -23,9 +31,6 @@ class AttentionBackend(Protocol):
     @staticmethod
     def preferred(device: torch.device) -> bool:
         """Whether `auto` takes it on a device where it can run, unless an earlier row is taken."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        """q, k, v [T, H, D] → [T, H, D]; scale 1/√D. A segment's result does not depend on its neighbours."""
 
 
 class LseBackend(AttentionBackend, Protocol):

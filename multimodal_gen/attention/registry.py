@@ -11,7 +11,7 @@ from multimodal_gen.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-    from multimodal_gen.attention.base import AttentionBackend, LseBackend
+    from multimodal_gen.attention.base import AttentionBackend, Candidate, LseBackend
 
 BACKENDS = {
     "onednn": "multimodal_gen.attention.onednn:OneDnnAttention",
@@ -23,9 +23,9 @@ GIVE_LSE = ("sdpa", "naive")  # those that ring attention can join blocks with; 
 log = logging.getLogger(__name__)
 
 
-def _load(name: str) -> type[AttentionBackend]:
+def _load(name: str) -> type[Candidate]:
     module, attribute = BACKENDS[name].split(":")
-    backend: type[AttentionBackend] = vars(importlib.import_module(module))[attribute]
+    backend: type[Candidate] = vars(importlib.import_module(module))[attribute]
     return backend
 
 

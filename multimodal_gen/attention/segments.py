@@ -56,6 +56,14 @@ class Segments:
         """Number of tokens."""
         return sum(self.lengths)
 
+    def within(self, start: int, stop: int) -> list[int]:
+        """How many tokens of each segment lie in [start, stop)."""
+        found, first = [], 0
+        for length in self.lengths:
+            found.append(max(0, min(first + length, stop) - max(first, start)))
+            first += length
+        return found
+
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The segments as maximal runs of equal length."""

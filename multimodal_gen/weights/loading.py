@@ -1,14 +1,16 @@
 """Safetensors shards, read one tensor at a time straight into the places where the model computes with them.
 
-The model is constructed first, in its final dtype and on its final device; every checkpoint tensor is then copied (and
-cast) from the memory-mapped file into its slot. Peak memory is the model plus one tensor. The table of places stays:
-adapters find a layer by its checkpoint name through it, and read the pristine weights again from the same files.
+The model is constructed first, in its final dtype on the meta device, shared out among ranks where there are several,
+and given memory; every checkpoint tensor, or the share of it that this rank holds, is then copied (and cast) from the
+memory-mapped file into its slot. Peak memory is the model plus one tensor. The table of places stays: adapters find a
+layer by its checkpoint name through it, and read the pristine weights again from the same files.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
-from multimodal_gen.nn.slots import Slotted
+from multimodal_gen.nn.slots import Cut, Slotted
 from multimodal_gen.weights.header import read_header
 
 
@@ -50,10 +52,23 @@ class Place:
     name: str  # its name there: "weight", "bias"
     part: str | None  # of a fused layer
 
+    @property
+    def cut(self) -> Cut | None:
+        """Which piece of the checkpoint's tensor is held; None: all of it."""
+        return self.layer.cuts.get(self.name) if isinstance(self.layer, Slotted) else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor in the checkpoint."""
+        share = tuple(self.view().shape)
+        return share if self.cut is None else self.cut.whole(share)
+
     def view(self) -> Tensor:
-        """The memory that the checkpoint's tensor fills, in the checkpoint's shape."""
+        """The memory that the checkpoint's tensor, or the piece of it, fills, in the checkpoint's layout."""
         if isinstance(self.layer, Slotted) and self.name == "weight":
             return self.layer.slot(self.part)
+        if isinstance(self.layer, Slotted) and self.name == "bias":
+            return self.layer.bias_slot(self.part)
         own = dict(self.layer.named_parameters(recurse=False)) | dict(self.layer.named_buffers(recurse=False))
         return own[self.name].detach()
 
@@ -103,14 +118,14 @@ class WeightTree:
         for name, layer in self.model.named_modules():
             if isinstance(layer, Slotted):
                 missing[f"{name}.weight"] = sum(layer.slot(part).numel() for part in layer.part_names)
-        for key, tensor in self.read(self.places):
-            place = self.places[key]
-            slot = place.view()
-            if slot.shape != tensor.shape:
+        for key, place in self.places.items():
+            if place.shape != self.shapes[key]:
                 raise CorruptModel(
-                    f"{self._file_of[key]}: tensor {key!r} has shape {tuple(tensor.shape)} and the model's "
-                    f"configuration wants {tuple(slot.shape)}. The weights and config.json do not belong together."
+                    f"{self._file_of[key]}: tensor {key!r} has shape {self.shapes[key]} and the model's "
+                    f"configuration wants {place.shape}. The weights and config.json do not belong together."
                 )
+        for key, tensor in self.read(self.places):
+            slot = self.places[key].view()
             slot.copy_(tensor)
             missing[self._names[key]] -= slot.numel()
         wrong = [name for name, count in missing.items() if count]
@@ -118,14 +133,23 @@ class WeightTree:
             where = self.files[0].parent if self.files else "the checkpoint"
             raise CorruptModel(f"{where}: {len(wrong)} tensors are missing or doubled, for example {wrong[0]!r}.")
 
-    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    @property
+    def parameters(self) -> int:
+        """Numbers in the checkpoint's tensors that the model uses, whichever rank holds them."""
+        return sum(math.prod(self.shapes[key]) for key in self.places)
+
+    def read(self, keys: Iterable[str], whole: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these keys as the files hold them, file by file; each is mapped only while it is in use.
+
+        Args:
+            whole: keys whose tensor is wanted whole where only a piece of it is held.
 
         Raises: CorruptModel naming the file, also for one that was changed since the model was loaded.
         """
-        wanted: dict[Path, list[str]] = {}
+        wanted: dict[Path, dict[str, tuple[slice, ...] | None]] = {}
         for key in keys:
-            wanted.setdefault(self._file_of[key], []).append(key)
+            cut = self.places[key].cut if key in self.places and key not in whole else None
+            wanted.setdefault(self._file_of[key], {})[key] = cut.index_of(self.shapes[key]) if cut else None
         for file, names in wanted.items():
             self._check(file)
             yield from _tensors(file, names)
@@ -152,6 +176,14 @@ def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give memory to a model that was constructed on the meta device; padding is zero, the rest is for the loader."""
+    model.to_empty(device=device)
+    for layer in model.modules():
+        if isinstance(layer, Slotted) and layer.padded:
+            layer.weight.zero_()
+
+
 def load_weights(
     model: nn.Module, files: Sequence[Path], renames: Sequence[Rename] = (), ignored: Sequence[str] = ()
 ) -> WeightTree:
@@ -169,10 +201,10 @@ def _stamp(file: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _tensors(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Path, wanted: Mapping[str, tuple[slice, ...] | None]) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(file, framework="pt", device="cpu") as reader:
-            for key in keys:
-                yield key, reader.get_tensor(key)
+            for key, piece in wanted.items():
+                yield key, reader.get_tensor(key) if piece is None else reader.get_slice(key)[piece]
     except (SafetensorError, OSError) as error:
         raise CorruptModel(f"{file} cannot be read: {error}. Download it again.") from None

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from multimodal_gen.errors import Overflowed
 from multimodal_gen.nn.precision import compute_dtype
+from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.pipelines.vaes.tiles import Tiling
 from multimodal_gen.weights.checkpoint import read_json
 from multimodal_gen.weights.loading import construction, load_weights
 
@@ -18,8 +20,24 @@ from multimodal_gen.weights.loading import construction, load_weights
 class KLDecoder:
     """Latents → pixels, one image at a time: convolutions gain nothing from a batch and a row stays on its own."""
 
-    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
-        """`folder` is the vae/ folder, `files` its weights. Raises: CorruptModel."""
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        device: torch.device,
+        dtype: torch.dtype,
+        tiled: bool = False,
+        group: Group = SOLO,
+    ) -> None:
+        """
+        Args:
+            folder: the vae/ folder.
+            files: its weights.
+            tiled: decode what is larger than a tile by tiles.
+            group: the ranks that share the tiles; all of them decode the same latents.
+
+        Raises: CorruptModel.
+        """
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         config = read_json(folder, "config.json")
@@ -32,6 +50,8 @@ class KLDecoder:
         self.vae = vae.eval().to(memory_format=torch.channels_last)
         self.scale: float = vae.config["scaling_factor"]
         self.shift: float = vae.config["shift_factor"] or 0.0
+        self.tiling = Tiling(vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor)
+        self.tiled, self.group = tiled, group
         self.parameters = sum(p.numel() for p in vae.parameters())
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -42,6 +62,12 @@ class KLDecoder:
                 "of its adapters."
             )
         z = latents.to(self.device, self.dtype)[None] / self.scale + self.shift
-        pixels = self.vae.decode(z.contiguous(memory_format=torch.channels_last), return_dict=False)[0][0]
-        pixels = (pixels.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+        tiled = self.tiled and self.tiling.applies(z)
+        whole = self.tiling.decode(z, self._decode, self.group) if tiled else self._decode(z)
+        pixels = (whole[0].float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
         return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """[1, C, h, w] → [1, 3, H, W]."""
+        pixels: Tensor = self.vae.decode(z.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        return pixels

@@ -1,6 +1,8 @@
 """The Z-Image diffusion transformer (Z-Image Team, 2025; reference: diffusers ZImageTransformer2DModel).
 
 Shapes: T packed tokens of all segments, S segments, R rows (images), D model width, H heads, L tokens of one segment.
+Ranks that share a sequence (`sequence`) hold a slice of each packed batch, and S are the segments in it; ranks that
+share weights hold some of the heads and of the hidden units.
 
 The caption tower does not see the timestep, so `refine_captions` runs once per prompt. Image and caption sequences are
 each padded to a multiple of 32 with learned pad tokens that take part in attention: they belong to the model.
@@ -26,6 +28,8 @@ from multimodal_gen.nn.mlp import SwiGLU
 from multimodal_gen.nn.modulation import add_gated_, norm_scaled, scale_segments_
 from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
 from multimodal_gen.nn.rope import rotate_
+from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.parallel.sequence import TokenShards
 from multimodal_gen.pipelines.zimage.packing import Joint, Layout, pad_count
 
 QK_NORM_EPS = 1e-5
@@ -90,14 +94,14 @@ class Attention(nn.Module):
     def __init__(self, config: ZImageConfig, backend: AttentionBackend) -> None:
         super().__init__()
         dim = config.dim
-        self.heads, self.head_dim = config.n_heads, dim // config.n_heads
+        self.head_dim = dim // config.n_heads
         self.qkv = FusedLinear(dim, {"q": dim, "k": dim, "v": dim})
         self.qk_norm = PartedRMSNorm(("q", "k"), self.head_dim, QK_NORM_EPS)
         self.out = Linear(dim, dim)
         self.backend = backend
 
     def forward(self, x: Tensor, frequencies: Tensor, segments: Segments, routing: Routing | None) -> Tensor:
-        qkv = self.qkv(x, routing).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, d]
+        qkv = self.qkv(x, routing).unflatten(-1, (3, -1, self.head_dim))  # [T, 3, H, d]
         q, k = rotate_(self.qk_norm(qkv[:, :2]), frequencies).unbind(1)
         return self.out(self.backend(q, k, qkv[:, 2], segments).flatten(-2), routing)
 
@@ -183,9 +187,11 @@ class Modulation:
 class ZImageTransformer(nn.Module):
     """Velocity of a packed batch of noisy images under their captions."""
 
-    def __init__(self, config: ZImageConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: ZImageConfig, backend: AttentionBackend, sequence: Group = SOLO) -> None:
+        """`sequence`: the ranks among which `backend` shares out a sequence."""
         super().__init__()
         self.config = config
+        self.sequence = sequence
         dim = config.dim
         self.image_embedder = Linear(config.patch_dim, dim, bias=True)
         self.caption_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
@@ -240,25 +246,42 @@ class ZImageTransformer(nn.Module):
 
         Returns: per joint sequence, in layout order, [l, patch_dim].
         """
-        refiner = torch.stack([time.refiner for time in times], dim=1)[:, layout.image_rows]  # [n, S, 4, D]
-        layers = torch.stack([time.layers for time in times], dim=1)[:, layout.joint_rows]
-        final = torch.stack([time.final for time in times])[layout.joint_rows]  # [S, D]
-        of_images = [overlays[row] for row in layout.image_rows_list]
-        of_joints = [overlays[joint.row] for joint in layout.joints]
+        of_images = [overlays[row] for row in layout.image_rows]
         x = self._embed_images(patches, layout, Routing.of(layout.image_lengths, of_images))
-        routing = Routing.of(layout.image_segments.lengths, of_images)
-        for block, folded in zip(self.noise_refiner, refiner, strict=True):
-            x = block(x, layout.image_frequencies, layout.image_segments, routing, folded)
+        x = self._refine(x, times, layout, of_images)
         x = self._join(x, captions, layout)
-        routing = Routing.of(layout.joint_segments.lengths, of_joints)
+        return self._image_tokens(self._joint(x, times, layout, overlays), layout.joints)
+
+    def _refine(
+        self, x: Tensor, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]
+    ) -> Tensor:
+        """Image tokens among themselves: [T, D] → [T, D]."""
+        shards = TokenShards(layout.image_segments.total, self.sequence)
+        segments = shards.local(layout.image_segments)
+        refiner = torch.stack([times[row].refiner for row in segments.pick(layout.image_rows)], dim=1)  # [n, S, 4, D]
+        routing = Routing.of(segments.lengths, segments.pick(overlays))
+        x, frequencies = shards.split(x), shards.split(layout.image_frequencies)
+        for block, folded in zip(self.noise_refiner, refiner, strict=True):
+            x = block(x, frequencies, segments, routing, folded)
+        return shards.gather(x)
+
+    def _joint(
+        self, x: Tensor, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]
+    ) -> Tensor:
+        """Image and caption tokens: [T, D] → [T, patch_dim]."""
+        shards = TokenShards(layout.joint_segments.total, self.sequence)
+        segments = shards.local(layout.joint_segments)
+        rows = [joint.row for joint in segments.pick(layout.joints)]
+        layers = torch.stack([times[row].layers for row in rows], dim=1)  # [n, S, 4, D]
+        routing = Routing.of(segments.lengths, [overlays[row] for row in rows])
+        x, frequencies = shards.split(x), shards.split(layout.joint_frequencies)
         for block, folded in zip(self.layers, layers, strict=True):
-            x = block(x, layout.joint_frequencies, layout.joint_segments, routing, folded)
-        x, segments = self._image_tokens(x, layout.joints)
-        routing = Routing.of(segments.lengths, of_joints)
-        return list(self.final(x, final, segments, routing).split(segments.lengths))
+            x = block(x, frequencies, segments, routing, folded)
+        final = torch.stack([times[row].final for row in rows])  # [S, D]
+        return shards.gather(self.final(x, final, segments, routing))
 
     def _embed_images(self, patches: Sequence[Tensor], layout: Layout, routing: Routing | None) -> Tensor:
-        x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows_list]), routing)
+        x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows]), routing)
         pieces = []
         for tokens in x.split(layout.image_lengths):
             pieces += [tokens, self.image_pad.expand(pad_count(len(tokens)), -1)]
@@ -268,10 +291,9 @@ class ZImageTransformer(nn.Module):
         images = x.split(layout.image_segments.lengths)
         return torch.cat([part for j, c in zip(layout.joints, captions, strict=True) for part in (images[j.image], c)])
 
-    def _image_tokens(self, x: Tensor, joints: Sequence[Joint]) -> tuple[Tensor, Segments]:
+    def _image_tokens(self, x: Tensor, joints: Sequence[Joint]) -> list[Tensor]:
         parts = x.split([joint.length for joint in joints])
-        lengths = [joint.image_tokens for joint in joints]
-        return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]), Segments.of(lengths)
+        return [part[: joint.image_tokens] for part, joint in zip(parts, joints, strict=True)]
 
 
 def _fold(blocks: nn.ModuleList, time: Tensor, routing: Routing | None) -> Tensor:

@@ -96,8 +96,6 @@ class Layout:
     joints: tuple[Joint, ...]
     image_frequencies: Tensor  # complex64 [T_image, d/2]
     joint_frequencies: Tensor  # complex64 [T_joint, d/2]
-    image_rows: Tensor  # int64 [S_image]
-    joint_rows: Tensor  # int64 [S_joint]
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +103,7 @@ class Layout:
         return self.image_frequencies.nbytes + self.joint_frequencies.nbytes
 
     @cached_property
-    def image_rows_list(self) -> list[int]:
+    def image_rows(self) -> list[int]:
         """Row of each image sequence."""
         return [row for row, _, _ in self.images]
 
@@ -148,6 +146,4 @@ def make_layout(shapes: Sequence[Shape], rope: Rope, device: torch.device) -> La
         joints=tuple(joints),
         image_frequencies=torch.cat(tables).to(device),
         joint_frequencies=torch.cat(joint_tables).to(device),
-        image_rows=torch.tensor([row for row, _, _ in images], device=device),
-        joint_rows=torch.tensor([joint.row for joint in joints], device=device),
     )

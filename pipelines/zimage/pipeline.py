@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal_gen.attention import registry as attention
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
+from multimodal_gen.parallel.sequence import choose_attention
+from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
@@ -24,10 +26,11 @@ from multimodal_gen.pipelines.stages.guidance import guide
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
+from multimodal_gen.pipelines.zimage.sharding import SHARDING
 from multimodal_gen.pipelines.zimage.weights import RENAMES
 from multimodal_gen.request import ImageRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
-from multimodal_gen.weights.loading import construction, load_weights
+from multimodal_gen.weights.loading import allocate, construction, load_weights
 
 TRAIN_STEPS = 1000.0
 LAYOUT_BYTES = MODULATION_BYTES = 64 << 20
@@ -72,14 +75,18 @@ class ZImagePipeline:
         self.deterministic = config.deterministic
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        backend = attention.choose(config.attention_backend, self.device)
+        backend = choose_attention(config.attention_backend, self.device, mesh)
         settings = ZImageConfig.from_json(json.loads((folder / "transformer" / "config.json").read_text()))
-        with construction(self.device, self.dtype):
-            self.transformer = ZImageTransformer(settings, backend).eval()
+        with construction(torch.device("meta"), self.dtype):
+            self.transformer = ZImageTransformer(settings, backend, mesh.sp).eval()
+        shard(self.transformer, SHARDING, mesh.tp)
+        allocate(self.transformer, self.device)
         weights = load_weights(self.transformer, components["transformer"].files, RENAMES)
         self.text = CausalTextEncoder(folder, components["text_encoder"].files, self.device, self.dtype)
         self.trees = {"transformer": weights, "text_encoder": self.text.weights}
-        self.vae = KLDecoder(folder / "vae", components["vae"].files, self.device, self.dtype)
+        self.vae = KLDecoder(
+            folder / "vae", components["vae"].files, self.device, self.dtype, config.vae_tiling, mesh.world
+        )
         self.scheduler = FlowMatchEuler(folder / "scheduler")
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
         self.vae_scale = card.size_multiple // settings.patch_size
@@ -87,9 +94,7 @@ class ZImagePipeline:
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             attention_backend=backend.name,
-            parameters=sum(p.numel() for p in self.transformer.parameters())
-            + self.text.parameters
-            + self.vae.parameters,
+            parameters=weights.parameters + self.text.parameters + self.vae.parameters,
         )
         self.cache: ByteCache[Caption] = ByteCache(config.condition_cache_mb << 20, self.info.cache)
         # Requests with the same number of steps meet the same timesteps.
@@ -166,22 +171,12 @@ class ZImagePipeline:
     def _velocities(self, rows: Sequence[Row]) -> list[Tensor]:
         """Guided dx/dσ of each row, float32 [C, h, w]."""
         size = self.transformer.config.patch_size
-        times = [self._time(row) for row in rows]
-        branches = [_captions(row).branches(self._guided(row, t)) for row, t in zip(rows, times, strict=True)]
         latents = [_state(row)[1] for row in rows]
-        shapes = tuple(
-            Shape(x.shape[1] // size, x.shape[2] // size, tuple(len(caption) for caption in captions))
-            for x, captions in zip(latents, branches, strict=True)
-        )
-        layout = self.layouts.get(shapes, lambda: make_layout(shapes, self.rope, self.device))
-        outputs = self.transformer(
-            [patchify(x.to(self.dtype), size) for x in latents],
-            [self._modulation(t, row.adapters) for t, row in zip(times, rows, strict=True)],
-            [branches[joint.row][joint.branch] for joint in layout.joints],
-            layout,
-            [row.adapters.overlay("transformer") for row in rows],
-        )
-        found = {(j.row, j.branch): out for j, out in zip(layout.joints, outputs, strict=True)}
+        patches = [patchify(x.to(self.dtype), size) for x in latents]
+        captions = [_captions(row).branches(self._guided(row, self._time(row))) for row in rows]
+        share = BranchShare(tuple(len(branches) for branches in captions), self.mesh.cfg)
+        outputs = self._branches(rows, patches, captions, share.mine)
+        found = share.exchange(outputs, [x.shape for x in patches], patches[0])
         velocities = []
         for index, row in enumerate(rows):
             flow = found[index, 0].float()
@@ -191,6 +186,31 @@ class ZImagePipeline:
             _, height, width = latents[index].shape
             velocities.append(-unpatchify(flow, height, width, size))  # the model predicts clean - noise
         return velocities
+
+    def _branches(
+        self, rows: Sequence[Row], patches: Sequence[Tensor], captions: Sequence[Sequence[Tensor]], wanted: list[Pair]
+    ) -> dict[Pair, Tensor]:
+        """What the model makes of these rows under these of their captions, [l, patch_dim] each: one forward."""
+        here = sorted({row for row, _ in wanted})
+        if not here:
+            return {}
+        size = self.transformer.config.patch_size
+        pairs = [[pair for pair in wanted if pair[0] == row] for row in here]
+        latents = [_state(rows[row])[1] for row in here]
+        shapes = tuple(
+            Shape(x.shape[1] // size, x.shape[2] // size, tuple(len(captions[row][branch]) for row, branch in own))
+            for x, own in zip(latents, pairs, strict=True)
+        )
+        layout = self.layouts.get(shapes, lambda: make_layout(shapes, self.rope, self.device))
+        joints = [pairs[joint.row][joint.branch] for joint in layout.joints]
+        outputs = self.transformer(
+            [patches[row] for row in here],
+            [self._modulation(self._time(rows[row]), rows[row].adapters) for row in here],
+            [captions[row][branch] for row, branch in joints],
+            layout,
+            [rows[row].adapters.overlay("transformer") for row in here],
+        )
+        return dict(zip(joints, outputs, strict=True))
 
     def _time(self, row: Row) -> float:
         """Normalised time of the row's next step, exact in float32: 0 noise … 1 clean."""
