@@ -73,13 +73,10 @@ class LoraManager:
         """Work out a change; no other may be staged or committed meanwhile. Raises: the AdapterError family."""
         return Stager(self.store, self.trees, self.state, self._choices).stage(change)
 
-    def commit(self, staged: Staged, *, weights_too: bool, confirm: Callable[[Exception | None], None]) -> None:
+    def commit(self, staged: Staged, *, weights_too: bool) -> None:
         """Make it so. With `weights_too`, merging is part of the transaction.
 
-        Args:
-            confirm: is told what merging raised here, or None, and raises what it came to on all ranks.
-
-        Raises: what `confirm` raised; nothing has changed then.
+        Raises: what merging raised; nothing has changed then.
         """
         before = self.store.by_name, self.state, self._choices
         self._become(staged.names, staged.state, staged.choices)
@@ -87,12 +84,7 @@ class LoraManager:
             return
         weights = {tree: (merged.members, self._weights.get(tree, ())) for tree, merged in self._merged.items()}
         try:
-            failure: Exception | None = None
-            try:
-                self.set_weights(self._active().weights)
-            except Exception as error:  # noqa: BLE001 - confirm raises it again
-                failure = error
-            confirm(failure)
+            self.set_weights(self._active().weights)
         except BaseException:
             self._become(*before)
             for tree, (members, key) in weights.items():  # another tree may have been written already

@@ -123,20 +123,10 @@ class Changes:
         if not self._ranks.alone:
             _check(found)
         staged, active = staging.result(), self.manager.state.active
-        self.manager.commit(staged, weights_too=weights_too, confirm=self._confirm)
+        self.manager.commit(staged, weights_too=weights_too)
         if self.manager.state.active != active:
             self._on_change()
         return staged.changed
-
-    def _confirm(self, failure: Exception | None) -> None:
-        if self._ranks.alone:
-            if failure is not None:
-                raise failure
-            return
-        told = failure if failure is None or isinstance(failure, MmgenError) else as_change_error(failure)
-        verdict = self._ranks.agree("merging a change of adapters", told)
-        if verdict is not None:
-            raise verdict from failure
 
 
 def _staging(staged: Future[Staged]) -> Staging:

@@ -86,7 +86,7 @@ class EngineCore:
         self.fault.trip("load")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.pipeline: Pipeline = registry.load(card, config)
+        self.pipeline: Pipeline = registry.load(card, config, self.ranks.mesh)
         device = torch.device(self.pipeline.info.device).type
         if device == "cpu":
             keep_freed_memory()

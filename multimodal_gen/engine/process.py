@@ -25,7 +25,7 @@ sys.path = [sys.argv[1], *filter(None, sys.path)]
 import multimodal_gen
 sys.path.pop(0)
 from multimodal_gen.engine.worker import main
-sys.exit(main(sys.argv[2:]))
+main(sys.argv[2:])
 """
 
 

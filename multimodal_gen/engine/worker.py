@@ -7,8 +7,10 @@ gone, and when the ranks cannot go on together.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import os
 import signal
 import socket
 import sys
@@ -54,17 +56,21 @@ class TurnClock:
         return self.now
 
 
-def main(argv: list[str]) -> int:
-    """Serve one front over the inherited socket `argv[0]`, logging at level `argv[1]`; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Serve one front over the inherited socket `argv[0]`, logging at level `argv[1]`, and exit."""
     _die_with_parent()
     # The front decides when to stop; a Ctrl-C or a group-wide SIGTERM must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = WorkerChannel(socket.socket(fileno=int(argv[0])))
-    try:
-        return serve(channel, argv[1])
-    except ChannelClosed:
-        return 0
+    code = 0
+    with contextlib.suppress(ChannelClosed):
+        code = serve(channel, argv[1])
+    # Taking torch's modules apart takes a second, and there is nothing in them that has to be saved.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def serve(channel: WorkerChannel, log_level: str) -> int:
