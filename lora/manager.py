@@ -25,6 +25,8 @@ from multimodal_gen.lora.policy import Choice, Traffic
 from multimodal_gen.lora.store import AdapterStore, Loaded
 from multimodal_gen.lora.tree import AdaptedTree, Members
 from multimodal_gen.nn.lowrank import Overlay
+from multimodal_gen.parallel.agreement import agree
+from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.request import GenerationRequest
 from multimodal_gen.weights.loading import WeightTree
 
@@ -44,19 +46,23 @@ class LoraManager:
         weights: Mapping[str, WeightTree],
         config: EngineConfig,
         on_layer: Callable[[], None] = lambda: None,
+        ranks: Group = SOLO,
     ) -> None:
         """
         Args:
             targets: of the family; those without weights here are left out.
             weights: tree → its weights.
             on_layer: called after every weight that a merge wrote.
+            ranks: all of the replica (`Mesh.control`): each has a manager and calls the same methods of it at the same
+                point. What fails on one of them fails on all.
         """
         self.trees = {t.tree: AdaptedTree(t, weights[t.tree]) for t in targets if t.tree in weights}
         self.store = AdapterStore(config, {name: tree.spellings for name, tree in self.trees.items()})
         self.state = LoraState()
+        self._ranks = ranks
         self._fixed = config.deterministic  # the way a set is applied never follows the traffic
         self._choices: Mapping[str, Choice] = {}
-        self._merged = {name: MergedTree(tree, on_layer) for name, tree in self.trees.items()}
+        self._merged = {name: MergedTree(tree, on_layer, ranks) for name, tree in self.trees.items()}
         self._weights: dict[str, SetKey] = {}
         self._traffic = Traffic()
         self._ways: OrderedDict[tuple[str, SetKey], bool] = OrderedDict()  # sets that were active → merged?
@@ -192,7 +198,12 @@ class LoraManager:
         if (tree, key) in self._overlays:
             self._overlays.move_to_end((tree, key))
             return self._overlays[tree, key]
-        overlay = make_overlay(self.trees[tree], self._members(key))
+        overlay, failure = None, None
+        try:
+            overlay = make_overlay(self.trees[tree], self._members(key))
+        except Exception as error:  # noqa: BLE001 - whatever it is, every rank has to learn of it
+            failure = error
+        agree(self._ranks, failure)
         if overlay is not None:
             self._overlays[tree, key] = overlay
             while sum(kept.nbytes for kept in self._overlays.values()) > OVERLAY_BYTES and len(self._overlays) > 1:

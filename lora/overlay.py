@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import AdapterError, AdapterMergeOnly
+from multimodal_gen.lora.merge import piece
 from multimodal_gen.lora.tree import AdaptedTree, Members
 from multimodal_gen.lora.updates import LowRank
 from multimodal_gen.nn.linear import FusedLinear, Linear
@@ -36,7 +37,9 @@ def _collect(tree: AdaptedTree, members: Members) -> dict[nn.Module, list[tuple[
             reason = f"{name} is no weight of a linear layer"
         if reason:
             raise merge_only_error(reason)
-        low_rank = [(update, strength) for update, strength in updates if isinstance(update, LowRank)]
+        # Ranks that share the outputs have some rows of B, those that share the inputs some columns of A.
+        mine = updates if place.cut is None else [(piece(update, place.cut), strength) for update, strength in updates]
+        low_rank = [(update, strength) for update, strength in mine if isinstance(update, LowRank)]
         layers.setdefault(place.layer, []).append((_extent(place.layer, place.part), low_rank))
     return layers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -61,11 +61,15 @@ class AdaptedTree:
         except CorruptModel as error:
             raise _unavailable(error) from error
 
-    def pristine(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(canonical name, W0 as the checkpoint holds it). Raises: WeightsUnavailable."""
+    def pristine(self, names: Iterable[str], whole: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, W0 as the checkpoint holds it, or the piece of it that this rank holds).
+
+        `whole` are names whose W0 is wanted whole all the same. Raises: WeightsUnavailable.
+        """
         wanted = {self._keys[name]: name for name in names}
+        entire = {key for key, name in wanted.items() if name in whole}
         try:
-            for key, tensor in self.weights.read(wanted):
+            for key, tensor in self.weights.read(wanted, entire):
                 yield wanted[key], tensor
         except CorruptModel as error:
             raise _unavailable(error) from error

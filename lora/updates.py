@@ -46,13 +46,16 @@ class Update(Protocol):
 
     @property
     def reads_base(self) -> bool:
-        """Whether Δ depends on W0."""
+        """Whether Δ depends on W0, and then on whole rows of it."""
 
     def on(self, device: torch.device) -> Update:
         """The same in float32 on a device."""
 
     def take(self, rows: slice) -> Update:
-        """The part for some output rows, where a file stores several layers as one."""
+        """The part for some output rows, where a file stores several layers as one, or ranks share the rows."""
+
+    def columns(self, columns: slice) -> Update:
+        """The part for some inputs, where ranks share the columns; not for what `reads_base`."""
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
         """total [rows, …] += strength · Δ(W0)[rows]; base is W0[rows]; all float32."""
@@ -87,6 +90,9 @@ class LowRank:
     def take(self, rows: slice) -> LowRank:
         return replace(self, up=self.up[rows])
 
+    def columns(self, columns: slice) -> LowRank:
+        return replace(self, down=self.down[:, columns])
+
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
         total.add_(float32_product(self.up[rows], self.down), alpha=strength * self.scale)
 
@@ -115,6 +121,9 @@ class Full:
 
     def take(self, rows: slice) -> Full:
         return Full(self.diff[rows])
+
+    def columns(self, columns: slice) -> Full:
+        return Full(self.diff[:, columns])
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
         total.add_(self.diff[rows], alpha=strength)
@@ -152,6 +161,9 @@ class Hadamard:
     def take(self, rows: slice) -> Hadamard:
         return replace(self, up1=self.up1[rows], up2=self.up2[rows])
 
+    def columns(self, columns: slice) -> Hadamard:
+        return replace(self, down1=self.down1[:, columns], down2=self.down2[:, columns])
+
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
         first, second = float32_product(self.up1[rows], self.down1), float32_product(self.up2[rows], self.down2)
         total.addcmul_(first, second, value=strength * self.scale)
@@ -169,16 +181,20 @@ class Kronecker:
     inner: tuple[Tensor, ...]  # W [w_out, w_in]
     scale: float
     rank: int  # of the factor that is a product; 0 where both are whole
-    rows: slice | None = None  # the share of the output rows that is meant; None: all
+    rows: range | None = None  # the share of the output rows that is meant; None: all
+    inputs: range | None = None  # the same of the columns
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self._meant), self.outer[-1].shape[1] * self.inner[-1].shape[1]
+        return len(self._rows), len(self._columns)
 
     @property
-    def _meant(self) -> range:
-        rows = range(self.outer[0].shape[0] * self.inner[0].shape[0])
-        return rows if self.rows is None else rows[self.rows]
+    def _rows(self) -> range:
+        return range(self.outer[0].shape[0] * self.inner[0].shape[0]) if self.rows is None else self.rows
+
+    @property
+    def _columns(self) -> range:
+        return range(self.outer[-1].shape[1] * self.inner[-1].shape[1]) if self.inputs is None else self.inputs
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -191,16 +207,20 @@ class Kronecker:
         return replace(self, outer=(_product(self.outer, device),), inner=(_product(self.inner, device),))
 
     def take(self, rows: slice) -> Kronecker:
-        assert self.rows is None, "taken once, when the adapter is bound"
-        return replace(self, rows=rows)
+        return replace(self, rows=self._rows[rows])
+
+    def columns(self, columns: slice) -> Kronecker:
+        return replace(self, inputs=self._columns[columns])
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
         (outer,), (inner,) = self.outer, self.inner
-        wanted = self._meant[rows]
-        first, last = wanted[0] // len(inner), wanted[-1] // len(inner) + 1  # the rows of C that these rows need
-        product = torch.kron(outer[first:last], inner)
-        start = wanted[0] - first * len(inner)
-        total.add_(product[start : start + len(wanted)], alpha=strength * self.scale)
+        # The blocks of C that these rows and columns need.
+        (top, bottom, skipped), (left, right, indent) = (
+            _blocks(wanted, size) for wanted, size in ((self._rows[rows], len(inner)), (self._columns, inner.shape[1]))
+        )
+        product = torch.kron(outer[top:bottom, left:right], inner)
+        product = product[skipped : skipped + len(total), indent : indent + total.shape[1]]
+        total.add_(product, alpha=strength * self.scale)
 
 
 @dataclass(frozen=True)
@@ -234,12 +254,21 @@ class Decomposed:
     def take(self, rows: slice) -> Decomposed:
         return Decomposed(self.inner.take(rows), self.magnitude[rows])
 
+    def columns(self, columns: slice) -> Decomposed:
+        raise AssertionError("the norm runs along whole rows: merge.write cuts the result, not the update")
+
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
         direction = base.clone()
         self.inner.add_(direction, base, rows, 1.0)
         norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True) + NORM_EPS
         direction.mul_(self.magnitude[rows, None] / norm).sub_(base)
         total.add_(direction, alpha=strength)
+
+
+def _blocks(wanted: range, size: int) -> tuple[int, int, int]:
+    """First block of `size` that holds one of `wanted`, one past the last, and where `wanted` begins in the first."""
+    first = wanted[0] // size
+    return first, wanted[-1] // size + 1, wanted[0] - first * size
 
 
 def _float(tensor: Tensor, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Final
 
 from torch import nn
 
+from multimodal_gen.nn.linear import ForeignLinear
 from multimodal_gen.nn.slots import How, Slotted
 from multimodal_gen.parallel.group import Group
 
@@ -37,9 +38,11 @@ def shard(model: nn.Module, table: Sequence[Rule], group: Group) -> None:
     for rule in table:
         found = [name for name in layers if re.fullmatch(rule.pattern, name)]
         assert found, f"the table's {rule.pattern!r} matches no layer of {type(model).__name__}"
-        for name in found:
+        for name in found if group.size > 1 else ():
             layer = layers[name]
+            if isinstance(layer, nn.Linear):  # of a model that is not ours
+                layer = layers[name] = ForeignLinear(layer)
+                model.set_submodule(name, layer)
             assert isinstance(layer, Slotted), f"{name}: {type(layer).__name__} cannot be shared out"
             assert not layer.cuts, f"two rows of the table match {name}"
-            if group.size > 1:
-                layer.shard_(rule.how, group, name)
+            layer.shard_(rule.how, group, name)

@@ -177,8 +177,11 @@ def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give memory to a model that was constructed on the meta device; padding is zero, the rest is for the loader."""
-    model.to_empty(device=device)
+    """Give memory to what was constructed on the meta device; padding is zero, the rest is for the loader.
+
+    What has memory, buffers that a model computed for itself, moves to `device`.
+    """
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     for layer in model.modules():
         if isinstance(layer, Slotted) and layer.padded:
             layer.weight.zero_()

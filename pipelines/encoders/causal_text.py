@@ -12,14 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.nn.linear import ForeignLinear
 from multimodal_gen.nn.lowrank import Overlay, Update
 from multimodal_gen.nn.precision import compute_dtype
-from multimodal_gen.weights.loading import Rename, WeightTree
+from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
+from multimodal_gen.weights.loading import Rename, allocate, load_weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,31 @@ class Tokens:
     dropped: int  # tokens cut off at the end
 
 
+SHARDING = (
+    Rule(r"layers\.\d+\.self_attn\.[qkv]_proj", COLUMN),
+    Rule(r"layers\.\d+\.self_attn\.o_proj", ROW),
+    Rule(r"layers\.\d+\.mlp\.(gate|up)_proj", COLUMN),
+    Rule(r"layers\.\d+\.mlp\.down_proj", ROW),
+)
+
+
 class CausalTextEncoder:
     """Tokenizer with chat template and a transformers decoder, cut after its second last layer."""
 
-    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
-        """`folder` holds tokenizer/ and text_encoder/, `files` are the encoder's weights. Raises: CorruptModel."""
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
+    def __init__(
+        self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype, ranks: Group = SOLO
+    ) -> None:
+        """
+        Args:
+            folder: holds tokenizer/ and text_encoder/.
+            files: the encoder's weights.
+            ranks: share the weights where their number divides the heads; else each has all of them.
 
-        transformers_logging.disable_progress_bar()
-        verbosity = transformers_logging.get_verbosity()
-        # The last layer's tensors are left in the file on purpose; the loader would report them as unexpected.
-        transformers_logging.set_verbosity(logging.ERROR)
+        Raises: CorruptModel.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
         self.device = device
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -49,20 +68,21 @@ class CausalTextEncoder:
             config.num_hidden_layers -= 1
             config.layer_types = config.layer_types[: config.num_hidden_layers]
             # Half precision that the CPU only emulates would make the encoder ten times slower.
-            dtype = compute_dtype(dtype, device)
-            model = AutoModel.from_pretrained(
-                folder / "text_encoder", config=config, dtype=dtype, local_files_only=True, use_safetensors=True
-            )
+            with init_empty_weights(include_buffers=False):
+                model = AutoModel.from_config(config, dtype=compute_dtype(dtype, device))
         except (OSError, ValueError, KeyError) as error:
             raise CorruptModel(f"{folder / 'text_encoder'} cannot be loaded: {error}") from None
-        finally:
-            transformers_logging.set_verbosity(verbosity)
         model.norm = nn.Identity()  # the reference reads the state before the final norm
-        self.model = model.to(device).eval()
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        if _divides(ranks.size, config):
+            shard(model, SHARDING, ranks)
+        else:
+            log.info("the text encoder cannot be shared out over %d ranks: each has all of it", ranks.size)
+        allocate(model, device)
+        self.model = model.eval()
         # The last layer, the final norm and an output head are in the files, and nothing here reads them.
         unread = (rf"(model\.)?layers\.{config.num_hidden_layers}\..+", r"(model\.)?norm\.weight", r"lm_head\.weight")
-        self.weights = WeightTree(self.model, files, (Rename(r"model\.(.+)", r"\1"),), unread)
+        self.weights = load_weights(self.model, files, (Rename(r"model\.(.+)", r"\1"),), unread)
+        self.parameters = self.weights.parameters
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:
         """The prompt in the chat template of one user turn, cut to `max_length` tokens."""
@@ -80,14 +100,25 @@ class CausalTextEncoder:
         return states[0]
 
 
+def _divides(size: int, config: Any) -> bool:
+    shared = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+    return all(width % size == 0 for width in shared)
+
+
 @contextmanager
 def _hooked(overlay: Overlay | None) -> Iterator[None]:
     """While inside, the layers of a model that is not ours add the overlay's updates."""
     updates = overlay.updates if overlay is not None else {}
-    handles = [layer.register_forward_hook(partial(_add, update)) for layer, update in updates.items()]
+    shared = [layer for layer in updates if isinstance(layer, ForeignLinear)]
+    plain = {layer: update for layer, update in updates.items() if not isinstance(layer, ForeignLinear)}
+    handles = [layer.register_forward_hook(partial(_add, update)) for layer, update in plain.items()]
+    for layer in shared:
+        layer.overlay = overlay
     try:
         yield
     finally:
+        for layer in shared:
+            layer.overlay = None
         for handle in handles:
             handle.remove()
 

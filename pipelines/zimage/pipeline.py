@@ -82,7 +82,7 @@ class ZImagePipeline:
         shard(self.transformer, SHARDING, mesh.tp)
         allocate(self.transformer, self.device)
         weights = load_weights(self.transformer, components["transformer"].files, RENAMES)
-        self.text = CausalTextEncoder(folder, components["text_encoder"].files, self.device, self.dtype)
+        self.text = CausalTextEncoder(folder, components["text_encoder"].files, self.device, self.dtype, mesh.tp)
         self.trees = {"transformer": weights, "text_encoder": self.text.weights}
         self.vae = KLDecoder(
             folder / "vae", components["vae"].files, self.device, self.dtype, config.vae_tiling, mesh.world
