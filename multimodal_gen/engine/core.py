@@ -92,7 +92,9 @@ class EngineCore:
             keep_freed_memory()
         self.scheduler = Scheduler(config.max_batch_tokens or BATCH_TOKENS[device], card.exclusive, clock)
         targets = registry.find(card.pipeline_class).adapters
-        self.loras = LoraManager(targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"))
+        self.loras = LoraManager(
+            targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"), self.ranks.mesh.control
+        )
         self.changes = Changes(self.loras, self.fault, self.ranks, self.pipeline.forget)
         self._weights: WeightsKey | None = ()  # what the weights hold on every rank; None: not known
         self._active: dict[str, Active] = {}
@@ -272,7 +274,7 @@ class EngineCore:
     def _denoise_alone(self, row: Row, events: list[Event]) -> bool:
         active = self._active.get(row.request.id)
         step = partial(self._step_rows, [row])
-        return active is not None and self._guarded("a step", active, events, step)
+        return active is not None and self._guarded("a step", active, events, step, [row])
 
     def _after_step(self, row: Row) -> list[Event]:
         active, events = self._active[row.request.id], list[Event]()
@@ -326,8 +328,8 @@ class EngineCore:
     def _attempt(self, what: str, work: Callable[[], None], rows: Sequence[Row] = ()) -> MmgenError | None:
         """Run work; returns the error that it came to on all ranks together, or None.
 
-        By then the memory that a traceback held is free again, and rows that advanced on some ranks only are where
-        they were. Raises: PeerLost.
+        By then the memory that a traceback held is free again, and `rows`, which a step may have moved on some ranks
+        only, are where they were. Raises: PeerLost.
         """
         before = [] if self.ranks.alone else [way_back(row) for row in rows]
         failure: Exception | None = None
@@ -342,7 +344,7 @@ class EngineCore:
             traceback.clear_frames(failure.__traceback__)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        verdict = self.ranks.agree(what, failure)
+        verdict = self.ranks.agree(what, failure, in_lockstep=bool(rows))
         if verdict is not None and not self.ranks.alone:
             if failure is None:
                 log.error("%s failed on another rank: %s", what, verdict.message)
@@ -351,9 +353,11 @@ class EngineCore:
             self.pipeline.reset()
         return verdict
 
-    def _guarded(self, what: str, active: Active, events: list[Event], work: Callable[[], None]) -> bool:
+    def _guarded(
+        self, what: str, active: Active, events: list[Event], work: Callable[[], None], rows: Sequence[Row] = ()
+    ) -> bool:
         """Run work for one request; its failure, on any rank, ends that request and nothing else."""
-        error = self._attempt(f"{what} of request {active.request.id}", work)
+        error = self._attempt(f"{what} of request {active.request.id}", work, rows)
         if error is None:
             return True
         # Numbers that overflow under adapters say nothing of the process's health.

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import msgspec
+
 from multimodal_gen.engine.failures import as_ours, info_of
 from multimodal_gen.errors import MmgenError, OutOfMemory, PeerLost, from_code
 from multimodal_gen.messages import ErrorInfo, Outcome, Seat, Turn, decode_outcome, decode_turn, encode
@@ -29,14 +31,17 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 365 * 86_400.0  # a quiet year is no failure; a rank that died closes its connections
 
+LOCKSTEP_SECONDS = 20.0
+
 log = logging.getLogger(__name__)
 
 
 class Ranks:
     """One rank's tie to the others."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, step_timeout_s: float = LOCKSTEP_SECONDS) -> None:
         self.mesh = mesh
+        self._lockstep_s = min(step_timeout_s, LOCKSTEP_SECONDS)
 
     @property
     def alone(self) -> bool:
@@ -56,17 +61,25 @@ class Ranks:
         frame = self.mesh.control.broadcast_bytes(None if turn is None else encode(turn), 0, IDLE_SECONDS)
         return turn or decode_turn(frame)
 
-    def agree(self, work: str, error: Exception | None) -> MmgenError | None:
+    def agree(self, work: str, error: Exception | None, *, in_lockstep: bool = False) -> MmgenError | None:
         """What a piece of work has come to for all ranks together, given what it came to here; a short memory wins.
 
-        Raises: PeerLost where a rank does not vote in time (it may wait for this one inside the work), or voted on
-            something else. The group must be started again then.
+        Args:
+            in_lockstep: ranks wait for one another inside the work. Those that fail together do so at the same point,
+                so a rank that failed need not wait long for the votes: the others may be waiting for it.
+
+        Raises: PeerLost where a rank does not vote in time, or voted on something else. The group must be started
+            again then.
         """
         own = None if error is None else as_ours(error)
         if self.alone:
             return own
         outcome = Outcome(work, None if own is None else info_of(own))
-        outcomes = [decode_outcome(frame) for frame in self.mesh.control.all_gather_bytes(encode(outcome))]
+        limit = self._lockstep_s if in_lockstep and own is not None else None
+        try:
+            outcomes = [decode_outcome(frame) for frame in self.mesh.control.all_gather_bytes(encode(outcome), limit)]
+        except msgspec.DecodeError as wrong:
+            raise PeerLost(f"Another rank is not at {work!r}, where this one is: they have come apart.") from wrong
         for rank, other in enumerate(outcomes):
             if other.work != work:
                 raise PeerLost(f"Rank {rank} is at {other.work!r} and this one at {work!r}: they have come apart.")
@@ -101,7 +114,7 @@ def meet(seat: Seat, degrees: Degrees, device: torch.device, load_timeout_s: flo
         store.wait(names, datetime.timedelta(seconds=load_timeout_s))
     except RuntimeError as error:
         raise PeerLost(f"Not all of the {seat.ranks} ranks have started within {load_timeout_s:g} s.") from error
-    return Ranks(Mesh.connect(degrees, seat.rank, store, device, step_timeout_s))
+    return Ranks(Mesh.connect(degrees, seat.rank, store, device, step_timeout_s), step_timeout_s)
 
 
 def open_store(address: str) -> Store:
