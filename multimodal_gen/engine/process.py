@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -68,7 +71,9 @@ class WorkerProcess:
     def kill(self) -> None:
         """SIGKILL, if it still runs; it ends a stopped process, too."""
         if self._process.returncode is None:
-            self._process.kill()
+            # Not Popen.kill: it would take the exit code of a process that has just ended from the one who waits for it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def stop(self, patience_s: float) -> int:
         """Wait for the process to end, kill it when it does not; returns its exit code."""

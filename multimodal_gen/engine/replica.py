@@ -85,7 +85,7 @@ class Replica:
         self.tickets: dict[str, Ticket] = {}
         self._card = card
         self._config = engine_part(config)
-        self._place = place
+        self.place = place
         self._owner = owner
         self._group: WorkerGroup | None = None
         self._patience = Patience(config.step_timeout_s)
@@ -175,7 +175,7 @@ class Replica:
     async def _keep_alive(self) -> None:
         while True:
             load = Load(self._card, self._config, self.loras if self.ready else None)
-            self._group = WorkerGroup(await self._place.start(load))
+            self._group = WorkerGroup(await self.place.start(load))
             self._patience, self._spoke = Patience(self._config.step_timeout_s), 0.0
             async for message in self._group.messages(self._stall_limit):
                 self._handle(message)
