@@ -71,7 +71,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """SIGKILL, if it still runs; it ends a stopped process, too."""
         if self._process.returncode is None:
-            # Not Popen.kill: it would take the exit code of a process that has just ended from the one who waits for it.
+            # Not Popen.kill: it would take the exit code of a process that has just ended from whoever waits for it.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
 
