@@ -61,16 +61,15 @@ def bind(parsed: Parsed, trees: Mapping[str, Spellings], *, allow_partial: bool,
     lost: list[str] = []
     touched: dict[str, set[str]] = {}
     for entry in parsed.entries:
-        home = _home(entry, trees)
-        if home is None:
+        homes = _homes(entry, trees)
+        if not homes:
             lost.append(entry.source)
-            continue
-        tree, canonical = home
-        for module, update in _split(entry, canonical, trees[tree].layout, name):
-            if module in trees[tree].layout.inert:  # trained, but nothing reads its result
-                continue
-            found.setdefault(tree, {}).setdefault(f"{module}.{entry.parameter}", []).append((entry.source, update))
-            touched.setdefault(tree, set()).add(module)
+        for tree, canonical in homes.items():
+            for module, update in _split(entry, canonical, trees[tree].layout, name):
+                if module in trees[tree].layout.inert:  # trained, but nothing reads its result
+                    continue
+                found.setdefault(tree, {}).setdefault(f"{module}.{entry.parameter}", []).append((entry.source, update))
+                touched.setdefault(tree, set()).add(module)
     lost = [*dict.fromkeys(lost), *parsed.strange]
     if not touched:
         raise AdapterMismatch(_nothing_fits(parsed, trees, lost, name))
@@ -88,13 +87,18 @@ def _told(lost: Sequence[str]) -> tuple[str, ...]:
     return (*lost[:MAX_SKIPPED], f"… and {more} more") if more > 0 else tuple(lost)
 
 
-def _home(entry: Entry, trees: Mapping[str, Spellings]) -> tuple[str, tuple[str, ...]] | None:
-    """Tree and canonical modules of an entry; a file that names no tree means the first that has the module."""
-    for tree in trees if entry.tree is None else [entry.tree]:
-        canonical = trees[tree].find(entry) if tree in trees else None
-        if canonical is not None:
-            return tree, canonical
-    return None
+def _homes(entry: Entry, trees: Mapping[str, Spellings]) -> dict[str, tuple[str, ...]]:
+    """Trees and canonical modules of an entry; a file that names no tree means the first that has the module.
+
+    What is meant for a tree is meant for its twins too: which of them it changes is said when it is used.
+    """
+    named = trees if entry.tree is None else [entry.tree]
+    first = next((tree for tree in named if tree in trees and trees[tree].find(entry) is not None), None)
+    if first is None:
+        return {}
+    twins = [tree for tree, spelled in trees.items() if spelled.layout.target.twin_of == first]
+    found = {tree: trees[tree].find(entry) for tree in (first, *twins)}
+    return {tree: canonical for tree, canonical in found.items() if canonical is not None}
 
 
 def _split(entry: Entry, canonical: Sequence[str], layout: TreeLayout, name: str) -> list[tuple[str, Update]]:

@@ -33,6 +33,7 @@ class AdapterTarget:
     folder: str  # the component's folder in the checkpoint
     modules: tuple[str, ...]  # canonical paths that adapters are trained on, of the first block each; to name a family
     aliases: tuple[Alias, ...] = ()
+    twin_of: str = ""  # another tree: files made for it mean this one as well
     strip: str = ""  # pattern of a prefix of the checkpoint's names that no adapter file spells
 
 

@@ -62,20 +62,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     deterministic: Annotated[
-        bool, Meta(description="bit-equal results whoever shares the batch: every image gets its own forward")
+        bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False
     max_batch_tokens: Annotated[
         AtLeastOne | None, Meta(description="transformer tokens per denoising step; default: by device")
     ] = None
     max_request_cost: Annotated[
-        int, Meta(ge=1, description="largest request, in token-steps (tokens x steps x images)")
-    ] = 5_000_000
+        int, Meta(ge=1, description="largest request, in token-steps (tokens x steps x outputs)")
+    ] = 10_000_000
     max_queue_cost: Annotated[
         int, Meta(ge=1, description="token-steps that may wait or run at once; more is answered 429")
-    ] = 20_000_000
+    ] = 40_000_000
     condition_cache_mb: Annotated[int, Meta(ge=0, description="memory for encoded prompts; 0 turns the cache off")] = (
         256
     )
+    text_kv_cache: Annotated[
+        bool,
+        Meta(description="keep what cross-attention makes of a request's text between steps; off saves its memory"),
+    ] = True
     vae_tiling: Annotated[
         bool, Meta(description="decode large pictures by overlapping tiles, which ranks share; slightly approximate")
     ] = False
@@ -126,6 +130,16 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
     allowed_origins: Annotated[list[str], Meta(description="browser origins allowed to call (CORS)")] = []
     max_body_mb: Annotated[float, Positive, Meta(description="largest request body")] = 1.0
     max_upload_mb: Annotated[float, Positive, Meta(description="largest adapter that may be uploaded")] = 1024.0
+    max_picture_mb: Annotated[float, Positive, Meta(description="largest picture that a request may carry")] = 50.0
+    data_dir: Annotated[
+        str | None,
+        Meta(description="folder of video jobs and their files; default: mmgen/ in the user's folder for data"),
+    ] = None
+    max_jobs: Annotated[int, Meta(ge=1, description="videos that may wait or run; more is answered 429")] = 1000
+    job_ttl_s: Annotated[float, Positive, Meta(description="time that a finished video stays downloadable")] = 86400.0
+    checkpoint_every: Annotated[
+        int, Meta(ge=0, description="denoising steps between the checkpoints of a video; 0 writes none")
+    ] = 5
     body_timeout_s: Annotated[float, Positive, Meta(description="time for a client to send its request")] = 30.0
     max_priority: Annotated[
         int, Meta(ge=-100, le=100, description="highest priority that an HTTP request may ask for")
@@ -342,6 +356,14 @@ def _read_file(path: str | Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"The configuration file {path} must hold a mapping of setting names to values.")
     return content
+
+
+def data_folder(config: ServerConfig) -> Path:
+    """Where this server keeps what must outlive it."""
+    if config.data_dir is not None:
+        return Path(config.data_dir).expanduser()
+    base = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "mmgen"
 
 
 # An idle OpenMP thread spins before it sleeps, by default for milliseconds: with one other busy process on the machine

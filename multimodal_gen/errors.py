@@ -6,8 +6,14 @@
     │   │   ├── InvalidN                    400 invalid_n
     │   │   ├── InvalidSize                 400 invalid_size
     │   │   ├── PromptTooLong               400 prompt_too_long
-    │   │   └── RequestTooLarge             400 request_too_large
+    │   │   ├── RequestTooLarge             400 request_too_large
+    │   │   └── InvalidImage                400 invalid_image
+    │   │       ├── ImageTooLarge           400 image_too_large
+    │   │       ├── UnsupportedImage        400 unsupported_image
+    │   │       └── TooManyImages           400 too_many_images
     │   ├── InvalidJson                     400 invalid_json
+    │   ├── InvalidMultipart                400 invalid_multipart
+    │   ├── UrlNotAllowed                   400 url_not_allowed
     │   ├── UnknownParameter                400 unknown_parameter
     │   ├── UnsupportedParameter            400 unsupported_parameter
     │   ├── UnsupportedEndpoint             400 unsupported_endpoint
@@ -20,6 +26,9 @@
     │   ├── MethodNotAllowed                405 method_not_allowed
     │   ├── BodyTooLarge                    413 body_too_large
     │   ├── RequestTimeout                  408 request_timeout
+    │   ├── VideoNotReady                   409 video_not_ready
+    │   ├── IdempotencyMismatch             409 idempotency_mismatch
+    │   ├── InvalidRange                    416 invalid_range
     │   ├── UnsupportedMediaType            415 unsupported_media_type
     │   ├── ConfigError                     400 invalid_config
     │   ├── CorruptModel                    400 corrupt_model
@@ -104,8 +113,38 @@ class RequestTooLarge(InvalidValue):
     code = "request_too_large"
 
 
+class InvalidImage(InvalidValue):
+    """A picture that is damaged, or no picture at all."""
+
+    code = "invalid_image"
+
+
+class ImageTooLarge(InvalidImage):
+    code = "image_too_large"
+
+
+class UnsupportedImage(InvalidImage):
+    """A kind of picture that no decoder of ours is asked to read."""
+
+    code = "unsupported_image"
+
+
+class TooManyImages(InvalidImage):
+    code = "too_many_images"
+
+
 class InvalidJson(UserError):
     code = "invalid_json"
+
+
+class InvalidMultipart(UserError):
+    code = "invalid_multipart"
+
+
+class UrlNotAllowed(UserError):
+    """This server fetches nothing from elsewhere."""
+
+    code = "url_not_allowed"
 
 
 class UnknownParameter(UserError):
@@ -162,6 +201,23 @@ class MethodNotAllowed(UserError):
 class RequestTimeout(UserError):
     status = 408
     code = "request_timeout"
+
+
+class VideoNotReady(UserError):
+    status = 409
+    code = "video_not_ready"
+
+
+class IdempotencyMismatch(UserError):
+    """The same Idempotency-Key came with another request."""
+
+    status = 409
+    code = "idempotency_mismatch"
+
+
+class InvalidRange(UserError):
+    status = 416
+    code = "invalid_range"
 
 
 class BodyTooLarge(UserError):

@@ -40,13 +40,14 @@ from multimodal_gen.errors import (
 )
 from multimodal_gen.lora.sources import set_change, start_change
 from multimodal_gen.media.arrays import to_numpy
-from multimodal_gen.media.outputs import OutputType, check_output, convert, stack
+from multimodal_gen.media.outputs import OutputType, check_output, convert, convert_frames, stack
 from multimodal_gen.messages import Event, Failed, Finished, Progress
-from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams, Timings
+from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams, Timings, VideoRequest
 from multimodal_gen.resolve import resolve
 
 if TYPE_CHECKING:
     import numpy as np
+    import PIL.Image
     import torch
 
     from multimodal_gen.engine.local import Engine
@@ -59,13 +60,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class GenerationResult:
-    """The images of one prompt."""
+    """The images or videos of one prompt."""
 
     prompt: str
     images: list[Any]
-    """PIL images ("pil"), uint8 [H, W, 3] ("np") or float [3, H, W] in 0 … 1 ("pt"); empty for "latent" """
+    """PIL images ("pil"), uint8 [H, W, 3] ("np") or float [3, H, W] in 0 … 1 ("pt"); empty for videos and "latent" """
+    frames: np.ndarray | None
+    """of a video model: uint8 [n, F, H, W, 3] ("pil" and "np"), or a tensor float [n, F, 3, H, W] in 0 … 1 ("pt")"""
+    fps: int | None
+    """frames per second of videos"""
     latents: torch.Tensor | None
-    """float32 [n, C, h, w] for "latent", before the VAE's scaling; else None"""
+    """float32 [n, C, h, w] or [n, C, f, h, w] for "latent", before the VAE's scaling; else None"""
     seed: int
     """of the first image"""
     seeds: tuple[int, ...]
@@ -128,22 +133,25 @@ class DiffGenerator:
         prompt: str | list[str],
         *,
         sampling_params: SamplingParams | None = None,
+        image: str | Path | bytes | PIL.Image.Image | np.ndarray | None = None,
         output_type: OutputType = "pil",
         output_path: str | Path | None = None,
         on_step: Callable[[Progress], None] | None = None,
         loras: Sequence[AdapterUse | Mapping[str, Any]] | None = None,
         **overrides: Any,
     ) -> GenerationResult | list[GenerationResult]:
-        """Generate images; a list of prompts runs as one batch and gives a list in the same order.
+        """Generate images or videos; a list of prompts runs as one batch and gives a list in the same order.
 
         Args:
             prompt: what to show.
             sampling_params: settings for all prompts; keywords in `overrides` (its field names) take precedence.
-            output_type: "pil", "np" (uint8 [H, W, 3]), "pt" (float [3, H, W], 0 … 1) or "latent".
-            output_path: where to write the images, with their recipes. A name that ends in .png, .jpg, .jpeg or .webp
-                is the file of the one image, and nothing may be there yet; anything else is a folder for PNG files,
-                whose names never collide.
-            on_step: called after every step of every image.
+            image: what a video starts from: a path, the bytes of a PNG, JPEG or WebP file, a PIL image, or an array.
+            output_type: "pil", "np" (uint8 [H, W, 3]), "pt" (float [3, H, W], 0 … 1) or "latent"; of a video,
+                "pil" and "np" are the same.
+            output_path: where to write the outputs, with their recipes. A name that ends in .png, .jpg, .jpeg or .webp
+                (videos: .mp4, .webm or .gif) is the file of the one output, and nothing may be there yet; anything
+                else is a folder for PNG (MP4) files, whose names never collide.
+            on_step: called after every step of every output.
             loras: adapters of this call, in order, instead of the active ones: {"nickname", "strength", "target"}
                 each; [] is the base model.
 
@@ -152,6 +160,10 @@ class DiffGenerator:
         """
         check_output(output_type, output_path)
         params = _merge(sampling_params or SamplingParams(), overrides)
+        if image is not None:
+            from multimodal_gen.media.reference import to_reference
+
+            params = msgspec.structs.replace(params, image=to_reference(image))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         engine = self._engine
         engine.refresh()
@@ -171,7 +183,7 @@ class DiffGenerator:
             for text in prompts
         ]
         check_total(requests, self.config.max_queue_cost)
-        target = _target(requests, output_path)
+        target = self._target(requests, output_path)
         answers = dict[str, Finished]()
         engine.run(requests, lambda event: _collect(event, answers, on_step))
         results = [self._result(r, answers[r.id], output_type, target) for r in requests]
@@ -259,14 +271,23 @@ class DiffGenerator:
             raise InvalidValue("This DiffGenerator is closed; make a new one with from_pretrained.")
         return self._live
 
+    def _target(self, requests: Sequence[AnyRequest], output_path: str | Path | None) -> Target | None:
+        from multimodal_gen.media.target import find_target
+
+        outputs = sum(request.n for request in requests)
+        return None if output_path is None else find_target(output_path, outputs, "output_path", self.card.media)
+
     def _result(
         self, request: AnyRequest, answer: Finished, output_type: OutputType, target: Target | None
     ) -> GenerationResult:
         arrays = [to_numpy(array) for array in answer.outputs]
+        kind = "latent" if output_type == "latent" else self.card.media
         result = GenerationResult(
             prompt=request.prompt,
-            images=[] if output_type == "latent" else [convert(array, output_type) for array in arrays],
-            latents=stack(arrays) if output_type == "latent" else None,
+            images=[convert(array, output_type) for array in arrays] if kind == "image" else [],
+            frames=convert_frames(arrays, output_type) if kind == "video" else None,
+            fps=request.fps if isinstance(request, VideoRequest) else None,
+            latents=stack(arrays) if kind == "latent" else None,
             seed=request.seeds[0],
             seeds=request.seeds,
             timings=answer.timings,
@@ -300,14 +321,15 @@ class DiffGenerator:
         )
 
     def _write(self, result: GenerationResult, index: int, pixels: np.ndarray, target: Target) -> Path:
-        from multimodal_gen.media.encode import encode_image
         from multimodal_gen.media.files import file_name, write_exactly, write_new
+        from multimodal_gen.media.formats import DEFAULT, encode, extension
 
-        data = encode_image(pixels, target.format or "png", recipe=self.recipe(result, index))
-        request = result.request
+        kind, request = target.format or DEFAULT[self.card.media], result.request
+        data = encode(pixels, kind, fps=result.fps, compression=100, recipe=self.recipe(result, index))
         if target.file is not None:
             return write_exactly(target.file, data)
-        return write_new(target.folder, file_name(request.seeds[index], request.prompt, "png", datetime.now()), data)
+        name = file_name(request.seeds[index], request.prompt, extension(kind), datetime.now())
+        return write_new(target.folder, name, data)
 
 
 def check_total(requests: Sequence[AnyRequest], max_queue_cost: int) -> None:
@@ -318,12 +340,6 @@ def check_total(requests: Sequence[AnyRequest], max_queue_cost: int) -> None:
             f"The {len(requests)} prompt(s) need about {total:,} token-steps together and {max_queue_cost:,} may wait "
             "at once. Give fewer at a time, or raise max_queue_cost (--max-queue-cost)."
         )
-
-
-def _target(requests: Sequence[AnyRequest], output_path: str | Path | None) -> Target | None:
-    from multimodal_gen.media.target import find_target
-
-    return None if output_path is None else find_target(output_path, sum(r.n for r in requests), "output_path")
 
 
 def _merge(params: SamplingParams, overrides: dict[str, Any]) -> SamplingParams:

@@ -62,6 +62,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """seconds from arrival after which the answer is worthless and the request is dropped"""
 
 
+OF_IMAGES = frozenset({"cfg_normalization", "cfg_truncation"})
+OF_VIDEOS = frozenset({"num_frames", "fps", "guidance_scale_2", "flow_shift", "image"})
+"""`SamplingParams` fields that mean nothing for the other media"""
+
+
 class Defaults(msgspec.Struct, frozen=True, kw_only=True):
     """A model's own choice for what the user leaves open."""
 

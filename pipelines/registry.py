@@ -15,7 +15,10 @@ from multimodal_gen.weights.checkpoint import verify
 if TYPE_CHECKING:
     from multimodal_gen.parallel.mesh import Mesh
 
-NATIVE = ("multimodal_gen.pipelines.zimage.spec:SPEC",)
+NATIVE = (
+    "multimodal_gen.pipelines.zimage.spec:SPEC",
+    "multimodal_gen.pipelines.wan.spec:SPEC",
+)
 FALLBACK = "multimodal_gen.pipelines.diffusers_any.spec:SPEC"
 
 

@@ -1,4 +1,4 @@
-"""`mmgen generate`: images from prompts, made in this process."""
+"""`mmgen generate`: images and videos from prompts, made in this process."""
 
 from __future__ import annotations
 
@@ -54,13 +54,24 @@ def _add_sampling(parser: Parser) -> None:
         "--cfg-normalization", type=number, metavar="R", help="cap of the guided prediction's norm; 0 = none"
     )
     group.add_argument("--cfg-truncation", metavar="T", help="time after which guidance stops, or none")
+    group.add_argument("--num-frames", type=whole, metavar="N", help="frames of a video")
+    group.add_argument("--fps", type=whole, metavar="N", help="frames per second of the video's file")
+    group.add_argument("--image", metavar="FILE", help="picture that a video starts from")
+    group.add_argument(
+        "--guidance-scale-2", type=number, metavar="W", help="guidance of the second expert (default: as the first)"
+    )
+    group.add_argument("--flow-shift", type=number, metavar="S", help="shift of the noise schedule towards noise")
     group.add_argument("--max-sequence-length", type=whole, metavar="N", help="prompt tokens kept")
 
 
 def _add_output(parser: Parser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output", "-o", metavar="PATH", help="a folder, or one file to write (default: outputs/)")
-    group.add_argument("--output-format", metavar="{png,jpeg,webp}", help="default: png, or by the suffix of --output")
+    group.add_argument(
+        "--output-format",
+        metavar="FORMAT",
+        help="png, jpeg, webp; of videos mp4, webm, gif; default: the first, or by --output",
+    )
     group.add_argument(
         "--output-compression", type=whole, metavar="0-100", help="quality of jpeg and webp (default: 100)"
     )
@@ -106,20 +117,20 @@ def _generate(generator: DiffGenerator, plan: Plan, *, quiet: bool) -> list[Gene
 
 
 def _write(generator: DiffGenerator, plan: Plan, result: GenerationResult) -> list[dict[str, Any]]:
-    from multimodal_gen.media.encode import SUFFIXES, encode_image
     from multimodal_gen.media.files import file_name, write_exactly, write_new
+    from multimodal_gen.media.formats import encode, extension
 
     written = []
     output, request = plan.output, result.request
-    for index, pixels in enumerate(result.images):
+    for index, pixels in enumerate(result.images if result.frames is None else result.frames):
         if plan.only is not None and index != plan.only:
             continue
         recipe = generator.recipe(result, index) if output.metadata else None
-        data = encode_image(pixels, output.format, compression=output.compression, recipe=recipe)
+        data = encode(pixels, output.format, fps=result.fps, compression=output.compression, recipe=recipe)
         if output.file is not None:
             path = write_exactly(output.file, data)
         else:
-            name = file_name(request.seeds[index], request.prompt, SUFFIXES[output.format], datetime.now())
+            name = file_name(request.seeds[index], request.prompt, extension(output.format), datetime.now())
             path = write_new(output.folder, name, data)
         written.append(_image_facts(path, result, index))
     return written
@@ -133,6 +144,7 @@ def _image_facts(path: Path, result: GenerationResult, index: int) -> dict[str, 
         "prompt": request.prompt,
         "width": request.width,
         "height": request.height,
+        **({} if result.frames is None else {"num_frames": len(result.frames[index]), "fps": result.fps}),
     }
 
 

@@ -16,7 +16,7 @@ from multimodal_gen.config import EngineConfig, load
 from multimodal_gen.errors import ConfigError, InvalidSize, InvalidValue, ModelNotFound, did_you_mean
 from multimodal_gen.media.target import find_target
 from multimodal_gen.pipelines import registry
-from multimodal_gen.request import ModelCard, SamplingParams
+from multimodal_gen.request import Media, ModelCard, SamplingParams
 from multimodal_gen.resolve import resolve
 
 DEFAULT_FOLDER = "outputs"
@@ -30,16 +30,20 @@ _PARAMETERS = (
     "guidance_scale",
     "cfg_normalization",
     "max_sequence_length",
+    "num_frames",
+    "fps",
+    "guidance_scale_2",
+    "flow_shift",
 )
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where the images go and how they are written."""
+    """Where the outputs go and how they are written."""
 
     folder: Path
-    file: Path | None  # one image, under exactly this name
-    format: Any  # "png", "jpeg" or "webp"
+    file: Path | None  # one output, under exactly this name
+    format: Any  # a value of `media.formats.BY_SUFFIX`
     compression: int
     metadata: bool
 
@@ -77,6 +81,7 @@ def make_plan(arguments: Arguments) -> Plan:
     replay = read_replay(arguments.replay) if arguments.replay else None
     wanted = _given_parameters(arguments)
     prompts = _prompts(arguments, replay)
+    notes = [*replay.notes, *replay.check_image(wanted.get("image"))] if replay else []
     config, card = _model(arguments, replay)
     only = replay.recipe.index if replay and not wanted.keys() & {"seed", "num_outputs_per_prompt"} else None
     params = SamplingParams(**{**(replay.parameters(card, wanted) if replay else {}), **wanted})
@@ -90,10 +95,10 @@ def make_plan(arguments: Arguments) -> Plan:
         config=config,
         prompts=prompts,
         params=params,
-        output=_output(arguments, replay, images),
+        output=_output(arguments, replay, images, card.media),
         only=only,
         steps=sum(request.num_inference_steps * request.n for request in requests),
-        notes=replay.notes if replay else [],
+        notes=notes,
         replay=replay,
     )
 
@@ -111,6 +116,10 @@ def _given_parameters(arguments: Arguments) -> dict[str, Any]:
             wanted["num_outputs_per_prompt"] = len(arguments.seed)
     if arguments.n is not None:
         wanted["num_outputs_per_prompt"] = arguments.n
+    if arguments.image is not None:
+        from multimodal_gen.media.reference import to_reference
+
+        wanted["image"] = to_reference(Path(arguments.image))
     if arguments.cfg_truncation is not None:
         text = arguments.cfg_truncation
         wanted["cfg_truncation"] = None if text.lower() == "none" else _number(text, "--cfg-truncation")
@@ -179,16 +188,17 @@ def _model(arguments: Arguments, replay: Replay | None) -> tuple[EngineConfig, M
         ) from None
 
 
-def _output(arguments: Arguments, replay: Replay | None, images: int) -> Output:
-    from multimodal_gen.media.encode import SUFFIXES
+def _output(arguments: Arguments, replay: Replay | None, outputs: int, media: Media) -> Output:
+    from multimodal_gen.media.formats import BY_SUFFIX, DEFAULT
 
-    target = find_target(DEFAULT_FOLDER if arguments.output is None else arguments.output, images, "--output")
+    known = list(dict.fromkeys(BY_SUFFIX[media].values()))
+    place = DEFAULT_FOLDER if arguments.output is None else arguments.output
+    target = find_target(place, outputs, "--output", media)
     by_suffix = target.format
-    chosen = arguments.output_format or by_suffix or (replay.recipe.output_format if replay else "png")
-    if chosen not in SUFFIXES:
+    chosen = arguments.output_format or by_suffix or (replay.recipe.output_format if replay else DEFAULT[media])
+    if chosen not in known:
         raise InvalidValue(
-            f"--output-format must be one of {', '.join(SUFFIXES)}, got {chosen[:40]!r}."
-            + did_you_mean(chosen, SUFFIXES)
+            f"--output-format must be one of {', '.join(known)}, got {chosen[:40]!r}." + did_you_mean(chosen, known)
         )
     if by_suffix is not None and chosen != by_suffix:
         raise InvalidValue(
@@ -197,8 +207,8 @@ def _output(arguments: Arguments, replay: Replay | None, images: int) -> Output:
     compression = arguments.output_compression
     if compression is None:
         compression = replay.recipe.output_compression if replay and replay.recipe.output_format == chosen else 100
-    elif chosen == "png" and compression != 100:
-        raise InvalidValue("--output-compression is the quality of jpeg and webp; png is lossless, leave it out.")
+    elif chosen not in ("jpeg", "webp") and compression != 100:
+        raise InvalidValue(f"--output-compression is the quality of jpeg and webp; leave it out for {chosen}.")
     elif not 0 <= compression <= 100:
         raise InvalidValue(f"--output-compression must be between 0 and 100, got {compression}.")
     return Output(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,6 +80,18 @@ class Replay:
             if (pin.nickname, pin.digest) not in wanted
         ]
 
+    def check_image(self, png: bytes | None) -> list[str]:
+        """Notes on the picture that the video starts from; a recipe holds its digest alone.
+
+        Raises: ConfigError where it is missing.
+        """
+        wanted = self.recipe.image_sha256
+        if wanted is not None and png is None:
+            raise ConfigError("The video starts from a picture: say where it is with --image FILE.", param="image")
+        if png is not None and hashlib.sha256(png).hexdigest() != wanted:
+            return ["the picture is another one than the original started from: pixels may differ."]
+        return []
+
     def parameters(self, card: ModelCard, overrides: dict[str, Any]) -> dict[str, Any]:
         """Sampling parameters of the original that this model takes and that nobody overrides.
 
@@ -97,6 +110,10 @@ class Replay:
             "cfg_normalization": recipe.cfg_normalization,
             "cfg_truncation": recipe.cfg_truncation,
             "max_sequence_length": recipe.max_sequence_length,
+            "num_frames": recipe.num_frames,
+            "fps": recipe.fps,
+            "guidance_scale_2": recipe.guidance_scale_2,
+            "flow_shift": recipe.flow_shift,
             **seeds,
         }
         return {name: value for name, value in stored.items() if name in card.parameters}

@@ -28,11 +28,13 @@ PNG_LEVEL = 4
 JPEG_SEGMENT = 65_533
 IMAGE_DESCRIPTION = 0x010E
 
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's address of what a trained model made"""
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
-    'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    f'Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/>'
     '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
 

@@ -43,8 +43,20 @@ def convert(pixels: np.ndarray, output_type: OutputType) -> Any:
     return Image.fromarray(pixels)
 
 
+def convert_frames(videos: Sequence[np.ndarray], output_type: OutputType) -> Any:
+    """uint8 [F, H, W, 3] of several videos → uint8 [n, F, H, W, 3], or float [n, F, 3, H, W] in 0 … 1 for "pt"."""
+    import numpy as np
+
+    frames = np.stack(videos)
+    if output_type != "pt":
+        return frames
+    import torch
+
+    return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
+
+
 def stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Latents [C, h, w] of several images → [n, C, h, w]."""
+    """Latents of several outputs, [C, h, w] or [C, f, h, w] → with n in front."""
     import torch
 
     return torch.stack([torch.from_numpy(array.copy()) for array in arrays])

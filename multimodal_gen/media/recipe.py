@@ -2,8 +2,9 @@
 
 A recipe travels as ASCII JSON (every other character escaped), so that no prompt can break the file around it:
 
-    PNG          text chunk `mmgen`
-    JPEG, WebP   EXIF UserComment; in a JPEG whose EXIF block would pass 64 KiB, the comment segments
+    PNG             text chunk `mmgen`
+    JPEG, WebP      EXIF UserComment; in a JPEG whose EXIF block would pass 64 KiB, the comment segments
+    MP4, WebM, GIF  the comment
 
 It names no time and no folder: replaying a recipe gives a byte-identical file.
 """
@@ -33,6 +34,9 @@ USER_COMMENT_ASCII = b"ASCII\0\0\0"
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+VideoFormat = Literal["mp4", "webm", "gif"]
+VIDEO_MAGIC = (("mp4", 4, b"ftyp"), ("webm", 0, b"\x1a\x45\xdf\xa3"), ("gif", 0, b"GIF8"))
+"""format, and the bytes at a place of its files"""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,8 +85,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """adapters in order, per module tree, by name and by the digest of their file"""
     merged: tuple[str, ...] = ()
     """module trees whose adapters were merged into the weights"""
-    output_format: ImageFormat = "png"
-    """filled by `encode_image`"""
+    output_format: ImageFormat | VideoFormat = "png"
+    """filled by `encode_image` and `write_video`"""
     output_compression: int = 100
     """filled by `encode_image`"""
 
@@ -207,19 +211,26 @@ def printable(text: str) -> str:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe kept in an image file that this package wrote.
+    """The recipe kept in a file that this package wrote.
 
-    Raises: NotFound when there is no such file; InvalidValue when it is no PNG, JPEG or WebP image, or holds no recipe.
+    Raises: NotFound when there is no such file; InvalidValue when it is no image or video of a kind that this package
+    writes, or holds no recipe.
     """
     from PIL import Image, UnidentifiedImageError
 
+    text: str | bytes | None
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            text = _stored_text(image)
+        if _is_video(path):
+            from multimodal_gen.media.video import read_comment
+
+            text = read_comment(str(path))
+        else:
+            with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+                text = _stored_text(image)
     except FileNotFoundError:
         raise NotFound(f"There is no file {path}.") from None
     except UnidentifiedImageError:
-        raise InvalidValue(f"{path} is not a PNG, JPEG or WebP image.") from None
+        raise InvalidValue(f"{path} is not a PNG, JPEG or WebP image, nor an MP4, WebM or GIF video.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidValue(f"Cannot read {path}: {_short(error)}.") from None
     if text is None:
@@ -228,6 +239,12 @@ def read_recipe(path: str | Path) -> Recipe:
             "that edited it dropped the metadata."
         )
     return Recipe.from_json(text)
+
+
+def _is_video(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return any(head[at : at + len(magic)] == magic for _, at, magic in VIDEO_MAGIC)
 
 
 def _stored_text(image: object) -> str | bytes | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal_gen.nn.lowrank import Overlay, Routing
+from multimodal_gen.nn.lowrank import Routing
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.nn.slots import Cut, Extent, How, Slotted, hollow, share
 from multimodal_gen.parallel.group import SOLO, Group
@@ -92,20 +92,6 @@ class Linear(Slotted):
             return y
         self.group.all_reduce_(y)
         return y if self.bias is None else y.add_(self.bias)
-
-
-class ForeignLinear(Linear):
-    """In the place of torch's linear layer in a model that is not ours and passes no routing."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
-        self.weight = hollow(tuple(self.weight.shape), layer.weight)
-        self.overlay: Overlay | None = None  # set around a forward
-
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        tokens = x.flatten(0, -2)
-        y = super().forward(tokens, routing or Routing.of([len(tokens)], [self.overlay]))
-        return y.unflatten(0, x.shape[:-1])
 
 
 class PatchEmbedding(Linear):

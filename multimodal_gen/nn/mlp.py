@@ -9,6 +9,19 @@ from multimodal_gen.nn.linear import FusedLinear, Linear, align
 from multimodal_gen.nn.lowrank import Routing
 
 
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))) with biases; `approximate` is torch's: "tanh" or "none"."""
+
+    def __init__(self, dim: int, hidden: int, out: int, approximate: str) -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.up = Linear(dim, hidden, bias=True)
+        self.down = Linear(hidden, out, bias=True)
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        return self.down(F.gelu(self.up(x, routing), approximate=self.approximate), routing)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)) (Shazeer, 2020); gate and up are one product, the hidden width is aligned.
 

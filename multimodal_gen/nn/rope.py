@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 
-def axis_frequencies(positions: Tensor, axes: Sequence[int], theta: float) -> Tensor:
+def axis_frequencies(
+    positions: Tensor, axes: Sequence[int], theta: float, angles_in: torch.dtype = torch.float32
+) -> Tensor:
     """Rotations e^{iθp} for integer positions [L, len(axes)] → complex64 [L, Σ axes / 2].
 
-    Angles are computed in float64 and rounded to float32 before the sine, as the reference tables are.
+    Angles are computed in float64. Before the sine they are rounded to `angles_in`, as the tables of the family's
+    reference are.
     """
     parts = []
     for axis, dim in enumerate(axes):
         inverse = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
-        angles = torch.outer(positions[:, axis].double(), inverse).float()
+        angles = torch.outer(positions[:, axis].double(), inverse).to(angles_in)
         parts.append(torch.polar(torch.ones_like(angles), angles))
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=-1).to(torch.complex64)
 
 
 def rotate_(x: Tensor, frequencies: Tensor) -> Tensor:

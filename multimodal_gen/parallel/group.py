@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch._C._distributed_c10d as c10d
@@ -45,6 +45,18 @@ class Collectives(Protocol):
         output_split_sizes: list[int],
         input_split_sizes: list[int],
     ) -> Work: ...
+
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How ranks find one another."""
+
+    store: Store  # one for all ranks of all groups, fresh for every start: a FileStore on one host, else a TCPStore
+    timeout_s: float  # how long any operation waits for a rank that does not answer
+    address: str = LOOPBACK  # where this rank listens (gloo): other hosts reach only an address of this one's network
 
 
 @dataclass
@@ -76,19 +88,18 @@ class Group:
         self._backend = backend
 
     @classmethod
-    def connect(cls, rank: int, size: int, store: Store, device: torch.device, timeout_s: float, name: str) -> Group:
+    def connect(cls, rank: int, size: int, meeting: Meeting, device: torch.device, name: str) -> Group:
         """Meet the other ranks: gloo for the CPU, NCCL for CUDA.
 
         Args:
-            store: shared by all ranks of all groups; `name` keeps this group's keys apart.
-            timeout_s: how long an operation may wait for a rank that does not answer.
+            name: keeps this group's keys in the store apart.
 
-        Raises: PeerLost when some rank does not come.
+        Raises: PeerLost when some rank does not come in time.
         """
         if size == 1:
             return cls(rank, size, None, device)
         with _lost(f"meeting the ranks of group {name}"):
-            backend = _backend(rank, size, store, device, timedelta(seconds=timeout_s), name)
+            backend = _backend(rank, size, meeting, device, name)
         return cls(rank, size, backend, device)
 
     @property
@@ -161,7 +172,9 @@ class Group:
     def barrier(self) -> None:
         """Wait until every rank is here. Raises: PeerLost."""
         if self._backend is not None:
-            self._run("barrier", self._backend.allreduce([torch.zeros(1, device=self.device)]))
+            token = torch.zeros(1, device=self.device)
+            self._run("barrier", self._backend.allreduce([token]))
+            token.item()  # on CUDA, waiting for an operation only orders the stream
 
     # --- small control messages -------------------------------------------------------------------------------------
 
@@ -213,15 +226,17 @@ class Group:
             work.wait()
 
 
-def _backend(rank: int, size: int, store: Store, device: torch.device, timeout: timedelta, name: str) -> Collectives:
-    own = c10d.PrefixStore(name, store)
+def _backend(rank: int, size: int, meeting: Meeting, device: torch.device, name: str) -> Collectives:
+    store, timeout = c10d.PrefixStore(name, meeting.store), timedelta(seconds=meeting.timeout_s)
     made: object
     if device.type == "cuda":
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        made = c10d.ProcessGroupNCCL(own, rank, size, options)
+        made = c10d.ProcessGroupNCCL(store, rank, size, options)
     else:
-        made = c10d.ProcessGroupGloo(own, rank, size, timeout)
+        own: Any = vars(c10d.ProcessGroupGloo)["_Options"]()  # torch's stubs do not know it
+        own._timeout, own._devices = timeout, [c10d.ProcessGroupGloo.create_device(hostname=meeting.address)]
+        made = c10d.ProcessGroupGloo(store, rank, size, own)
     return cast("Collectives", made)
 
 

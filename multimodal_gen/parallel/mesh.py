@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from multimodal_gen.parallel.degrees import Coordinates, Degrees
-from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.parallel.group import LOOPBACK, SOLO, Group, Meeting
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -46,18 +46,28 @@ class Mesh:
         return cls(Degrees(), 0, *([SOLO] * 7))
 
     @classmethod
-    def connect(cls, degrees: Degrees, rank: int, store: Store, device: torch.device, timeout_s: float) -> Mesh:
+    def connect(
+        cls,
+        degrees: Degrees,
+        rank: int,
+        store: Store,
+        device: torch.device,
+        timeout_s: float,
+        address: str = LOOPBACK,
+    ) -> Mesh:
         """Meet the other ranks of the replica.
 
         Args:
             store: one for all ranks of the replica, fresh for every start; a FileStore on one host, a TCPStore across.
             device: where the model's tensors are; its type decides between gloo and NCCL.
             timeout_s: how long an operation may wait for a rank that does not answer.
+            address: where this rank listens; the default is for ranks of one host, which nobody else can reach.
 
         Raises: PeerLost when some rank does not come in time.
         """
         if degrees.world == 1:
             return cls.solo()
+        meeting = Meeting(store, timeout_s, address)
         made: dict[tuple[int, ...], Group] = {}
         groups: dict[str, Group] = {}
         for name, key in _KEYS.items():
@@ -68,9 +78,9 @@ class Mesh:
                 continue
             if ranks not in made:
                 label = f"{name}/{ranks[0]}"
-                made[ranks] = Group.connect(ranks.index(rank), len(ranks), store, device, timeout_s, label)
+                made[ranks] = Group.connect(ranks.index(rank), len(ranks), meeting, device, label)
             groups[name] = made[ranks]
-        control = Group.connect(rank, degrees.world, store, CPU, timeout_s, "control")
+        control = Group.connect(rank, degrees.world, meeting, CPU, "control")
         return cls(degrees, rank, control=control, **groups)
 
     @property

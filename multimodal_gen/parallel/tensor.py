@@ -15,7 +15,7 @@ from typing import Final
 
 from torch import nn
 
-from multimodal_gen.nn.linear import ForeignLinear
+from multimodal_gen.nn.foreign import ForeignEmbedding, ForeignLinear
 from multimodal_gen.nn.slots import How, Slotted
 from multimodal_gen.parallel.group import Group
 
@@ -40,8 +40,10 @@ def shard(model: nn.Module, table: Sequence[Rule], group: Group) -> None:
         assert found, f"the table's {rule.pattern!r} matches no layer of {type(model).__name__}"
         for name in found if group.size > 1 else ():
             layer = layers[name]
-            if isinstance(layer, nn.Linear):  # of a model that is not ours
-                layer = layers[name] = ForeignLinear(layer)
+            if isinstance(layer, (nn.Linear, nn.Embedding)):  # of a model that is not ours
+                assert layer.weight.is_meta, "a model is shared out before it has memory"
+                layer = ForeignLinear(layer) if isinstance(layer, nn.Linear) else ForeignEmbedding(layer)
+                layers[name] = layer
                 model.set_submodule(name, layer)
             assert isinstance(layer, Slotted), f"{name}: {type(layer).__name__} cannot be shared out"
             assert not layer.cuts, f"two rows of the table match {name}"

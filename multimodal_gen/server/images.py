@@ -21,6 +21,7 @@ from multimodal_gen.errors import (
     UnsupportedEndpoint,
     UnsupportedParameter,
 )
+from multimodal_gen.media.maker import Maker
 from multimodal_gen.messages import Finished
 from multimodal_gen.request import MAX_STEPS, ImageRequest, SamplingParams
 from multimodal_gen.resolve import resolve
@@ -30,7 +31,7 @@ from multimodal_gen.server.disconnect import unless_gone
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.json_body import parse_object
 from multimodal_gen.server.models import check_model
-from multimodal_gen.server.replies import Form, Maker
+from multimodal_gen.server.replies import Form
 from multimodal_gen.server.schemas import STEP_FACTORS, ImageGenerationRequest, read, shown
 from multimodal_gen.server.sse import ImageStream
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from multimodal_gen.config import ServerConfig
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.media.encode import encode_image
-from multimodal_gen.media.recipe import ImageFormat, Recipe, origin
-from multimodal_gen.messages import Array, Finished, Preview, Ready
+from multimodal_gen.media.maker import Maker
+from multimodal_gen.media.recipe import ImageFormat, Recipe
+from multimodal_gen.messages import Array, Finished, Preview
 from multimodal_gen.request import AnyRequest, ModelCard
 from multimodal_gen.server.schemas import ImageGenerationRequest
 
@@ -71,32 +71,6 @@ def _adapters(request: AnyRequest) -> dict[str, Any]:
     return {
         "loras": [{"nickname": pin.nickname, "strength": pin.strength, "target": pin.tree} for pin in request.loras]
     }
-
-
-@dataclass(frozen=True)
-class Maker:
-    """What shapes pixels besides the request; goes into the metadata of files."""
-
-    ready: Ready
-    config: ServerConfig
-    card: ModelCard
-
-    def recipe(self, request: AnyRequest, index: int, finished: Finished) -> Recipe:
-        """The recipe of image `index`."""
-        repository, revision = origin(self.config, self.card)
-        return Recipe.of(
-            request,
-            index,
-            dtype=self.ready.dtype,
-            device=self.ready.device,
-            attention_backend=self.ready.attention_backend,
-            deterministic=self.config.deterministic,
-            repository=repository,
-            revision=revision,
-            max_batch_tokens=self.config.max_batch_tokens,
-            threads=self.ready.threads,
-            merged=finished.merged,
-        )
 
 
 def answer(

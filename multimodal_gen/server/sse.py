@@ -12,13 +12,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from multimodal_gen.errors import Cancelled, MmgenError
+from multimodal_gen.media.maker import Maker
 from multimodal_gen.messages import Event, Finished, Preview, Progress, Started
 from multimodal_gen.server import replies
 from multimodal_gen.server.context import Context
 from multimodal_gen.server.disconnect import unless_gone
 from multimodal_gen.server.errors import error_body, internal_error
 from multimodal_gen.server.metrics import outcome_of_error
-from multimodal_gen.server.replies import Form, Maker
+from multimodal_gen.server.replies import Form
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.ticket import Ticket

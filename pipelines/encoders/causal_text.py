@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
-from multimodal_gen.nn.linear import ForeignLinear
+from multimodal_gen.nn.foreign import ForeignLinear
 from multimodal_gen.nn.lowrank import Overlay, Update
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.parallel.group import SOLO, Group
@@ -37,6 +37,7 @@ class Tokens:
 
 
 SHARDING = (
+    Rule(r"embed_tokens", ROW),
     Rule(r"layers\.\d+\.self_attn\.[qkv]_proj", COLUMN),
     Rule(r"layers\.\d+\.self_attn\.o_proj", ROW),
     Rule(r"layers\.\d+\.mlp\.(gate|up)_proj", COLUMN),
@@ -101,7 +102,7 @@ class CausalTextEncoder:
 
 
 def _divides(size: int, config: Any) -> bool:
-    shared = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+    shared = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
     return all(width % size == 0 for width in shared)
 
 

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def extrapolate(positive: Tensor, negative: Tensor, weight: float) -> Tensor:
+    """negative + weight · (positive - negative) in float32: the convention in which weight 1 is no guidance."""
+    positive, negative = positive.float(), negative.float()
+    return negative + weight * (positive - negative)
+
+
 def guide(positive: Tensor, negative: Tensor, weight: float, norm_cap: float) -> Tensor:
     """positive + weight · (positive - negative) in float32.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import CorruptModel
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
@@ -21,8 +22,9 @@ from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
-from multimodal_gen.pipelines.stages.flow_match import FlowMatchEuler, FlowMatchState
+from multimodal_gen.pipelines.stages.flow_match import SCHEDULER_CLASS, FlowMatchEuler, FlowMatchState
 from multimodal_gen.pipelines.stages.guidance import guide
+from multimodal_gen.pipelines.stages.solvers import load_solver
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
@@ -87,7 +89,7 @@ class ZImagePipeline:
         self.vae = KLDecoder(
             folder / "vae", components["vae"].files, self.device, self.dtype, config.vae_tiling, mesh.world
         )
-        self.scheduler = FlowMatchEuler(folder / "scheduler")
+        self.scheduler = _scheduler(folder)
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
         self.vae_scale = card.size_multiple // settings.patch_size
         self.info = PipelineInfo(
@@ -152,7 +154,7 @@ class ZImagePipeline:
         generator = torch.Generator("cpu").manual_seed(row.seed)
         noise = torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32)
         row.latents = noise[0].to(self.device)
-        row.sampler = self.scheduler.start(
+        row.sampler = self.scheduler.start_linear(
             request.num_inference_steps, height * width // self.transformer.config.patch_size**2
         )
 
@@ -165,7 +167,7 @@ class ZImagePipeline:
             sampler, latents = _state(row)
             if row.request.previews:
                 row.clean = sampler.clean(latents, velocity, row.step)
-            row.latents = sampler.advance(latents, velocity, row.step)
+            row.latents, row.sampler = sampler.advance(latents, velocity, row.step)
             row.step += 1
 
     def _velocities(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -248,6 +250,13 @@ class ZImagePipeline:
         """Encoded prompts and modulations."""
         self.cache.clear()
         self.times.clear()
+
+
+def _scheduler(folder: Path) -> FlowMatchEuler:
+    solver = load_solver(folder / "scheduler")
+    if not isinstance(solver, FlowMatchEuler):
+        raise CorruptModel(f"scheduler_config.json: this family is built for {SCHEDULER_CLASS}.")
+    return solver
 
 
 def _state(row: Row) -> tuple[FlowMatchState, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.lora.names import AdapterTarget, Alias
 from multimodal_gen.pipelines.contract import Spec, Variant
-from multimodal_gen.request import Defaults, ModelCard, SamplingParams
+from multimodal_gen.request import OF_VIDEOS, Defaults, ModelCard, SamplingParams
 from multimodal_gen.weights.checkpoint import read_json
 
 _REFINED = (
@@ -96,7 +96,7 @@ def describe(name: str, folder: Path) -> ModelCard:
         task="text-to-image",
         path=str(folder),
         defaults=variant.defaults,
-        parameters=frozenset(SamplingParams.__struct_fields__),
+        parameters=frozenset(SamplingParams.__struct_fields__) - OF_VIDEOS,
         size_multiple=multiple,
         min_side=2 * multiple,
         max_side=min(MAX_SIDE, multiple * min(transformer["axes_lens"][1:])),

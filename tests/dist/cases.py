@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +60,14 @@ def control_messages(mesh: Mesh) -> dict[str, Tensor]:
     assert [len(m) for m in group.all_gather_bytes(b"x" * lengths[group.rank])] == lengths
     assert group.all_gather_bytes(b"") == [b""] * group.size
     return {}
+
+
+def listening(mesh: Mesh) -> dict[str, Tensor]:
+    """How many TCP ports this process has open on loopback, and elsewhere."""
+    mesh.world.barrier()
+    sockets = [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    elsewhere = [c for c in sockets if c.laddr.ip != "127.0.0.1"]
+    return {"elsewhere": torch.tensor(len(elsewhere)), "loopback": torch.tensor(len(sockets) - len(elsewhere))}
 
 
 def places(mesh: Mesh) -> dict[str, Tensor]:

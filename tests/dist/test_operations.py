@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
+from multimodal_gen.errors import PeerLost
 from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.group import SOLO
 from multimodal_gen.parallel.mesh import Mesh
@@ -68,6 +72,21 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
 def test_a_rank_that_is_gone_is_an_error_of_the_others_at_once() -> None:
     with Ranks(3) as own, pytest.raises(AssertionError, match="rank [012]: it died"):  # they end themselves when content
         own.run(Degrees(tp=3), "tests.dist.cases:lost")
+
+
+def test_a_rank_that_does_not_come_is_an_error_in_time(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    started = time.monotonic()
+    with pytest.raises(PeerLost, match="meeting the ranks of group world/0"):
+        Mesh.connect(Degrees(tp=2), 0, store, torch.device("cpu"), timeout_s=1.0)
+    assert time.monotonic() - started < 10
+
+
+def test_ranks_of_one_host_listen_where_no_other_host_can_reach_them(ranks: Ranks) -> None:
+    """Gloo knows no passwords."""
+    for found in ranks.run(Degrees(tp=2), "tests.dist.cases:listening"):
+        assert found["elsewhere"] == 0
+        assert found["loopback"] > 0
 
 
 def test_a_rank_alone_sends_nothing() -> None:

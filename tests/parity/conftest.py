@@ -9,6 +9,7 @@ import torch
 
 from multimodal_gen import DiffGenerator
 from tests.support.checkpoints import make_flux1, make_stable_diffusion, make_z_image
+from tests.support.wan_checkpoints import make_wan
 
 Maker = Callable[..., Any]
 
@@ -26,6 +27,12 @@ def few_threads() -> Iterator[None]:
 def z_image_folder(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     """`z_image_folder(heads=3)`: a tiny Z-Image folder, made once for each set of options."""
     return _once(lambda **options: make_z_image(tmp_path_factory.mktemp("z_image"), **options))
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """`wan_folder(variant="t2v")`: a tiny Wan folder, made once for each set of options."""
+    return _once(lambda **options: make_wan(tmp_path_factory.mktemp("wan"), **options))
 
 
 @pytest.fixture(scope="session")

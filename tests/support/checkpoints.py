@@ -31,7 +31,7 @@ def randomize(module: nn.Module, seed: int, gain: float | None = 1.5) -> nn.Modu
     for part in module.modules():
         if gain and isinstance(part, nn.Embedding):
             part.weight.mul_(0.5 / part.weight.std())
-        elif gain and isinstance(part, (nn.Linear, nn.Conv2d)) and part.weight.numel() > 1:
+        elif gain and isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)) and part.weight.numel() > 1:
             part.weight.mul_(gain / part.weight[0].numel() ** 0.5 / part.weight.std())
     for name, parameter in sorted(module.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator) * 0.1
@@ -167,9 +167,9 @@ def make_flux1(folder: Path, *, seed: int = 0, heads: int = 4) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import T5Config, T5EncoderModel
 
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    clip_words, t5_words = _clip_tokenizer(), t5_tokenizer()
     t5_config = T5Config(
-        vocab_size=len(t5_tokenizer),
+        vocab_size=len(t5_words),
         d_model=32,
         d_kv=8,
         d_ff=64,
@@ -190,10 +190,10 @@ def make_flux1(folder: Path, *, seed: int = 0, heads: int = 4) -> Path:
             max_image_seq_len=4096,
         ),
         vae=kl_vae(seed + 2),
-        text_encoder=_clip_text(clip_tokenizer, seed + 1),
-        tokenizer=clip_tokenizer,
+        text_encoder=_clip_text(clip_words, seed + 1),
+        tokenizer=clip_words,
         text_encoder_2=build(lambda: T5EncoderModel(t5_config), seed + 3),
-        tokenizer_2=t5_tokenizer,
+        tokenizer_2=t5_words,
         transformer=build(
             lambda: FluxTransformer2DModel(
                 patch_size=1,
@@ -285,7 +285,8 @@ def _clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def _t5_tokenizer() -> Any:
+def t5_tokenizer() -> Any:
+    """Unigram words and letters in T5's layout."""
     from transformers import T5Tokenizer
 
     words = {"▁" + word: -4.0 for line in CORPUS for word in line.split()}

@@ -23,7 +23,7 @@ from multimodal_gen.config import EngineConfig, ServerConfig, options
 from multimodal_gen.errors import UserError
 from multimodal_gen.media.encode import encode_image
 from multimodal_gen.media.recipe import Recipe
-from multimodal_gen.request import ImageRequest
+from multimodal_gen.request import OF_VIDEOS, ImageRequest
 from multimodal_gen.version import __version__
 from multimodal_gen.weights.hub import ASSETS
 from tests.support.mmgen import environment
@@ -98,7 +98,9 @@ def test_every_flag_reaches_the_parameters():
         )
     )
     given = {
-        name: v for name, v in msgspec.structs.asdict(made.params).items() if name not in ("priority", "deadline_s")
+        name: v
+        for name, v in msgspec.structs.asdict(made.params).items()
+        if name not in ("priority", "deadline_s", *OF_VIDEOS)
     }
     assert given == {
         "negative_prompt": "no",
@@ -162,11 +164,11 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path, monkeypatch):
         (["x", "--model-path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["x", "--dtype", "float8"], "--dtype cannot be 'float8'"),
         (["x", "--output-format", "jpg"], "--output-format must be one of png, jpeg, webp"),
-        (["x", "--output-format", "png", "--output-compression", "50"], "png is lossless"),
+        (["x", "--output-format", "png", "--output-compression", "50"], "leave it out for png"),
         (["x", "--output-format", "jpeg", "--output-compression", "101"], "between 0 and 100"),
         (["x", "--output", "a.png", "--output-format", "webp"], "drop one of them"),
         (["x", "--output", "a.png", "--n", "2"], "name a folder"),
-        (["x", "--output", "x.gif"], "--output x.gif cannot be written: .gif is a format that is not written"),
+        (["x", "--output", "x.gif"], "--output x.gif cannot be written: .gif is no format for images"),
         (["x", "--output", "a/x.TIFF"], "the suffixes of files are .png, .jpg, .jpeg, .webp"),
         (["x", "--output", "/dev/null"], "/dev/null is not a folder"),
         (["x", "--output", "/dev/null/deep/x.png"], "/dev/null is not a folder"),

@@ -83,7 +83,7 @@ def test_what_is_left_open_comes_from_the_card():
     assert request.max_sequence_length == 256  # the model's limit, below its default
     assert (request.cfg_normalization, request.cfg_truncation) == (0.0, 1.0)
     assert (request.model, request.negative_prompt, request.n, request.previews) == ("toy", None, 1, 0)
-    assert request.output == "image"
+    assert request.output == "pixels"
 
 
 def test_given_values_are_kept():

@@ -1,0 +1,56 @@
+"""AutoencoderKLWan through diffusers: videos to latents and back, frame by frame with a causal cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal_gen.errors import CorruptModel, Overflowed
+from multimodal_gen.weights.checkpoint import read_json
+from multimodal_gen.weights.loading import construction, load_weights
+
+
+class WanVae:
+    """One video at a time, in float32: an encoder in half precision shifts the picture that a video starts from."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device) -> None:
+        """`folder` is the vae/ folder, `files` its weights. Raises: CorruptModel."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+        config = read_json(folder, "config.json")
+        self.device = device
+        with construction(torch.device("meta"), torch.float32):  # no time spent on random initial weights
+            vae = AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        vae.to_empty(device=device)
+        load_weights(vae, files)
+        self.vae = vae.eval()
+        mean, std = vae.config["latents_mean"], vae.config["latents_std"]
+        if not len(mean) == len(std) == vae.config["z_dim"]:
+            raise CorruptModel(
+                f"vae/config.json: latents_mean and latents_std must have z_dim = {vae.config['z_dim']} numbers, not "
+                f"{len(mean)} and {len(std)}."
+            )
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1, 1)
+        self.parameters = sum(p.numel() for p in vae.parameters())
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """float32 [3, F, H, W] in -1 … 1 → the most likely latents [C, f, h, w], normalised."""
+        moments: Tensor = self.vae.encode(pixels[None].to(self.device), return_dict=False)[0].mode()
+        return (moments[0] - self.mean) * (1.0 / self.std)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """float32 [C, f, h, w] → uint8 [F, H, W, 3]. Raises: Overflowed for latents that overflowed."""
+        if not torch.isfinite(latents).all():
+            raise Overflowed(
+                "The model's numbers overflowed; run it with --dtype bfloat16 or float32, or lower the strengths "
+                "of its adapters."
+            )
+        z = latents.to(self.device, torch.float32) / (1.0 / self.std) + self.mean
+        pixels: Tensor = self.vae.decode(z[None], return_dict=False)[0][0]
+        pixels = (pixels * 0.5 + 0.5).clamp_(0, 1).mul_(255).round_()
+        return pixels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()

@@ -1,0 +1,1 @@
+"""Wan2.1 and Wan2.2: video diffusion transformers with a UMT5 text encoder."""

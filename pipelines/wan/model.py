@@ -1,0 +1,248 @@
+"""The Wan diffusion transformer (Wan Team, 2025; reference: diffusers WanTransformer3DModel).
+
+Shapes: T packed tokens of all sequences, S pieces of tokens with one timestep, D model width, H heads, d head width,
+L text tokens.
+
+On ranks that share sequences, T is this rank's slice of the packed batch and H its share of the heads.
+
+What does not depend on the latents is made apart, once: `modulate` for a timestep, `read` for a prompt (and a picture).
+Time embedder, modulation and layer norms stay in float32 whatever the dtype of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal_gen.attention.base import AttentionBackend
+from multimodal_gen.attention.cross import Keys, cross_attend
+from multimodal_gen.nn.embed import sinusoidal
+from multimodal_gen.nn.linear import FusedLinear, Linear, PatchEmbedding
+from multimodal_gen.nn.lowrank import Overlay, Routing
+from multimodal_gen.nn.mlp import GeluMLP
+from multimodal_gen.nn.modulation import gate_, norm_modulated
+from multimodal_gen.nn.norm import AcrossHeadsRMSNorm, LayerNorm
+from multimodal_gen.nn.rope import rotate_
+from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.parallel.sequence import TokenShards
+from multimodal_gen.pipelines.wan.config import WanConfig
+from multimodal_gen.pipelines.wan.packing import Layout, Slice
+
+IMAGE_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer's cross-attention looks at, for one prompt."""
+
+    text: Keys
+    image: Keys | None  # of models with an image encoder
+
+
+@dataclass(frozen=True)
+class Context:
+    """One prompt, as all layers see it; filled by `WanTransformer.read`."""
+
+    layers: tuple[Seen, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(seen.text.nbytes + (seen.image.nbytes if seen.image else 0) for seen in self.layers)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Everything that depends on the timestep alone, float32; filled by `WanTransformer.modulate`."""
+
+    layers: Tensor  # [layers, 6, D]: shift, 1 + scale, gate of self-attention, the same of the feed-forward
+    final: Tensor  # [2, D]: shift, 1 + scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.layers.nbytes + self.final.nbytes
+
+
+class SelfAttention(nn.Module):
+    """Attention inside each video, queries and keys normalised across all heads and turned by their position."""
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.attention_head_dim
+        self.qkv = FusedLinear(dim, {"q": dim, "k": dim, "v": dim}, bias=True)
+        self.qk_norm = AcrossHeadsRMSNorm(("q", "k"), dim, config.eps)
+        self.out = Linear(dim, dim, bias=True)
+        self.backend = backend
+
+    def forward(self, x: Tensor, slice_: Slice, routing: Routing | None) -> Tensor:
+        qkv = self.qkv(x, routing).unflatten(-1, (3, -1))  # [T, 3, D]
+        qk = self.qk_norm(qkv[:, :2]).unflatten(-1, (-1, self.head_dim))  # [T, 2, H, d]
+        q, k = rotate_(qk, slice_.frequencies).unbind(1)
+        v = qkv[:, 2].unflatten(-1, (-1, self.head_dim))
+        return self.out(self.backend(q, k, v, slice_.segments).flatten(-2), routing)
+
+
+class CrossAttention(nn.Module):
+    """Attention to a prompt, and to the tokens of a picture where the model has an image encoder."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.attention_head_dim
+        self.q = Linear(dim, dim, bias=True)
+        self.kv = FusedLinear(dim, {"k": dim, "v": dim}, bias=True)
+        self.q_norm = AcrossHeadsRMSNorm(("q",), dim, config.eps)
+        self.k_norm = AcrossHeadsRMSNorm(("k",), dim, config.eps)
+        self.out = Linear(dim, dim, bias=True)
+        if config.image_dim is not None:
+            self.image_kv = FusedLinear(dim, {"k": dim, "v": dim}, bias=True)
+            self.image_k_norm = AcrossHeadsRMSNorm(("k",), dim, config.eps)
+
+    def read(self, text: Tensor, pads: int, image: Tensor | None, overlay: Overlay | None) -> Seen:
+        """Keys and values of text [L, D], whose last token counts `pads` times, and of image [I, D]."""
+        seen = self._keys(self.kv, self.k_norm, text, max(pads, 1), overlay)
+        if image is None:
+            return Seen(seen, None)
+        return Seen(seen, self._keys(self.image_kv, self.image_k_norm, image, 1, overlay))
+
+    def _keys(self, kv: FusedLinear, norm: AcrossHeadsRMSNorm, x: Tensor, last: int, overlay: Overlay | None) -> Keys:
+        both = kv(x, Routing.of([len(x)], [overlay])).unflatten(-1, (2, -1))  # [L, 2, D]
+        k, v = norm(both[:, :1])[:, 0], both[:, 1]
+        return Keys(k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim)), last)
+
+    def forward(self, x: Tensor, seen: Sequence[Seen], lengths: Sequence[int], routing: Routing | None) -> Tensor:
+        q = self.q_norm(self.q(x, routing)[:, None])[:, 0].unflatten(-1, (-1, self.head_dim))  # [T, H, d]
+        y = cross_attend(q, lengths, [s.text for s in seen])
+        images = [s.image for s in seen if s.image is not None]
+        if images:
+            y = y + cross_attend(q, lengths, images)
+        return self.out(y.flatten(-2), routing)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward under the timestep, cross-attention between them without it."""
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        dim, self.eps = config.dim, config.eps
+        self.attn1 = SelfAttention(config, backend)
+        self.norm2 = LayerNorm(dim, config.eps)
+        self.attn2 = CrossAttention(config)
+        self.ffn = GeluMLP(dim, config.ffn_dim, dim, "tanh")
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim, dtype=torch.float32), requires_grad=False)
+
+    def forward(
+        self, x: Tensor, folded: Tensor, seen: Sequence[Seen], slice_: Slice, routing: Routing | None
+    ) -> Tensor:
+        """x [T, D] → [T, D], overwritten; folded float32 [S, 6, D]; seen per sequence of the slice."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = folded.unbind(1)  # [S, D] each
+        h = norm_modulated(x, scale, shift, self.eps, slice_.times)
+        x = gate_(x, gate, self.attn1(h, slice_, routing), slice_.times)
+        x += self.attn2(self.norm2(x), seen, slice_.segments.lengths, routing)
+        h = norm_modulated(x, ffn_scale, ffn_shift, self.eps, slice_.times)
+        return gate_(x, ffn_gate, self.ffn(h, routing), slice_.times)
+
+
+class ImageEmbedder(nn.Module):
+    """Tokens of the image encoder → model width."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(image_dim, IMAGE_NORM_EPS)
+        self.up = Linear(image_dim, image_dim, bias=True)
+        self.down = Linear(image_dim, dim, bias=True)
+        self.norm2 = LayerNorm(dim, IMAGE_NORM_EPS)
+
+    def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
+        return self.norm2(self.down(F.gelu(self.up(self.norm1(x), routing)), routing))
+
+
+class WanTransformer(nn.Module):
+    """Velocity of a packed batch of noisy videos under their prompts."""
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend, sequence: Group = SOLO) -> None:
+        """`sequence`: the ranks that share every packed batch; `backend` attends across them."""
+        super().__init__()
+        self.config = config
+        self.sequence = sequence
+        dim, single = config.dim, torch.float32
+        self.patch_embedding = PatchEmbedding(config.in_channels, config.patch_size, dim)
+        self.time_in = Linear(config.freq_dim, dim, bias=True, dtype=single)
+        self.time_out = Linear(dim, dim, bias=True, dtype=single)
+        self.time_proj = Linear(dim, 6 * dim, bias=True)
+        self.text_in = Linear(config.text_dim, dim, bias=True)
+        self.text_out = Linear(dim, dim, bias=True)
+        self.image_embedder = None if config.image_dim is None else ImageEmbedder(config.image_dim, dim)
+        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim, dtype=single), requires_grad=False)
+        self.proj_out = Linear(dim, self.out_dim, bias=True)
+
+    @property
+    def out_dim(self) -> int:
+        """Numbers that are predicted for one patch."""
+        return self.config.out_channels * self.config.patch_elements
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything but the float32 islands."""
+        return self.proj_out.weight.dtype
+
+    def modulate(self, t: Tensor, overlay: Overlay | None) -> Modulation:
+        """Timestep float32 [1] (1000 noise … 0 clean), alone: the result must not depend on a batch."""
+        routing = Routing.of([1], [overlay])
+        h = F.silu(self.time_in(sinusoidal(t, self.config.freq_dim), routing))
+        time = self.time_out(h, routing).to(self.dtype)  # [1, D]
+        steps = self.time_proj(F.silu(time), routing).view(6, -1).float()
+        layers = torch.stack([block.scale_shift_table[0] + steps for block in self.blocks if isinstance(block, Block)])
+        layers[:, 1::3] += 1
+        final = self.scale_shift_table[0] + time.float()
+        final[1] += 1
+        return Modulation(layers, final)
+
+    def read(self, text: Tensor, pads: int, image: Tensor | None, overlay: Overlay | None) -> Context:
+        """Text features [l, text_dim] followed by `pads` zero vectors, and image features [I, image_dim]."""
+        if pads:
+            text = torch.cat([text, text.new_zeros(1, text.shape[1])])
+        routing = Routing.of([len(text)], [overlay])
+        text = self.text_out(F.gelu(self.text_in(text, routing), approximate="tanh"), routing)
+        if image is not None and self.image_embedder is not None:
+            image = self.image_embedder(image, Routing.of([len(image)], [overlay]))
+        layers = (block.attn2.read(text, pads, image, overlay) for block in self.blocks if isinstance(block, Block))
+        return Context(tuple(layers))
+
+    def forward(
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        contexts: Sequence[Context],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Tensor]:
+        """One velocity per sequence of the layout.
+
+        Args:
+            patches: per sequence [l, C · patch].
+            times: per piece of the layout, `modulate` of its timestep.
+            contexts: per sequence, `read` of its prompt.
+            layout: who attends to whom; see `packing.Layout`.
+            overlays: per sequence, its unmerged adapters.
+
+        Returns: per sequence [l, patch · C].
+        """
+        shards = TokenShards(layout.segments.total, self.sequence)
+        slice_ = Slice.of(layout, shards)
+        contexts, times = slice_.segments.pick(contexts), slice_.times.pick(times)
+        routing = Routing.of(slice_.segments.lengths, slice_.segments.pick(overlays))
+        x = self.patch_embedding(shards.split(torch.cat(list(patches))), routing)
+        folded = torch.stack([time.layers for time in times], dim=1)  # [layers, S, 6, D]
+        for index, block in enumerate(self.blocks):
+            x = block(x, folded[index], [context.layers[index] for context in contexts], slice_, routing)
+        shift, scale = torch.stack([time.final for time in times], dim=1)  # [S, D] each
+        x = norm_modulated(x, scale, shift, self.config.eps, slice_.times)
+        return list(shards.gather(self.proj_out(x, routing)).split(layout.segments.lengths))

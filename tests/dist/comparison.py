@@ -1,0 +1,63 @@
+"""Results of whole runs on several ranks beside those of one, for all families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal_gen.weights.header import read_header
+from multimodal_gen.weights.loading import Place
+from tests.support.adapters import Shapes, peft_tensors, write_adapter
+from tests.support.zoo import zoo_tensors
+
+TOLERANCE = 1e-4  # largest difference of a latent after all steps
+KINDS = ("base", "zoo", "both", "beside", "mixed")
+
+
+def matrices(file: Path, prefix: str, *without: str) -> dict[str, tuple[int, ...]]:
+    """The linear layers of a checkpoint file: prefix + module → shape of its weight."""
+    header = read_header(file, "")
+    return {
+        prefix + name.removesuffix(".weight"): info.shape
+        for name, info in header.items()
+        if len(info.shape) == 2 and not any(part in name for part in without)
+    }
+
+
+def write_adapters(folder: Path, shapes: Shapes, overflowing: str) -> dict[str, str]:
+    """The files that `models.whole_runs` wants; `overflowing` is a module whose inputs ranks share."""
+    too_much = torch.zeros(shapes[overflowing])
+    too_much[0, :2] = 3e38  # in the first rank's columns: no other one sees that the sum is infinite
+    files: dict[str, dict[str, Tensor]] = {
+        "zoo": zoo_tensors(shapes, prefix="", seed=1),
+        "plain": peft_tensors(shapes, prefix="", seed=2, size=0.2),
+        "too_much": {f"{overflowing}.diff": too_much},
+    }
+    return {name: str(write_adapter(folder / f"{name}.safetensors", tensors)) for name, tensors in files.items()}
+
+
+def assert_same(results: Sequence[Mapping[str, Tensor]], alone: Mapping[str, Tensor]) -> None:
+    """Within the tolerance of one process, and bit-equal among ranks."""
+    for name, expected in alone.items():
+        difference = float((results[0][name] - expected).abs().max())
+        assert difference <= TOLERANCE, f"{name}: {difference:.2e}"
+        for found in results[1:]:
+            assert torch.equal(found[name], results[0][name]), f"{name}: ranks differ"
+
+
+def assert_adapters_did_something(alone: Mapping[str, Tensor], rows: int) -> None:
+    """Adapters that did nothing would pass any comparison with themselves."""
+    for i in range(rows):
+        found: list[Any] = [alone[f"{kind}-{i}/0"] for kind in KINDS]
+        distances = {(a, b): float((found[a] - found[b]).abs().max()) for a in range(5) for b in range(a)}
+        equal = {pair for pair, distance in distances.items() if distance <= 1e-2}
+        assert equal == (set() if i % 2 else {(4, 0)}), distances  # mixed: every second row is the base model's
+
+
+def bytes_of(places: Mapping[str, Place], *parts: str) -> int:
+    """Bytes of the weights whose names hold one of `parts`."""
+    return sum(place.view().nbytes for key, place in places.items() if any(part in key for part in parts))
