@@ -1,8 +1,7 @@
 """Settings: one schema becomes the CLI flags, the MMGEN_* variables, the --config file and `from_pretrained` keywords.
 
 A field `max_batch_tokens` is the flag `--max-batch-tokens`, the variable `MMGEN_MAX_BATCH_TOKENS`, the YAML key and
-the keyword `max_batch_tokens`. Order of precedence: flag > variable > file > default. This module is the only reader
-of the environment.
+the keyword `max_batch_tokens`. Order of precedence: flag > variable > file > default. Nothing else reads our variables.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -364,40 +362,6 @@ def data_folder(config: ServerConfig) -> Path:
         return Path(config.data_dir).expanduser()
     base = os.environ.get("XDG_DATA_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "mmgen"
-
-
-# An idle OpenMP thread spins before it sleeps, by default for milliseconds: with one other busy process on the machine
-# it keeps the core from whoever has work, and a step takes up to twenty times as long. Sleeping at once doubles a small
-# step on virtual machines, where waking is slow. This many spins bridge the gaps inside a forward.
-OPENMP_DEFAULTS = {"GOMP_SPINCOUNT": "20000"}
-OPENMP_CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-
-
-def openmp_defaults() -> dict[str, str]:
-    """OpenMP variables to set, unless the user has chosen how threads wait."""
-    return {} if any(name in os.environ for name in OPENMP_CHOICES) else OPENMP_DEFAULTS
-
-
-def calm_openmp() -> None:
-    """Set the OpenMP defaults of this process; no effect once torch is imported."""
-    os.environ.update(openmp_defaults())
-
-
-def worker_environment() -> dict[str, str]:
-    """The environment of a worker process: ours without our own variables, which may hold the API key."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    # Ranks of one machine talk over loopback, whatever its name resolves to.
-    loopback = {} if "GLOO_SOCKET_IFNAME" in ours or sys.platform != "linux" else {"GLOO_SOCKET_IFNAME": "lo"}
-    return {**ours, **openmp_defaults(), **loopback}
-
-
-def worker_threads(config: EngineConfig, workers: int) -> EngineConfig:
-    """The engine's share of the settings with the cores of this machine shared out among so many workers."""
-    part = engine_part(config)
-    if config.threads is not None or workers == 1:
-        return part
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return msgspec.structs.replace(part, threads=max(1, cores // workers))
 
 
 def engine_part(config: EngineConfig) -> EngineConfig:

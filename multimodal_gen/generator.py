@@ -30,6 +30,7 @@ from multimodal_gen.adapters import (
     Target as LoraTarget,
 )
 from multimodal_gen.config import DEFAULT_MODEL, EngineConfig
+from multimodal_gen.environment import calm_openmp
 from multimodal_gen.errors import (
     InvalidValue,
     MmgenError,
@@ -96,7 +97,7 @@ class DiffGenerator:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises: ModelNotFound, CorruptModel, ConfigError."""
-        settings.calm_openmp()
+        calm_openmp()
         from multimodal_gen.engine.local import LocalEngine, RemoteEngine
         from multimodal_gen.media.recipe import origin
         from multimodal_gen.parallel.plan import plan

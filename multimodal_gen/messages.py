@@ -52,6 +52,8 @@ class Seat(msgspec.Struct, frozen=True):
     ranks: int = 1
     store: str = ""
     """where the ranks meet: file:///path on one machine, tcp://host:port across machines; nothing for one rank"""
+    address: str = "127.0.0.1"
+    """where this rank listens for the others"""
     device: int = 0
     """CUDA index, where the settings name none"""
 

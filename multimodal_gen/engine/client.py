@@ -15,11 +15,12 @@ from typing import Literal
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.config import ServerConfig, worker_threads
+from multimodal_gen.config import ServerConfig
 from multimodal_gen.engine.process import LocalProcesses
 from multimodal_gen.engine.replica import STOP_SECONDS, Replica
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.engine.transaction import change_all
+from multimodal_gen.environment import worker_threads
 from multimodal_gen.errors import (
     Cancelled,
     GenerationFailed,

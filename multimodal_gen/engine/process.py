@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from multimodal_gen.config import worker_environment
 from multimodal_gen.engine.channel import pack, read_frame
 from multimodal_gen.engine.group import Placed
+from multimodal_gen.environment import worker_environment
 from multimodal_gen.messages import Load, Seat
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -103,7 +103,7 @@ class LocalProcesses:
             for rank in range(self.ranks):
                 worker = await WorkerProcess.start(self._log_level)
                 placed.workers.append(worker)
-                seat = Seat(rank, self.ranks, f"file://{folder}/store", self._first_device + rank)
+                seat = Seat(rank, self.ranks, f"file://{folder}/store", device=self._first_device + rank)
                 worker.send(msgspec.structs.replace(load, seat=seat))
         except BaseException:
             for started in placed.workers:

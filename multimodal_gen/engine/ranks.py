@@ -114,7 +114,8 @@ def meet(seat: Seat, degrees: Degrees, device: torch.device, load_timeout_s: flo
         store.wait(names, datetime.timedelta(seconds=load_timeout_s))
     except RuntimeError as error:
         raise PeerLost(f"Not all of the {seat.ranks} ranks have started within {load_timeout_s:g} s.") from error
-    return Ranks(Mesh.connect(degrees, seat.rank, store, device, step_timeout_s), step_timeout_s)
+    mesh = Mesh.connect(degrees, seat.rank, store, device, step_timeout_s, seat.address)
+    return Ranks(mesh, step_timeout_s)
 
 
 def open_store(address: str) -> Store:

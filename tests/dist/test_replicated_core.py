@@ -22,7 +22,7 @@ from multimodal_gen.engine.worker import TurnClock
 from multimodal_gen.errors import MmgenError, OutOfMemory, PeerLost
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.messages import Cancel, Event, Failed, Finished, Generate, Progress, Started, Turn
-from multimodal_gen.parallel.group import Group
+from multimodal_gen.parallel.group import Group, Meeting
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ImageRequest, SamplingParams
@@ -38,7 +38,7 @@ class Core:
     """One rank's engine, and what it planned and told."""
 
     def __init__(self, folder: Path, rank: int, store: HashStore) -> None:
-        control = Group.connect(rank, 2, store, torch.device("cpu"), WAIT_S, "control")
+        control = Group.connect(rank, 2, Meeting(store, WAIT_S), torch.device("cpu"), "control")
         mesh = dataclasses.replace(Mesh.solo(), rank=rank, control=control)
         config = EngineConfig(model_path=str(folder), dtype="float32")
         self.clock = TurnClock()

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from multimodal_gen.config import EngineConfig, worker_threads
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.client import least_loaded, total
 from multimodal_gen.engine.patience import Patience
 from multimodal_gen.engine.ticket import Ticket
+from multimodal_gen.environment import worker_threads
 from multimodal_gen.messages import Gauges
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ImageRequest, SamplingParams
