@@ -55,6 +55,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="two groups of ranks, one for the prompt and one for the negative prompt")
     ] = False
     dp_size: Annotated[int, Meta(ge=1, description="replicas of the model, each with its own ranks")] = 1
+    executor: Annotated[
+        Literal["process", "ray"],
+        Meta(description="where ranks run: processes of this machine, or actors on the machines of a Ray cluster"),
+    ] = "process"
     threads: Annotated[
         AtLeastOne | None, Meta(description="CPU threads of each worker; default: all cores, shared out")
     ] = None

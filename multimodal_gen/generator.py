@@ -105,11 +105,11 @@ class DiffGenerator:
 
         self.config = config
         self.card: ModelCard = registry.describe(config)
-        workers = plan(config, self.card).workers
+        apart = plan(config, self.card).workers > 1 or config.executor == "ray"
         start_change(config)  # a file that is not there is told before the model is loaded
         self._origin = origin(config, self.card)
         self._closed = False
-        self._live: Engine = RemoteEngine(config) if workers > 1 else LocalEngine(self.card, config)
+        self._live: Engine = RemoteEngine(config) if apart else LocalEngine(self.card, config)
         self._ids = itertools.count()
 
     @classmethod

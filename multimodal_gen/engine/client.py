@@ -15,7 +15,8 @@ from typing import Literal
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.config import ServerConfig
+from multimodal_gen.config import EngineConfig, ServerConfig, engine_part
+from multimodal_gen.engine.group import Place
 from multimodal_gen.engine.process import LocalProcesses
 from multimodal_gen.engine.replica import STOP_SECONDS, Replica
 from multimodal_gen.engine.ticket import Ticket
@@ -34,7 +35,7 @@ from multimodal_gen.lora.sources import start_change
 from multimodal_gen.messages import Finished, Gauges, LorasChanged, Ready, RowState
 from multimodal_gen.parallel.plan import plan
 from multimodal_gen.pipelines import registry
-from multimodal_gen.request import AnyRequest
+from multimodal_gen.request import AnyRequest, ModelCard
 
 MAX_RETRY_AFTER = 60.0
 
@@ -60,14 +61,21 @@ class EngineClient:
         self._tickets: dict[str, Ticket] = {}
         self._nothing_left = asyncio.Event()
         self._nothing_left.set()
-        ranks, shared = self.plan.degrees.world, worker_threads(config, self.plan.workers)
-        self.replicas = [
-            Replica(number, self.card, shared, LocalProcesses(ranks, number * ranks, config.log_level), self)
-            for number in range(self.plan.dp)
-        ]
+        self.replicas = [Replica(number, *self._placed(number), self) for number in range(self.plan.dp)]
         self._supervisors: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()
         self._loras: LoraState | None = None  # before the change of adapters that is under way
+
+    def _placed(self, number: int) -> tuple[ModelCard, EngineConfig, Place]:
+        """What a replica loads, with which settings, and where its ranks run."""
+        ranks, level = self.plan.degrees.world, self.config.log_level
+        if self.config.executor == "ray":
+            from multimodal_gen.engine.ray_place import RayActors
+
+            part = engine_part(self.config)
+            return self.card, part, RayActors(ranks, part, level)
+        part = worker_threads(self.config, self.plan.workers)
+        return self.card, part, LocalProcesses(ranks, number * ranks, level)
 
     # --- life -----------------------------------------------------------------------------------------------------
 

@@ -157,7 +157,7 @@ class Replica:
         self.state = "loading"
         try:
             await self._keep_alive()
-        except Exception as error:  # a worker that cannot even be started; waiters must hear of it
+        except Exception as error:  # whatever it is, waiters must hear of it
             log.exception("supervision of the worker failed")
             self._failure = WorkerCrashed(f"The worker cannot be supervised ({type(error).__name__}: {error}).")
         assert self._failure is not None, "supervision ends with a reason"
@@ -174,12 +174,7 @@ class Replica:
 
     async def _keep_alive(self) -> None:
         while True:
-            load = Load(self._card, self._config, self.loras if self.ready else None)
-            self._group = WorkerGroup(await self.place.start(load))
-            self._patience, self._spoke = Patience(self._config.step_timeout_s), 0.0
-            async for message in self._group.messages(self._stall_limit):
-                self._handle(message)
-            ended = await self._group.stop(STOP_SECONDS)
+            ended = await self._one_life()
             if self._failure is None and self._is_storm():
                 self._failure = WorkerCrashed(
                     f"The worker died {STORM_RESTARTS} times within {STORM_SECONDS:g} s (last {ended})."
@@ -195,6 +190,22 @@ class Replica:
             await asyncio.sleep(min(MAX_BACKOFF_SECONDS, len(self._deaths) - 1))
             # An injected fault belongs to the first group only.
             self._config = msgspec.structs.replace(self._config, fault=None)
+
+    async def _one_life(self) -> str:
+        """From the start of a group to its end, which is told in words."""
+        load = Load(self._card, self._config, self.loras if self.ready else None)
+        self._group, self._patience, self._spoke = None, Patience(self._config.step_timeout_s), 0.0
+        try:
+            self._group = WorkerGroup(await self.place.start(load))
+        except Exception as error:
+            log.exception("no worker could be started")
+            if self.ready is None:
+                told = WorkerCrashed(f"The workers cannot be started ({type(error).__name__}: {error}).")
+                self._failure = error if isinstance(error, MmgenError) else told
+            return f"a failed start ({type(error).__name__})"
+        async for message in self._group.messages(self._stall_limit):
+            self._handle(message)
+        return await self._group.stop(STOP_SECONDS)
 
     def _stall_limit(self) -> float | None:
         """Seconds of silence after which the group counts as hung; None while silence is natural."""
