@@ -198,7 +198,7 @@ class Replica:
         try:
             self._group = WorkerGroup(await self.place.start(load))
         except Exception as error:
-            log.exception("no worker could be started")
+            log.error("no worker could be started", exc_info=None if isinstance(error, MmgenError) else error)
             if self.ready is None:
                 told = WorkerCrashed(f"The workers cannot be started ({type(error).__name__}: {error}).")
                 self._failure = error if isinstance(error, MmgenError) else told

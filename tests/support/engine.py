@@ -169,7 +169,7 @@ def running(*faults: str, **settings: Any) -> Iterator[Running]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-        assert engine.alive() == [], "a rank outlived its engine"
+        wait_for(lambda: engine.alive() == [], 5, "the end of the ranks")
 
 
 def forgive_deaths(monkeypatch: Any) -> None:
