@@ -99,3 +99,52 @@ def _vae(seed: int) -> Any:
         seed,
         gain=None,
     )
+
+
+def make_wan_slice(folder: Path, *, layers: int, text_layers: int, seed: int = 0) -> Path:
+    """A WanPipeline folder in the shape of Wan2.1 T2V 1.3B, cut to a few layers; bf16, the VAE in float32."""
+    import torch
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from tests.support.checkpoints import build, t5_tokenizer
+
+    tokenizer = t5_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=text_layers,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+    )
+    transformer = build(
+        lambda: WanTransformer3DModel(
+            num_attention_heads=12,
+            attention_head_dim=128,
+            in_channels=16,
+            out_channels=16,
+            text_dim=4096,
+            ffn_dim=8960,
+            num_layers=layers,
+        ),
+        seed,
+        gain=1.0,
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+    )
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=build(lambda: UMT5EncoderModel(text), seed + 1, gain=1.0).to(torch.bfloat16),
+        vae=build(lambda: AutoencoderKLWan(), seed + 2, gain=None),
+        scheduler=scheduler,
+        transformer=transformer.to(torch.bfloat16),
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    del pipe, transformer
+    gc.collect()
+    return folder

@@ -120,7 +120,8 @@ def load_verbs(options: Options) -> tuple[Run, dict[str, Any]]:
     from multimodal_gen.config import EngineConfig
     from multimodal_gen.pipelines import registry
     from multimodal_gen.pipelines.contract import Row
-    from multimodal_gen.request import SamplingParams, resolve
+    from multimodal_gen.request import SamplingParams
+    from multimodal_gen.resolve import resolve
 
     torch.set_num_threads(options.threads)
     if options.keep_freed:

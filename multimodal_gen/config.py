@@ -361,11 +361,14 @@ def _read_file(path: str | Path) -> dict[Any, Any]:
 
 
 def data_folder(config: ServerConfig) -> Path:
-    """Where this server keeps what must outlive it."""
-    if config.data_dir is not None:
-        return Path(config.data_dir).expanduser()
+    """Where this server keeps what must outlive it. Raises: ConfigError when nobody says and there is no home."""
     base = os.environ.get("XDG_DATA_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "mmgen"
+    try:
+        if config.data_dir is not None:
+            return Path(config.data_dir).expanduser()
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "mmgen"
+    except RuntimeError:
+        raise ConfigError("This user has no home folder; say where with --data-dir.", param="data_dir") from None
 
 
 def engine_part(config: EngineConfig) -> EngineConfig:

@@ -218,6 +218,7 @@ class IdempotencyMismatch(UserError):
 class InvalidRange(UserError):
     status = 416
     code = "invalid_range"
+    size: int | None = None  # bytes of the file, where one was found
 
 
 class BodyTooLarge(UserError):

@@ -50,6 +50,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     size: str
     outputs: int
     output_format: VideoFormat
+    facts: str
+    """JSON: what else the client is shown of the settled request"""
     created_at: int
     completed_at: int | None = None
     expires_at: int | None = None
@@ -78,10 +80,10 @@ _TABLES = """
 CREATE TABLE jobs (
   number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, status TEXT NOT NULL,
   progress INTEGER NOT NULL, model TEXT NOT NULL, prompt TEXT NOT NULL, seconds TEXT NOT NULL, size TEXT NOT NULL,
-  outputs INTEGER NOT NULL, output_format TEXT NOT NULL, created_at INTEGER NOT NULL, completed_at INTEGER,
-  expires_at INTEGER, error_code TEXT, error_message TEXT, remixed_from TEXT, idempotency_key TEXT,
-  body_hash TEXT NOT NULL, priority INTEGER NOT NULL, fair_key TEXT NOT NULL, cost INTEGER NOT NULL,
-  crashes INTEGER NOT NULL
+  outputs INTEGER NOT NULL, output_format TEXT NOT NULL, facts TEXT NOT NULL, created_at INTEGER NOT NULL,
+  completed_at INTEGER, expires_at INTEGER, error_code TEXT, error_message TEXT, remixed_from TEXT,
+  idempotency_key TEXT, body_hash TEXT NOT NULL, priority INTEGER NOT NULL, fair_key TEXT NOT NULL,
+  cost INTEGER NOT NULL, crashes INTEGER NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX jobs_by_owner ON jobs (owner, number);
@@ -180,10 +182,14 @@ class Jobs:
         return msgspec.msgpack.decode(rows[0][0], type=VideoRequest)
 
     def update(self, job_id: str, **fields: Any) -> None:
-        """Change columns of a job, if it is still there; on the disk when this returns. Raises: StorageFull."""
+        """Change columns of a job that is there and has not ended; on the disk when this returns.
+
+        Raises: StorageFull.
+        """
         assert fields.keys() <= set(_COLUMNS), fields.keys()
         names = ", ".join(f"{name} = ?" for name in fields)
-        self._transact(lambda: self._db.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*fields.values(), job_id)))
+        where = f"id = ? AND {_UNFINISHED}"
+        self._transact(lambda: self._db.execute(f"UPDATE jobs SET {names} WHERE {where}", (*fields.values(), job_id)))
 
     def delete(self, job_id: str) -> bool:
         """Forget a job; whether there was one. Raises: StorageFull."""

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import logging
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -116,8 +117,9 @@ def _put(path: Path, data: bytes) -> None:
 
 
 def _publish(path: Path, write: Callable[[Path], None]) -> None:
-    """The file has its name only once it is whole and on the disk."""
-    temporary = path.with_name(path.name + ".part")
+    """The file has its name only once it is whole and on the disk. Until then it has one that no other helper uses: one
+    may be left of a server that was just killed."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     write(temporary)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())

@@ -142,10 +142,10 @@ def _write_gif(path: Path, frames: Iterable[Frame], fps: int, comment: str | Non
     # GIF counts hundredths of a second: rounding the times, not the lengths, keeps the whole as long as it should be.
     times = [round(100 * i / fps) for i in range(len(pictures) + 1)]
     lengths = [10 * max(2, after - before) for before, after in itertools.pairwise(times)]
-    options: dict[str, Any] = {} if comment is None else {"comment": comment.encode("ascii")}
-    data = iio.imwrite(
-        "<bytes>", pictures, extension=".gif", plugin="pillow", duration=lengths, loop=0, optimize=False, **options
-    )
+    options: dict[str, Any] = {"duration": lengths if len(lengths) > 1 else lengths[0]}
+    if comment is not None:
+        options["comment"] = comment.encode("ascii")
+    data = iio.imwrite("<bytes>", pictures, extension=".gif", plugin="pillow", loop=0, optimize=False, **options)
     # The packet is no chain of blocks; its 258 bytes of trailer lead every reader out of it.
     trailer = b"\x01" + bytes(range(255, -1, -1)) + b"\0"
     assert data[-1:] == b";", "a GIF ends with a semicolon"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from multimodal_gen.config import ServerConfig
-from multimodal_gen.server import docs_page, health, images, loras, models
+from multimodal_gen.server import docs_page, health, images, loras, models, videos
 from multimodal_gen.server.context import Context
 from multimodal_gen.server.errors import install_handlers
 from multimodal_gen.server.guard import Guard
@@ -18,12 +18,15 @@ from multimodal_gen.version import __version__
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.client import EngineClient
+    from multimodal_gen.engine.job_runner import JobRunner
 
 
-def create_app(config: ServerConfig, engine: EngineClient) -> FastAPI:
-    """The application over an engine that somebody else starts and stops."""
-    metrics = Metrics(engine, config.served_model_name or engine.card.name)
-    context = Context(config, engine, metrics)
+def create_app(config: ServerConfig, engine: EngineClient, jobs: JobRunner | None = None) -> FastAPI:
+    """The application over an engine, and the jobs of models of videos, that somebody else starts and stops."""
+    metrics = Metrics(engine, config.served_model_name or engine.card.name, jobs)
+    context = Context(config, engine, metrics, jobs)
+    if jobs is not None:
+        jobs.observer = metrics
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -33,7 +36,7 @@ def create_app(config: ServerConfig, engine: EngineClient) -> FastAPI:
     app = FastAPI(
         title="multimodal_gen",
         version=__version__,
-        description=f"Images from text with {context.model_name}, for any OpenAI client.",
+        description=f"{engine.card.media.capitalize()}s with {context.model_name}, for any OpenAI client.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -41,7 +44,7 @@ def create_app(config: ServerConfig, engine: EngineClient) -> FastAPI:
     )
     install_handlers(app)
     app.add_middleware(Guard, config=config, metrics=metrics)
-    rooms = (images, loras, models, health)
+    rooms = (images, videos, loras, models, health)
     for routes in (*(room.router(context) for room in rooms), docs_page.router(app)):
         app.include_router(routes)
     return app

@@ -19,6 +19,7 @@ from multimodal_gen.server.metrics import Metrics
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.client import EngineClient
+    from multimodal_gen.engine.job_runner import JobRunner
     from multimodal_gen.engine.ticket import Ticket
 
 
@@ -62,6 +63,7 @@ class Context:
     config: ServerConfig
     engine: EngineClient
     metrics: Metrics
+    jobs: JobRunner | None = None  # of models that make videos
     running: Running = field(default_factory=Running)
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
     encoders: ThreadPoolExecutor = field(

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from multimodal_gen.errors import (
     AuthenticationFailed,
+    InvalidRange,
     InvalidValue,
     MethodNotAllowed,
     MmgenError,
@@ -65,6 +66,8 @@ def error_headers(error: MmgenError) -> dict[str, str]:
     else:
         # The OpenAI client resends 408, 409, 429 and 5xx by itself unless it is told not to.
         headers["x-should-retry"] = "false"
+    if isinstance(error, InvalidRange) and error.size is not None:
+        headers["content-range"] = f"bytes */{error.size}"
     if isinstance(error, AuthenticationFailed):
         headers["www-authenticate"] = "Bearer"
     return headers

@@ -20,8 +20,8 @@ from multimodal_gen.server.metrics import Metrics, outcome_of_error
 log = logging.getLogger("multimodal_gen.server")
 
 CORS_METHODS = "GET, POST, DELETE"
-CORS_HEADERS = "authorization, content-type, x-request-id"
-EXPOSED_HEADERS = "x-request-id, retry-after, x-mmgen-warning"
+CORS_HEADERS = "authorization, content-type, x-request-id, idempotency-key, range"
+EXPOSED_HEADERS = "x-request-id, retry-after, x-mmgen-warning, openai-poll-after-ms, accept-ranges, content-range, etag"
 
 
 class Exchange:
@@ -42,7 +42,7 @@ class Guard:
         self.app = app
         self.config = config
         self.metrics = metrics
-        self.owner = fingerprint(config.api_key or "")
+        self.nobody = fingerprint("")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; anything that is not HTTP (the lifespan) passes."""
@@ -51,7 +51,7 @@ class Guard:
             return
         started = time.perf_counter()
         headers = scope["headers"]
-        exchange = Exchange(security.request_id(headers), self.owner)
+        exchange = Exchange(security.request_id(headers), self.nobody)
         scope.setdefault("state", {})["exchange"] = exchange
         body = BoundedBody(
             receive,
@@ -92,7 +92,7 @@ class Guard:
         asked = security.get(headers, b"access-control-request-method")
         if exchange.origin is not None and method == "OPTIONS" and asked is not None:
             return Response(status_code=204, headers=_PREFLIGHT)
-        security.check_key(headers, scope["path"], self.config)
+        exchange.owner = fingerprint(security.check_key(headers, scope["path"], self.config))
         path = scope["path"]
         security.check_body_headers(method, path, headers, security.body_limit(path, self.config))
         return None

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from multimodal_gen.adapters import Pin, pins_of, read_uses
 from multimodal_gen.errors import (
     Cancelled,
     CapacityError,
     InvalidSize,
-    InvalidValue,
-    ModelLoading,
     NotFound,
     UnsupportedEndpoint,
     UnsupportedParameter,
@@ -26,14 +23,15 @@ from multimodal_gen.messages import Finished
 from multimodal_gen.request import MAX_STEPS, ImageRequest, SamplingParams
 from multimodal_gen.resolve import resolve
 from multimodal_gen.server import replies
-from multimodal_gen.server.context import Context, fingerprint, lost_adapters
+from multimodal_gen.server.context import Context, fingerprint
 from multimodal_gen.server.disconnect import unless_gone
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.json_body import parse_object
 from multimodal_gen.server.models import check_model
 from multimodal_gen.server.replies import Form
-from multimodal_gen.server.schemas import STEP_FACTORS, ImageGenerationRequest, read, shown
+from multimodal_gen.server.schemas import STEP_FACTORS, ImageGenerationRequest, read
 from multimodal_gen.server.sse import ImageStream
+from multimodal_gen.server.wishes import check_priority, pins_for, still_loading
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.ticket import Ticket
@@ -90,7 +88,7 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
     check_model(wish.model, context)
     if context.card.media != "image":
         raise UnsupportedEndpoint(f"{context.model_name} makes videos; use POST /v1/videos.")
-    _check_priority(wish.priority, context.config.max_priority)
+    check_priority(wish.priority, context.config.max_priority)
     given = {name: value for name, value in wish.model_dump(include=set(_SAME_NAME)).items() if value is not None}
     if wish.size not in (None, "auto"):
         given["width"], given["height"] = (int(side) for side in (wish.size or "").split("x"))
@@ -99,7 +97,7 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
         given["num_inference_steps"] = steps
     if wish.n is not None:
         given["num_outputs_per_prompt"] = wish.n
-    pins = _pins(wish, context)
+    pins = pins_for(wish.loras, context)
     try:
         request = resolve(
             # Client-chosen request ids may repeat; the engine's must not.
@@ -121,31 +119,6 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
         raise
 
 
-def _pins(wish: ImageGenerationRequest, context: Context) -> tuple[Pin, ...]:
-    """The request's own adapters, else the active ones, by what they are now."""
-    engine = context.engine
-    if wish.loras is None:
-        if engine.loras.missing:
-            raise lost_adapters(engine.loras)
-        return engine.loras.active
-    uses = read_uses(wish.loras)
-    if engine.ready is None:
-        raise _loading()
-    return pins_of(uses, engine.loras, engine.ready.targets)
-
-
-def _loading() -> ModelLoading:
-    return ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
-
-
-def _check_priority(priority: int | None, most: int) -> None:
-    if priority is not None and priority > most:
-        raise InvalidValue(
-            f"'priority' may be at most {most} on this server, which is its --max-priority; got {shown(priority)}.",
-            param="priority",
-        )
-
-
 def _steps_of_quality(wish: ImageGenerationRequest, context: Context) -> int | None:
     factor = STEP_FACTORS[wish.quality or "auto"]
     if factor == 1.0:
@@ -163,7 +136,7 @@ def _submit(settled: ImageRequest, context: Context) -> tuple[Ticket, Maker]:
     ready = context.engine.ready
     try:
         if ready is None:
-            raise _loading()
+            raise still_loading()
         ticket = context.engine.submit(settled)
     except CapacityError as error:
         context.metrics.rejected(error.code)

@@ -14,6 +14,7 @@ from multimodal_gen.request import Timings
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.client import EngineClient
+    from multimodal_gen.engine.job_runner import JobRunner
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 STEP_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -22,10 +23,11 @@ STEP_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 class Metrics:
     """Counters of the HTTP front and, at each reading, the state of the engine."""
 
-    def __init__(self, engine: EngineClient, model: str) -> None:
+    def __init__(self, engine: EngineClient, model: str, jobs: JobRunner | None = None) -> None:
         self._model = model
         self._registry = registry = CollectorRegistry()
         registry.register(_EngineState(engine))
+        registry.register(_JobState(jobs))
         self._requests = Counter(
             "mmgen_requests", "Answered requests.", ("endpoint", "model", "outcome"), registry=registry
         )
@@ -41,7 +43,20 @@ class Metrics:
         self._step_seconds = Histogram(
             "mmgen_step_seconds", "Mean denoising step of a request.", buckets=STEP_SECONDS, registry=registry
         )
-        self._images = Counter("mmgen_images", "Images made.", registry=registry)
+        media = engine.card.media
+        self._outputs = Counter(f"mmgen_{media}s", f"{media.capitalize()}s made.", registry=registry)
+        self._jobs_done = Counter(
+            "mmgen_jobs_done",
+            "Video jobs that have ended: completed, or an error code.",
+            ("outcome",),
+            registry=registry,
+        )
+        self._job_seconds = Histogram(
+            "mmgen_job_seconds", "From acceptance of a video job to its end.", buckets=SECONDS, registry=registry
+        )
+        self._jobs_resumed = Counter(
+            "mmgen_jobs_resumed", "Video jobs that went on from a checkpoint.", registry=registry
+        )
         self._rejected = Counter(
             "mmgen_rejected", "Requests refused before any work, by error code.", ("reason",), registry=registry
         )
@@ -52,17 +67,26 @@ class Metrics:
         self._requests.labels(endpoint, self._model, outcome or outcome_of(status)).inc()
         self._request_seconds.labels(endpoint).observe(seconds)
 
-    def generated(self, timings: Timings, images: int) -> None:
+    def generated(self, timings: Timings, outputs: int) -> None:
         """Record the stages of one finished request."""
         self._queue_seconds.observe(timings.queue)
         for stage, seconds in (("encode", timings.encode), ("denoise", timings.denoise), ("decode", timings.decode)):
             self._stage_seconds.labels(stage).observe(seconds)
         self._step_seconds.observe(timings.per_step)
-        self._images.inc(images)
+        self._outputs.inc(outputs)
 
     def files_encoded(self, seconds: float) -> None:
         """Record the time that pixels took to become files."""
         self._stage_seconds.labels("files").observe(seconds)
+
+    def job_done(self, outcome: str, seconds: float) -> None:
+        """Count a video job that has ended: `completed`, or the code of its error."""
+        self._jobs_done.labels(outcome).inc()
+        self._job_seconds.observe(seconds)
+
+    def job_resumed(self) -> None:
+        """Count a video job that goes on from a checkpoint."""
+        self._jobs_resumed.inc()
 
     def rejected(self, reason: str) -> None:
         """Count a request that never ran."""
@@ -135,3 +159,16 @@ class _EngineState(Collector):
         yield CounterMetricFamily(
             "mmgen_condition_cache_misses", "Prompts that had to be encoded.", gauges.cache_misses if gauges else 0
         )
+
+
+class _JobState(Collector):
+    """The queue of video jobs at the moment of reading."""
+
+    def __init__(self, jobs: JobRunner | None) -> None:
+        self._jobs = jobs
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("mmgen_jobs", "Unfinished video jobs.", labels=["status"])
+        family.add_metric(["queued"], self._jobs.waiting if self._jobs else 0)
+        family.add_metric(["in_progress"], self._jobs.running if self._jobs else 0)
+        yield family

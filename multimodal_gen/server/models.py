@@ -60,5 +60,6 @@ def _describe(context: Context) -> dict[str, Any]:
             "max_side": card.max_side,
             "max_sequence_length": card.max_sequence_length,
             "max_request_cost": context.config.max_request_cost,
+            **(msgspec.to_builtins(card.video) if card.video is not None else {}),
         },
     }

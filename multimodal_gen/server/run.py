@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from multimodal_gen.config import ServerConfig, check_bind
 from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
+from multimodal_gen.request import ModelCard
 from multimodal_gen.server.app import create_app
 from multimodal_gen.server.errors import error_response
 from multimodal_gen.server.protocol import Limits, guarded
@@ -23,6 +24,7 @@ from multimodal_gen.server.security import OPEN_PATHS, request_id
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.client import EngineClient
+    from multimodal_gen.engine.job_runner import JobRunner
 
 log = logging.getLogger("multimodal_gen.server")
 
@@ -104,6 +106,9 @@ class _Server:
             loop.add_signal_handler(number, self.signals.put_nowait, int(number))
         try:
             engine = EngineClient(self.config)
+            jobs = _jobs(self.config, engine)
+            if jobs is not None:
+                await jobs.start()
         except MmgenError as error:
             return _complain(error)
         url = url_of(self.listener)
@@ -112,15 +117,17 @@ class _Server:
             file=sys.stderr,
             flush=True,
         )
-        front = _Front(self._uvicorn(engine))
+        front = _Front(self._uvicorn(engine, jobs))
         serving = asyncio.create_task(front.serve(sockets=[self.listener]))
         code = 1
         try:
             await engine.start()
-            code = await self._watch(engine, serving)
+            code = await self._watch(engine, jobs, serving)
             front.should_exit = True
             front.force_exit = code > 128
         finally:
+            if jobs is not None:  # first, so that its jobs wait for the next start and do not fail with the engine
+                await jobs.stop()
             await (engine.stop(patience_s=0.0) if code > 128 else engine.stop())
         if code <= 128:
             await serving
@@ -129,7 +136,7 @@ class _Server:
             await asyncio.gather(serving, return_exceptions=True)
         return code
 
-    async def _watch(self, engine: EngineClient, serving: asyncio.Task[None]) -> int:
+    async def _watch(self, engine: EngineClient, jobs: JobRunner | None, serving: asyncio.Task[None]) -> int:
         """Wait for the end, whatever brings it."""
         ready = asyncio.create_task(self._announce(engine))
         failed = asyncio.create_task(engine.failed.wait())
@@ -139,7 +146,7 @@ class _Server:
             while True:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if asked in done:
-                    return await self._drain(engine)
+                    return await self._drain(engine, jobs)
                 if ready in done:
                     ready.result()
                 if failed in done:
@@ -161,16 +168,16 @@ class _Server:
         key = "" if self.config.api_key is None else ' -H "Authorization: Bearer $MMGEN_API_KEY"'
         print(
             f"Ready at {url}: {self.config.served_model_name or engine.card.name} on {ready.device} in {ready.dtype}, "
-            f"loaded in {ready.load_seconds:.1f} s. Try:\n"
-            f"curl {url}/v1/images/generations{key} -H 'Content-Type: application/json' "
-            '-d \'{"prompt": "a red apple"}\'',
+            f"loaded in {ready.load_seconds:.1f} s. Try:\ncurl {url}{_example(engine.card, key)}",
             flush=True,
         )
 
-    async def _drain(self, engine: EngineClient) -> int:
+    async def _drain(self, engine: EngineClient, jobs: JobRunner | None) -> int:
         """Refuse new requests, finish running ones; a second signal ends the wait."""
-        log.info("draining: new requests are refused, running ones have %g s", self.config.drain_timeout_s)
-        draining = asyncio.create_task(engine.drain(self.config.drain_timeout_s))
+        limit = self.config.drain_timeout_s
+        log.info("draining: new requests are refused, running ones have %g s", limit)
+        drains = [engine.drain(limit)] if jobs is None else [engine.drain(limit), jobs.drain(limit)]
+        draining = asyncio.create_task(_all(drains))
         again = asyncio.create_task(self.signals.get())
         await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
         code = 0 if draining.done() else 128 + again.result()
@@ -179,9 +186,9 @@ class _Server:
         await asyncio.gather(draining, again, return_exceptions=True)
         return code
 
-    def _uvicorn(self, engine: EngineClient) -> uvicorn.Config:
+    def _uvicorn(self, engine: EngineClient, jobs: JobRunner | None) -> uvicorn.Config:
         config = self.config
-        app = create_app(config, engine)
+        app = create_app(config, engine, jobs)
         limits = Limits(
             connections=config.max_connections,
             read_timeout_s=config.body_timeout_s,
@@ -199,6 +206,27 @@ class _Server:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=FINISH_SENDING_S,
         )
+
+
+def _example(card: ModelCard, key: str) -> str:
+    """Path and arguments of a curl command that this model can answer."""
+    if card.video is not None and card.video.image == "required":
+        return f"/v1/videos{key} -F prompt='it moves' -F input_reference=@first.png"
+    path = "/v1/images/generations" if card.video is None else "/v1/videos"
+    return f"{path}{key} -H 'Content-Type: application/json' -d '{{\"prompt\": \"a red apple\"}}'"
+
+
+async def _all(waits: Sequence[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*waits)
+
+
+def _jobs(config: ServerConfig, engine: EngineClient) -> JobRunner | None:
+    """The jobs of a model that makes videos. Raises: ConfigError."""
+    if engine.card.media != "video":
+        return None
+    from multimodal_gen.engine.job_runner import JobRunner
+
+    return JobRunner(config, engine)
 
 
 class _Front(uvicorn.Server):

@@ -7,7 +7,7 @@ cannot honour is an error that names it; nothing is clamped or ignored.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -107,25 +107,42 @@ _UNSUPPORTED_VALUES = {
 _OWN_ERRORS: dict[str, type[InvalidValue]] = {
     "n": InvalidN, "size": InvalidSize, "width": InvalidSize, "height": InvalidSize,
 }  # fmt: skip
+Wish = TypeVar("Wish", bound=BaseModel)
 FIELDS = frozenset(ImageGenerationRequest.model_fields)
 
 
-def read(body: dict[str, Any], *, unknown: Literal["error", "warn"]) -> tuple[ImageGenerationRequest, list[str]]:
+Unknown = Literal["error", "warn"]
+
+
+def read(body: dict[str, Any], *, unknown: Unknown) -> tuple[ImageGenerationRequest, list[str]]:
     """The request in a JSON object, and the names of unknown fields where those are only worth a warning.
 
     Raises: UnknownParameter, UnsupportedParameter, and the InvalidValue family, naming the field.
     """
     _refuse_unsupported(body)
-    strange = [name for name in body if name not in FIELDS and name not in _UNSUPPORTED_FIELDS]
+    wish, strange = validated(
+        {name: value for name, value in body.items() if name not in _UNSUPPORTED_FIELDS},
+        ImageGenerationRequest,
+        unknown,
+    )
+    _check_combinations(wish)
+    return wish, strange
+
+
+def validated(body: dict[str, Any], schema: type[Wish], unknown: Unknown) -> tuple[Wish, list[str]]:
+    """`body` as `schema`, and the names of unknown fields where those are only worth a warning.
+
+    Raises: UnknownParameter; the InvalidValue family, naming the field.
+    """
+    fields = schema.model_fields
+    strange = [name for name in body if name not in fields]
     if strange and unknown == "error":
         name = strange[0][:64]
-        raise UnknownParameter(f"Unknown field {name!a}.{did_you_mean(name, FIELDS)}", param=name)
-    known = {name: value for name, value in body.items() if name in FIELDS}
+        raise UnknownParameter(f"Unknown field {name!a}.{did_you_mean(name, fields)}", param=name)
     try:
-        wish = ImageGenerationRequest.model_validate(known)
+        wish = schema.model_validate({name: value for name, value in body.items() if name in fields})
     except ValidationError as error:
         raise _explain(error) from None
-    _check_combinations(wish)
     return wish, [ascii(name[:64]) for name in strange[:5]]
 
 
@@ -169,15 +186,20 @@ def shown(value: object) -> str:
     return str(value)
 
 
+def check_size(size: str | None, width: int | None, height: int | None) -> None:
+    """Raises: InvalidSize for text that is no size, and for a size said twice."""
+    if size in (None, "auto"):
+        return
+    if not SIZE.fullmatch(size or ""):
+        raise InvalidSize(
+            f"'size' must be 'auto' or WIDTHxHEIGHT in pixels such as '128x128', got {shown(size)}.", param="size"
+        )
+    if width is not None or height is not None:
+        raise InvalidSize("Give either 'size' or 'width' and 'height', not both.", param="size")
+
+
 def _check_combinations(wish: ImageGenerationRequest) -> None:
-    if wish.size not in (None, "auto"):
-        if not SIZE.fullmatch(wish.size or ""):
-            raise InvalidSize(
-                f"'size' must be 'auto' or WIDTHxHEIGHT in pixels such as '128x128', got {shown(wish.size)}.",
-                param="size",
-            )
-        if wish.width is not None or wish.height is not None:
-            raise InvalidSize("Give either 'size' or 'width' and 'height', not both.", param="size")
+    check_size(wish.size, wish.width, wish.height)
     if wish.quality not in (None, "auto") and wish.num_inference_steps is not None:
         raise InvalidValue(
             "'quality' chooses the number of steps; leave it out where you give 'num_inference_steps'.", param="quality"

@@ -26,6 +26,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 ADMIN_PATHS = frozenset({"/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"})
 UPLOAD_PATH = "/v1/loras"
+VIDEOS_PATH = "/v1/videos"
+FORM_TYPE = "multipart/form-data"
 UPLOAD_TYPE = "application/octet-stream"  # a page of another site cannot send it without asking, as it can text/plain
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -102,21 +104,24 @@ def _same_origin(origin: str, host: str) -> bool:
     return match["authority"].removesuffix(f":{default}") == host.removesuffix(f":{default}")
 
 
-def check_key(headers: Headers, path: str, config: ServerConfig) -> None:
+def check_key(headers: Headers, path: str, config: ServerConfig) -> str:
     """Every path but the health checks needs the key, if there is one; what changes the server for everybody needs the
     admin key, if there is one. The admin key opens everything. `path` is the raw ASGI path, never a URL rebuilt from
-    headers.
+    headers. Returns the key of ours that was given, or "".
 
     Raises: AuthenticationFailed; AdminRequired for a valid key that is not the admin's.
     """
     admin = needs_admin(path)
-    if path in OPEN_PATHS or (config.api_key is None and not (admin and config.admin_api_key)):
-        return
     given = [value for key, value in headers if key == b"authorization"]
     scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
     # Both are compared, in full, whatever the first comparison says: the time tells nothing.
     is_user, is_admin = (_same(key, known) for known in (config.api_key, config.admin_api_key))
-    if scheme.lower() != b"bearer" or not (is_user or is_admin):
+    if scheme.lower() != b"bearer":
+        is_user = is_admin = False
+    owner = (config.api_key if is_user else config.admin_api_key if is_admin else None) or ""
+    if path in OPEN_PATHS or (config.api_key is None and not (admin and config.admin_api_key)):
+        return owner
+    if not (is_user or is_admin):
         raise AuthenticationFailed(
             "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
             if given
@@ -124,6 +129,7 @@ def check_key(headers: Headers, path: str, config: ServerConfig) -> None:
         )
     if admin and config.admin_api_key is not None and not is_admin:
         raise AdminRequired("Loading and switching adapters needs the admin key (--admin-api-key) of this server.")
+    return owner
 
 
 def needs_admin(path: str) -> bool:
@@ -149,15 +155,17 @@ def has_body(headers: Headers) -> bool:
 def check_body_headers(method: str, path: str, headers: Headers, limit: int) -> None:
     """Type and announced length (bytes) of a body.
 
-    A page of another site can post forms and plain text anywhere without asking; JSON it cannot.
+    A page of another site can post forms and plain text anywhere without asking; JSON it cannot. Where forms are read,
+    `check_origin` has refused such pages: browsers name the origin of every POST.
     Raises: UnsupportedMediaType, BodyTooLarge.
     """
     if method in ("POST", "PUT", "PATCH"):
         kind = (get(headers, b"content-type") or b"").decode("latin-1").partition(";")[0].strip().lower()
-        wanted = UPLOAD_TYPE if path == UPLOAD_PATH else "application/json"
-        if kind != wanted:
+        wanted = _TYPES.get(path, ("application/json",))
+        if kind not in wanted:
             what = "JSON" if path != UPLOAD_PATH else "the bytes of a safetensors file"
-            raise UnsupportedMediaType(f"Send the body as {what}, with the header 'Content-Type: {wanted}'.")
+            shown = " or ".join(f"'Content-Type: {name}'" for name in wanted)
+            raise UnsupportedMediaType(f"Send the body as {what}, with the header {shown}.")
         if (get(headers, b"content-encoding") or b"identity").lower() != b"identity":
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is.")
     length = get(headers, b"content-length")
@@ -165,19 +173,26 @@ def check_body_headers(method: str, path: str, headers: Headers, limit: int) -> 
         raise body_too_large(limit)
 
 
+_TYPES = {UPLOAD_PATH: (UPLOAD_TYPE,), VIDEOS_PATH: ("application/json", FORM_TYPE)}
+
+
 def body_limit(path: str, config: ServerConfig) -> int:
     """Bytes that a body may have."""
-    return int((config.max_upload_mb if path == UPLOAD_PATH else config.max_body_mb) * 2**20)
+    size = {
+        UPLOAD_PATH: config.max_upload_mb,
+        VIDEOS_PATH: config.max_body_mb + 4 / 3 * config.max_picture_mb,  # in JSON, three bytes are four letters
+    }
+    return int(size.get(path, config.max_body_mb) * 2**20)
 
 
 def bytes_per_second(path: str) -> float:
     """How fast a body must come at least to be given more time than --body-timeout-s; infinite: it is given none."""
-    return 65_536.0 if path == UPLOAD_PATH else math.inf
+    return 65_536.0 if path in (UPLOAD_PATH, VIDEOS_PATH) else math.inf
 
 
 def body_too_large(limit: int) -> BodyTooLarge:
     """The error for a body of more than `limit` bytes."""
     return BodyTooLarge(
-        f"The body is larger than {limit / 2**20:g} MiB, the limit of this server (--max-body-mb, and --max-upload-mb "
-        "for adapters)."
+        f"The body is larger than {limit / 2**20:g} MiB, the limit of this server (--max-body-mb, --max-picture-mb and "
+        "--max-upload-mb)."
     )

@@ -45,7 +45,7 @@ def decode_shared(tiles: Sequence[Tensor], decode: Callable[[Tensor], Tensor], g
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a picture is cut, as diffusers cuts it."""
+    """How pictures, or all frames of a video alike, are cut, as diffusers cuts them."""
 
     latent: int  # side of a tile, in latents
     sample: int  # the same in pixels
@@ -66,9 +66,9 @@ class Tiling:
         return max(z.shape[-2:]) > self.latent
 
     def decode(self, z: Tensor, decode: Callable[[Tensor], Tensor], group: Group) -> Tensor:
-        """z [1, C, h, w] → [1, 3, H, W]. Raises as `decode_shared`."""
-        tops, lefts = range(0, z.shape[2], self.stride), range(0, z.shape[3], self.stride)
-        tiles = [z[:, :, top : top + self.latent, left : left + self.latent] for top in tops for left in lefts]
+        """z [..., h, w] → [..., H, W]. Raises as `decode_shared`."""
+        tops, lefts = range(0, z.shape[-2], self.stride), range(0, z.shape[-1], self.stride)
+        tiles = [z[..., top : top + self.latent, left : left + self.latent] for top in tops for left in lefts]
         decoded = decode_shared(tiles, decode, group)
         rows = [decoded[start : start + len(lefts)] for start in range(0, len(decoded), len(lefts))]
         kept = self.sample - self.blend
@@ -76,17 +76,17 @@ class Tiling:
         for i, row in enumerate(rows):
             for j, tile in enumerate(row):
                 if i > 0:
-                    _fade_(rows[i - 1][j], tile, 2, self.blend)
+                    _fade_(rows[i - 1][j], tile, -2, self.blend)
                 if j > 0:
-                    _fade_(row[j - 1], tile, 3, self.blend)
-            lines.append(torch.cat([tile[:, :, :kept, :kept] for tile in row], dim=3))
-        return torch.cat(lines, dim=2)
+                    _fade_(row[j - 1], tile, -1, self.blend)
+            lines.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=-1))
+        return torch.cat(lines, dim=-2)
 
 
 def _fade_(before: Tensor, after: Tensor, dim: int, extent: int) -> None:
-    """The beginning of `after` fades in over the end of `before`, along `dim`."""
+    """The beginning of `after` fades in over the end of `before`, along `dim`, counted from the end."""
     extent = min(before.shape[dim], after.shape[dim], extent)
     weights = torch.arange(extent, dtype=after.dtype, device=after.device).div_(extent)
-    weights = weights.view(-1, *[1] * (after.dim() - 1 - dim))
+    weights = weights.view(-1, *[1] * (-1 - dim))
     start = after.narrow(dim, 0, extent)
     start.copy_(before.narrow(dim, before.shape[dim] - extent, extent) * (1 - weights) + start * weights)

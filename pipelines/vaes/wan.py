@@ -10,16 +10,31 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import CorruptModel, Overflowed
+from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.pipelines.vaes.tiles import Tiling
 from multimodal_gen.weights.checkpoint import read_json
 from multimodal_gen.weights.loading import construction, load_weights
+
+TILE = 256  # pixels of a side
+OVERLAP = 0.25
 
 
 class WanVae:
     """One video at a time, in float32: an encoder in half precision shifts the picture that a video starts from."""
 
-    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device) -> None:
-        """`folder` is the vae/ folder, `files` its weights. Raises: CorruptModel."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    def __init__(
+        self, folder: Path, files: Sequence[Path], device: torch.device, tiled: bool = False, group: Group = SOLO
+    ) -> None:
+        """
+        Args:
+            folder: the vae/ folder.
+            files: its weights.
+            tiled: decode frames that are larger than a tile by tiles.
+            group: the ranks that share the tiles; all of them decode the same latents.
+
+        Raises: CorruptModel.
+        """
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
 
         config = read_json(folder, "config.json")
         self.device = device
@@ -36,6 +51,9 @@ class WanVae:
             )
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1, 1)
+        self.tiling = Tiling(TILE // vae.spatial_compression_ratio, TILE, OVERLAP)
+        self.tiled, self.group = tiled, group
+        self._unpatchify = unpatchify
         self.parameters = sum(p.numel() for p in vae.parameters())
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -51,6 +69,24 @@ class WanVae:
                 "of its adapters."
             )
         z = latents.to(self.device, torch.float32) / (1.0 / self.std) + self.mean
-        pixels: Tensor = self.vae.decode(z[None], return_dict=False)[0][0]
-        pixels = (pixels * 0.5 + 0.5).clamp_(0, 1).mul_(255).round_()
+        tiled = self.tiled and self.tiling.applies(z)
+        whole = self.tiling.decode(z[None], self._decode, self.group) if tiled else self._decode(z[None])
+        pixels = (whole[0] * 0.5 + 0.5).clamp_(0, 1).mul_(255).round_()
         return pixels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """[1, C, f, h, w] → [1, 3, F, H, W], not clamped: tiles fade into one another before that.
+
+        diffusers' own loop appends to the video frame by frame, which copies it again and again.
+        """
+        vae = self.vae
+        vae.clear_cache()
+        z = vae.post_quant_conv(z)
+        parts = []
+        for index in range(z.shape[2]):
+            vae._conv_idx = [0]
+            latent = z[:, :, index : index + 1]
+            parts.append(vae.decoder(latent, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0))
+        vae.clear_cache()
+        pixels = torch.cat(parts, dim=2)
+        return pixels if vae.config["patch_size"] is None else self._unpatchify(pixels, vae.config["patch_size"])

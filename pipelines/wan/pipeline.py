@@ -69,7 +69,8 @@ class WanPipeline:
         files = checkpoint.components["text_encoder"].files
         self.text = UMT5Encoder(folder, files, self.device, self.dtype, mesh.tp)
         self.images = ClipVisionEncoder(folder, self.device, self.dtype) if first.image_dim is not None else None
-        self.vae = WanVae(folder / "vae", checkpoint.components["vae"].files, self.device)
+        files = checkpoint.components["vae"].files
+        self.vae = WanVae(folder / "vae", files, self.device, config.vae_tiling, mesh.world)
         self.solver = load_solver(folder / "scheduler")
         self.vae_scale = card.size_multiple // self.patch[1]
         self.latent_channels: int = len(self.vae.mean)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.support import videos
 from tests.support.server import QUICK, ROOT, Server, start_server
+from tests.support.wan_checkpoints import make_wan
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,39 @@ def server(shared_server: Server) -> Iterator[Server]:
     assert shared_server.worker_pid() == before
     response = shared_server.post({**QUICK, "num_inference_steps": 1})
     assert response.status_code == 200, response.text[:500]
+
+
+@pytest.fixture(scope="session")
+def t2v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan2.1 that makes videos from text."""
+    return make_wan(tmp_path_factory.mktemp("models") / "tiny-t2v", "t2v")
+
+
+@pytest.fixture(scope="session")
+def i2v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan2.1 that makes videos from a picture."""
+    return make_wan(tmp_path_factory.mktemp("models") / "tiny-i2v", "i2v")
+
+
+@pytest.fixture(scope="session")
+def shared_video_server(t2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The tiny text-to-video model with default settings, without a key."""
+    with start_server("--model-path", str(t2v_folder), "--data-dir", str(tmp_path_factory.mktemp("jobs"))) as server:
+        yield server
+
+
+@pytest.fixture
+def video_server(shared_video_server: Server) -> Iterator[Server]:
+    """The shared server of videos; whatever a test does to it, its worker lives on and the next video is made."""
+    before = shared_video_server.worker_pid()
+    yield shared_video_server
+    assert shared_video_server.worker_pid() == before
+    assert videos.made(shared_video_server, num_frames=1, num_inference_steps=1)
+
+
+@pytest.fixture(scope="session")
+def image_video_server(i2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The tiny image-to-video model."""
+    data = str(tmp_path_factory.mktemp("jobs"))
+    with start_server("--model-path", str(i2v_folder), "--data-dir", data, "--max-picture-mb", "1") as server:
+        yield server

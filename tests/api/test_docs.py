@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from multimodal_gen.errors import BY_CODE
 from multimodal_gen.server.schemas import FIELDS
+from multimodal_gen.server.video_schemas import VIDEO_FIELDS
 from tests.support.server import ROOT, Server, environment
 
 pytestmark = [pytest.mark.api]
@@ -22,11 +24,13 @@ BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DO
 
 
 @pytest.mark.parametrize(("language", "code"), BLOCKS, ids=lambda text: text.strip().splitlines()[0][:40])
-def test_example(server: Server, tmp_path: Path, language: str, code: str) -> None:
+def test_example(request: pytest.FixtureRequest, tmp_path: Path, language: str, code: str) -> None:
+    server: Server = request.getfixturevalue(_server_for(code))
     # Examples stay plain: an HTTP error fails them all the same.
     Path(tmp_path, ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
     for adapter in (ROOT / "examples" / "loras").glob("*.safetensors"):
         shutil.copy(adapter, tmp_path)
+    Image.new("RGB", (320, 180), "teal").save(tmp_path / "first.png")
     code = code.replace(ADDRESS, server.base_url)
     command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
     done = subprocess.run(
@@ -38,9 +42,17 @@ def test_example(server: Server, tmp_path: Path, language: str, code: str) -> No
         timeout=120,
         check=False,
     )
-    _without_adapters(server)
+    if server.get("/v1/models").json()["data"][0]["task"] == "text-to-image":
+        _without_adapters(server)
     assert done.returncode == 0, done.stdout[:2000] + done.stderr
-    assert done.stdout or list(tmp_path.glob("*.png")), "the example shows nothing"
+    assert done.stdout or len(list(tmp_path.glob("*.png"))) > 1, "the example shows nothing"
+
+
+def _server_for(code: str) -> str:
+    """The fixture whose model the example is about."""
+    if "input_reference" in code:
+        return "image_video_server"
+    return "video_server" if "/v1/videos" in code or "client.videos" in code else "server"
 
 
 def _without_adapters(server: Server) -> None:
@@ -61,7 +73,7 @@ def test_every_endpoint_has_examples_in_both_languages(server: Server) -> None:
 
 
 def test_every_field_is_described() -> None:
-    assert not [name for name in FIELDS if f"`{name}`" not in PAGE]
+    assert not [name for name in FIELDS | VIDEO_FIELDS if f"`{name}`" not in PAGE]
 
 
 def test_every_error_of_a_server_is_described() -> None:
@@ -69,8 +81,9 @@ def test_every_error_of_a_server_is_described() -> None:
     assert not [code for code in set(BY_CODE) - startup if f"`{code}`" not in PAGE]
 
 
-def test_every_metric_is_described(server: Server) -> None:
-    names = re.findall(r"^# TYPE (\S+)", server.get("/metrics").text, re.MULTILINE)
+def test_every_metric_is_described(server: Server, shared_video_server: Server) -> None:
+    text = server.get("/metrics").text + shared_video_server.get("/metrics").text
+    names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
     shown = PAGE.replace("…", "mmgen_condition_cache")
     missing = [name for name in names if not name.endswith("_created") and f"`{name}" not in shown]
     assert not missing

@@ -181,13 +181,18 @@ def one_by_one(mesh: Mesh, folder: str) -> dict[str, Tensor]:
 def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """Pixels of latents that are larger than a tile, and of some that are not."""
     model = Model.load(mesh, folder, vae_tiling=True)
-    rows = []
-    for index, (height, width) in enumerate([(8, 8), (8, 30), (17, 12)]):
-        row = Row(model.request(f"row-{index}"), 0)
+    pixels = {}
+    for index in range(3):
+        row = Row(model.requests(f"row-{index}")[1], 0)
         model.pipeline.prepare(row)
-        row.latents = torch.randn(16, height, width, generator=torch.Generator().manual_seed(index))
-        rows.append(row)
-    return {str(index): torch.from_numpy(pixels) for index, pixels in enumerate(model.pipeline.decode(rows))}
+        assert row.latents is not None
+        channels, *frames = row.latents.shape[:-2]
+        # Tiles of the tiny VAEs have 8 latents for images, 32 or 16 for videos.
+        sides = ((4, 4), (4, 40), (36, 5))[index] if frames else ((8, 8), (8, 30), (17, 12))[index]
+        row.latents = torch.randn(channels, *frames, *sides, generator=torch.Generator().manual_seed(index))
+        pixels[str(index)] = torch.from_numpy(model.pipeline.decode([row])[0])
+    return pixels
+
 
 
 def loaded(mesh: Mesh, folder: str) -> dict[str, Tensor]:

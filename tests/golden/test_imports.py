@@ -40,10 +40,12 @@ WHY = {
     "lora": "lora knows no family: put targets and renames into the family's spec.py and pass them in",
     "kernels": "a kernel stands alone: pass in what it needs",
     "media": "media turns pixels into files: pass in plain values or messages",
-    "server": "the server reaches the engine through engine.client and messages only",
+    "server": "the server reaches the engine through engine.client, its jobs and messages only",
     **dict.fromkeys(CONTRACT, "contract modules import one another only: move the code to the room that uses it"),
 }
-ENGINE_FOR_THE_SERVER = {"multimodal_gen.engine.client", "multimodal_gen.engine.ticket"}
+ENGINE_FOR_THE_SERVER = {
+    f"multimodal_gen.engine.{module}" for module in ("client", "ticket", "jobs", "job_files", "job_runner")
+}
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
 TORCH_ON_PURPOSE = {"multimodal_gen/cli/hardware.py"}  # `mmgen doctor` imports it when it runs
 NO_TORCH = {"cli", "server", "generator", "media", "observe", *CONTRACT}

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from multimodal_gen import DiffGenerator
+from multimodal_gen.pipelines.vaes.wan import WanVae
 from tests.support.checkpoints import NEGATIVE, PROMPT
 from tests.support.wan_checkpoints import VARIANTS
 
@@ -221,3 +222,21 @@ def test_every_input_moves_the_latents(
     for change in changes:
         other = ours(gen, **{"prompt": PROMPT, "seed": 1, **base, **change})
         assert float((latents - other).abs().max()) > 50 * TOLERANCE, change
+
+
+@pytest.mark.parametrize("variant", ["t2v", "ti2v_5b"])
+def test_tiles_are_those_of_diffusers(wan_folder: Callable[..., Path], variant: str) -> None:
+    """Frames larger than a tile. The 5B model's tiles fade in pixels here, in patches of 2 x 2 pixels there."""
+    folder = wan_folder(variant=variant) / "vae"
+    vae = WanVae(folder, [folder / "diffusion_pytorch_model.safetensors"], torch.device("cpu"), tiled=True)
+    side = vae.vae.spatial_compression_ratio
+    latents = torch.randn(len(vae.mean), 2, 400 // side, 320 // side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        got = vae.decode(latents)
+        vae.vae.enable_tiling()
+        want = vae.vae.decode((latents / (1.0 / vae.std) + vae.mean)[None], return_dict=False)[0][0]
+    theirs_255 = ((want * 0.5 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 3, 0).numpy()
+    assert np.abs(got - theirs_255).max() <= (0 if variant == "t2v" else 8)
+    vae.tiled = False
+    with torch.inference_mode():
+        assert np.abs(got.astype(int) - vae.decode(latents).astype(int)).max() > 8

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,3 +54,13 @@ def only(shapes: Shapes, *parts: str) -> dict[str, tuple[int, ...]]:
 def without(shapes: Shapes, parts: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The others."""
     return {module: shape for module, shape in shapes.items() if not any(part in module for part in parts)}
+
+
+def make_adapter_for(folder: Path, path: Path) -> Path:
+    """An adapter for the attention of the transformer in a model's folder, in diffusers' spelling."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in (folder / "transformer").glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if name.endswith((".to_q.weight", ".to_v.weight"))]  # noqa: SIM118
+            shapes |= {name.removesuffix(".weight"): tuple(weights.get_slice(name).get_shape()) for name in names}
+    return write_adapter(path, peft_tensors(shapes, size=1.0))
