@@ -7,6 +7,7 @@ closes is how their death is seen.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ class WorkerGroup:
 
     async def _pump(self, rank: int, worker: Worker) -> None:
         try:
-            while True:
-                self._inbox.put_nowait((rank, await worker.frame()))
-        except ChannelClosed:
+            with contextlib.suppress(ChannelClosed):
+                while True:
+                    self._inbox.put_nowait((rank, await worker.frame()))
+        finally:  # whatever ended it: nothing will be heard of this rank any more
             self._inbox.put_nowait((rank, None))

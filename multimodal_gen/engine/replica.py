@@ -183,7 +183,6 @@ class Replica:
                 return
             log.error("the worker ended with %s; restarting it", ended)
             self.restarts += 1
-            self.state = "restarting" if self.ready else "loading"
             self.fail_change(WorkerCrashed("The worker process died during this change; the adapters are as before."))
             self._let_go()
             # A machine that is short of memory needs a moment; the first death is most often an accident.
@@ -205,6 +204,7 @@ class Replica:
             return f"a failed start ({type(error).__name__})"
         async for message in self._group.messages(self._stall_limit):
             self._handle(message)
+        self.state = "restarting" if self.ready else "loading"  # requests go elsewhere from now on
         return await self._group.stop(STOP_SECONDS)
 
     def _stall_limit(self) -> float | None:
