@@ -103,6 +103,17 @@ def test_a_cancelled_request_ends_within_a_step_on_both_ranks(pair: Running, alo
     assert pair.pids() == before
 
 
+def test_a_row_goes_on_on_both_ranks_where_a_checkpoint_left_it(pair: Running) -> None:
+    whole = pair.make(steps=6, output="latent")
+    begun = pair.submit(steps=6, output="latent", checkpoint_every=4)
+    state = pair.checkpoint(begun)
+    assert state.step == 4
+    pair.result(begun)
+    resumed = pair.submit([state], steps=6, output="latent")
+    assert np.array_equal(pair.result(resumed), whole)
+    assert resumed.steps_done == 2
+
+
 @pytest.mark.parametrize("mode", ["merge", "dynamic"])
 def test_adapters_come_and_go_on_both_ranks(
     pair: Running, alone: dict[str, np.ndarray], adapter: str, folder: Path, mode: str

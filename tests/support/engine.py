@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.group import Place, Placed
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.media.arrays import to_numpy
-from multimodal_gen.messages import Finished, Load, LorasChanged, Progress
+from multimodal_gen.messages import Checkpoint, Finished, Load, LorasChanged, Progress, RowState
 from multimodal_gen.request import AnyRequest, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import PROMPT
@@ -69,7 +69,9 @@ class Running:
         )
         assert self.client.failure is None, self.client.failure
 
-    def request(self, steps: int = 2, prompt: str = PROMPT, output: Any = "pixels", **params: Any) -> AnyRequest:
+    def request(
+        self, steps: int = 2, prompt: str = PROMPT, output: Any = "pixels", checkpoint_every: int = 0, **params: Any
+    ) -> AnyRequest:
         """A small picture."""
         settings = {"width": 64, "height": 64, "seed": 1, "num_inference_steps": steps, **params}
         return resolve(
@@ -79,14 +81,15 @@ class Running:
             card=self.client.card,
             max_cost=10**9,
             output=output,
+            checkpoint_every=checkpoint_every,
             loras=self.client.loras.active,
         )
 
-    def submit(self, **params: Any) -> Ticket:
+    def submit(self, resume: Sequence[RowState] = (), **params: Any) -> Ticket:
         """Admit a request."""
 
         async def admit() -> Ticket:
-            return self.client.submit(self.request(**params))
+            return self.client.submit(self.request(**params), resume)
 
         return self.do(admit())
 
@@ -108,6 +111,17 @@ class Running:
                     return
 
         self.do(wait())
+
+    def checkpoint(self, ticket: Ticket) -> RowState:
+        """The first one that comes."""
+
+        async def wait() -> RowState:
+            async for event in ticket:
+                if isinstance(event, Checkpoint):
+                    return event.state
+            raise AssertionError("it ended without a checkpoint")
+
+        return self.do(wait())
 
     def cancel(self, ticket: Ticket) -> None:
         """Give it up."""
