@@ -72,6 +72,14 @@ def assert_adapters_did_something(alone: Mapping[str, Tensor], rows: int) -> Non
         assert equal == (set() if i % 2 else {(4, 0)}), distances  # mixed: every second row is the base model's
 
 
+def assert_no_worse(found: Mapping[str, Tensor], one: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
+    """Half precision on ranks is about as far from float32 as half precision on one."""
+    for name, latents in one.items():
+        error, usual = (float((x[name] - exact[name]).norm() / exact[name].norm()) for x in (found, one))
+        assert usual > 1e-4, "one process computes in half precision too"
+        assert error < 1.5 * usual, f"{name} {list(latents.shape)}: {error:.1e} on ranks, {usual:.1e} on one"
+
+
 def bytes_of(places: Mapping[str, Place], *parts: str) -> int:
     """Bytes of the weights whose names hold one of `parts`."""
     return sum(place.view().nbytes for key, place in places.items() if any(part in key for part in parts))

@@ -74,7 +74,7 @@ class Model:
 
     @classmethod
     def load(cls, mesh: Mesh, folder: str, **options: Any) -> Model:
-        config = EngineConfig(model_path=folder, device="cpu", dtype="float32", **options)
+        config = EngineConfig(model_path=folder, device="cpu", **{"dtype": "float32", **options})
         card = registry.describe(config)
         pipeline = registry.load(card, config, mesh)
         targets = registry.find(card.pipeline_class).adapters
@@ -176,6 +176,11 @@ def held(model: Model) -> dict[str, int]:
 def one_by_one(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """`--deterministic`: every row has its own forward, with and without guidance."""
     return Model.load(mesh, folder, deterministic=True).batch("alone")
+
+
+def in_bf16(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """The batch in half precision."""
+    return Model.load(mesh, folder, dtype="bfloat16").batch("base")
 
 
 def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:

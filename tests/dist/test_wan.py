@@ -12,7 +12,15 @@ import torch
 from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.mesh import Mesh
 from tests.dist import models
-from tests.dist.comparison import assert_adapters_did_something, assert_same, bytes_of, matrices, vectors, write_adapters
+from tests.dist.comparison import (
+    assert_adapters_did_something,
+    assert_no_worse,
+    assert_same,
+    bytes_of,
+    matrices,
+    vectors,
+    write_adapters,
+)
 from tests.dist.models import encoder_of
 from tests.support.ranks import Ranks
 from tests.support.wan_checkpoints import VARIANTS, make_wan
@@ -98,3 +106,13 @@ def test_tiles_that_ranks_share_make_the_same_frames(
     expected = models.decoded(Mesh.solo(), folder)
     for found in ranks.run(Degrees(ulysses=2, ring=2), "tests.dist.models:decoded", folder=folder):
         assert all(torch.equal(found[name], pixels) for name, pixels in expected.items())
+
+
+@pytest.mark.parametrize("degrees", [Degrees(tp=4), Degrees(ring=3)], ids=str)
+def test_half_precision_loses_no_more_on_ranks(
+    ranks: Ranks, case: Callable[[str], tuple[dict[str, str], dict[str, Any]]], degrees: Degrees
+) -> None:
+    arguments, alone = case("t2v")
+    folder = arguments["folder"]
+    one = models.in_bf16(Mesh.solo(), folder)
+    assert_no_worse(ranks.run(degrees, "tests.dist.models:in_bf16", folder=folder)[0], one, alone)

@@ -14,6 +14,7 @@ from tests.dist import models
 from tests.dist.comparison import (
     TOLERANCE,
     assert_adapters_did_something,
+    assert_no_worse,
     assert_same,
     bytes_of,
     matrices,
@@ -99,3 +100,11 @@ def test_tiles_that_ranks_share_make_the_same_picture(ranks: Ranks, folder: Path
     expected = models.decoded(Mesh.solo(), str(folder))
     for found in ranks.run(Degrees(ulysses=2, ring=2), "tests.dist.models:decoded", folder=str(folder)):
         assert all(torch.equal(found[name], pixels) for name, pixels in expected.items())
+
+
+@pytest.mark.parametrize("degrees", [Degrees(tp=4), Degrees(ring=3), Degrees(tp=2, ulysses=2)], ids=str)
+def test_half_precision_loses_no_more_on_ranks(
+    ranks: Ranks, degrees: Degrees, folder: Path, alone: dict[str, Any]
+) -> None:
+    one = models.in_bf16(Mesh.solo(), str(folder))
+    assert_no_worse(ranks.run(degrees, "tests.dist.models:in_bf16", folder=str(folder))[0], one, alone)
