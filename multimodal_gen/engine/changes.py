@@ -18,7 +18,7 @@ from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.errors import AdapterError, GenerationFailed, MmgenError, OutOfMemory, PeerLost, from_code
-from multimodal_gen.lora.changes import Staged
+from multimodal_gen.lora.changes import Staged, Stager
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.messages import LorasChanged, LorasRefused, Staging, decode_staging, encode
@@ -82,7 +82,7 @@ class Changes:
         began = time.monotonic()
         staged: Future[Staged] = Future()
         try:
-            staged.set_result(self._stage(change))
+            staged.set_result(self._stage(self.manager.stager(), change))
         except Exception as error:
             if self._ranks.alone:
                 raise
@@ -93,13 +93,13 @@ class Changes:
     def _next(self) -> None:
         if self._running is None and self._waiting:
             change_id, change = self._waiting.popleft()
-            staged = self._thread.submit(self._stage, change)
+            staged = self._thread.submit(self._stage, self.manager.stager(), change)
             self._running = _Running(change_id, time.monotonic(), staged)
             staged.add_done_callback(lambda _: self.on_staged())
 
-    def _stage(self, change: Change) -> Staged:
+    def _stage(self, stager: Stager, change: Change) -> Staged:
         self._fault.trip("adapter")
-        return self.manager.stage(change)
+        return stager.stage(change)
 
     def _everywhere(self, staged: Future[Staged]) -> list[Staging]:
         """How far the change is on every rank."""
