@@ -18,6 +18,8 @@ from PIL import Image
 from multimodal_gen.generator import DiffGenerator
 from tests.support.checkpoints import PROMPT, make_z_image
 from tests.support.server import Server, assert_error, run_server, start_server, wait_for
+from tests.support.survival import contents, flags_for
+from tests.support.videos import TINY, get, post
 
 pytestmark = [pytest.mark.api, pytest.mark.slow]
 
@@ -101,6 +103,18 @@ def test_two_replicas_share_requests_out_and_one_is_enough(folder: Path) -> None
         assert server.get("/health/ready").status_code == 200
         assert server.post(BODY).status_code == 200
         wait_for(lambda: server.metric('mmgen_replica_ready{replica="0"}') == 1, 60, "the restart")
+
+
+def test_a_rank_that_dies_costs_a_video_nothing_but_time(t2v_folder: Path, tmp_path: Path) -> None:
+    job = {**TINY, "num_inference_steps": 20, "num_frames": 9}
+    flags = flags_for(t2v_folder, tmp_path, "--tp-size", "2")
+    with start_server(*flags, fault="denoise:slow:1000") as server:
+        video = post(server, job).json()["id"]
+        wait_for(lambda: get(server, video)["progress"] >= 40, 60, "some steps")
+        os.kill(server.worker_pids()[1], signal.SIGKILL)
+        resumed = contents(server, [video])
+        assert server.metric("mmgen_jobs_resumed_total") == 1
+        assert resumed == contents(server, [post(server, job).json()["id"]]), "it is not what it would have been"
 
 
 def test_what_cannot_be_shared_out_is_refused_before_loading(folder: Path) -> None:
