@@ -73,7 +73,7 @@ class EngineClient:
             from multimodal_gen.engine.ray_place import RayActors
 
             part = engine_part(self.config)
-            return self.card, part, RayActors(ranks, part, level)
+            return self.card, part, RayActors(ranks, self.plan.workers, part, level)
         part = worker_threads(self.config, self.plan.workers)
         return self.card, part, LocalProcesses(ranks, number * ranks, level)
 
@@ -111,6 +111,7 @@ class EngineClient:
             message = "The server shut down before this request was finished."
             self.answered(ticket, GenerationFailed(message) if ticket.started else ShuttingDown(message))
         for replica in self.replicas:
+            replica.state = "stopped"  # nothing is brought back any more
             replica.fail_change(ShuttingDown("The server shut down before this change was done."))
         await asyncio.gather(*(replica.stop(patience_s) for replica in self.replicas))
         self._phase = "stopped"
@@ -222,8 +223,9 @@ class EngineClient:
 
         Raises: ModelLoading, ShuttingDown, WorkerCrashed; the change's own error. The adapters are then as before.
         """
-        # Whoever asked may leave; half a transaction must not stay behind.
-        return await asyncio.shield(asyncio.create_task(self._change_loras(change)))
+        task = asyncio.create_task(self._change_loras(change))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to be told
+        return await asyncio.shield(task)  # whoever asked may leave; half a transaction must not stay behind
 
     async def _change_loras(self, change: Change) -> LorasChanged:
         async with self._changing:

@@ -163,10 +163,11 @@ class RayWorker:
 class RayActors:
     """The ranks of one replica in a placement group of its own."""
 
-    def __init__(self, ranks: int, config: EngineConfig, log_level: str) -> None:
-        """Raises: ConfigError where Ray is not installed."""
+    def __init__(self, ranks: int, workers: int, config: EngineConfig, log_level: str) -> None:
+        """`workers` are the ranks of all replicas. Raises: ConfigError where Ray is not installed."""
         check_ray()
         self.ranks = ranks
+        self._workers = workers
         self._config = config
         self._log_level = log_level
 
@@ -201,10 +202,10 @@ class RayActors:
         on_gpu = device.startswith("cuda") or (device == "auto" and cluster.get("GPU", 0) > 0)
         bundle = {"CPU": float(self._config.threads or 1), **({"GPU": 1.0} if on_gpu else {})}
         for name, amount in bundle.items():
-            if amount * self.ranks > cluster.get(name, 0):
+            needed, there = amount * self._workers, cluster.get(name, 0)
+            if needed > there:
                 raise ConfigError(
-                    f"{self.ranks} ranks need {amount * self.ranks:g} {name} and the Ray cluster has "
-                    f"{cluster.get(name, 0):g}.",
+                    f"{self._workers} ranks need {needed:g} {name} and the Ray cluster has {there:g}.",
                     param="executor",
                 )
         return bundle
