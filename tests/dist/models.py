@@ -120,7 +120,7 @@ class Model:
         sources = tuple(AdapterSource(nickname=name, path=path) for name, path in files.items())
         uses = tuple(AdapterUse(nickname=name, strength=0.8) for name in files)
         change = SetLora(sources=sources, uses=uses, mode=mode)
-        self.loras.commit(self.loras.stage(change), weights_too=True)
+        self.loras.commit(self.loras.stager().stage(change), weights_too=True)
 
     def sums(self) -> dict[str, Tensor]:
         """One number for every weight held here."""
