@@ -39,7 +39,7 @@ class Ours:
 
     @property
     def weights(self) -> torch.nn.Module:
-        return self.gen._engine.pipeline.trees["transformer"].model
+        return self.gen._engine.core.pipeline.trees["transformer"].model
 
     def prepare_load(self) -> None:
         """Forget the adapters, untimed."""

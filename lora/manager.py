@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import msgspec
 
-from multimodal_gen.adapters import Change, LoraState, Pin
+from multimodal_gen.adapters import LoraState, Pin
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, AdapterUnavailable
 from multimodal_gen.lora.applied import BASE, Applied, SetKey, TreeUse, WeightsKey, set_key
@@ -38,7 +38,7 @@ Pins = tuple[Pin, ...]
 
 
 class LoraManager:
-    """One per engine; everything but `stage` belongs to the engine's thread."""
+    """One per engine; everything belongs to the engine's thread."""
 
     def __init__(
         self,
@@ -75,9 +75,11 @@ class LoraManager:
 
     # --- changes ----------------------------------------------------------------------------------------------------
 
-    def stage(self, change: Change) -> Staged:
-        """Work out a change; no other may be staged or committed meanwhile. Raises: the AdapterError family."""
-        return Stager(self.store, self.trees, self.state, self._choices).stage(change)
+    def stager(self) -> Stager:
+        """What works a change out, in any thread, from the state of now: the same on all ranks, whatever `note` does
+        meanwhile. No other change may be staged or committed before its own is.
+        """
+        return Stager(self.store, self.trees, self.state, self._choices)
 
     def commit(self, staged: Staged, *, weights_too: bool) -> None:
         """Make it so. With `weights_too`, merging is part of the transaction.

@@ -1,8 +1,7 @@
 """Settings: one schema becomes the CLI flags, the MMGEN_* variables, the --config file and `from_pretrained` keywords.
 
 A field `max_batch_tokens` is the flag `--max-batch-tokens`, the variable `MMGEN_MAX_BATCH_TOKENS`, the YAML key and
-the keyword `max_batch_tokens`. Order of precedence: flag > variable > file > default. This module is the only reader
-of the environment.
+the keyword `max_batch_tokens`. Order of precedence: flag > variable > file > default. Nothing else reads our variables.
 """
 
 from __future__ import annotations
@@ -56,7 +55,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="two groups of ranks, one for the prompt and one for the negative prompt")
     ] = False
     dp_size: Annotated[int, Meta(ge=1, description="replicas of the model, each with its own ranks")] = 1
-    threads: Annotated[AtLeastOne | None, Meta(description="CPU threads of the worker; default: all cores")] = None
+    executor: Annotated[
+        Literal["process", "ray"],
+        Meta(description="where ranks run: processes of this machine, or actors on the machines of a Ray cluster"),
+    ] = "process"
+    threads: Annotated[
+        AtLeastOne | None, Meta(description="CPU threads of each worker; default: all cores, shared out")
+    ] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
@@ -83,6 +88,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3
+    step_timeout_s: Annotated[
+        float, Positive, Meta(description="a worker silent for this long while it has work is killed and restarted")
+    ] = 600.0
+    load_timeout_s: Annotated[
+        float, Positive, Meta(description="a worker that has not loaded the model by then is killed and restarted")
+    ] = 1800.0
     lora_root: Annotated[
         list[str],
         Meta(description="folders that adapters may be loaded from; default of the server: loras/ where it started"),
@@ -98,7 +109,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_lora_mb: Annotated[int, Meta(ge=1, description="memory for the tensors of all loaded adapters")] = 4096
     max_lora_rank: Annotated[int, Meta(ge=1, description="largest rank of an adapter's modules")] = 1024
     fault: Annotated[
-        str | None, Meta(description="tests only: STAGE:ACTION:COUNT, injects a failure into the worker")
+        str | None, Meta(description="tests only: STAGE:ACTION:COUNT[@RANK], injects a failure into the workers")
     ] = None
 
 
@@ -139,9 +150,6 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
         Literal["error", "warn"], Meta(description="unknown JSON fields: 400, or 200 with an x-mmgen-warning header")
     ] = "error"
     max_connections: Annotated[int, Meta(ge=1, description="open connections; more are answered 503")] = 1000
-    step_timeout_s: Annotated[
-        float, Positive, Meta(description="a worker silent for this long while it has work is killed and restarted")
-    ] = 600.0
     drain_timeout_s: Annotated[float, Meta(ge=0, description="time for running requests to finish at SIGTERM")] = 25.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
@@ -361,29 +369,6 @@ def data_folder(config: ServerConfig) -> Path:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "mmgen"
     except RuntimeError:
         raise ConfigError("This user has no home folder; say where with --data-dir.", param="data_dir") from None
-
-
-# An idle OpenMP thread spins before it sleeps, by default for milliseconds: with one other busy process on the machine
-# it keeps the core from whoever has work, and a step takes up to twenty times as long. Sleeping at once doubles a small
-# step on virtual machines, where waking is slow. This many spins bridge the gaps inside a forward.
-OPENMP_DEFAULTS = {"GOMP_SPINCOUNT": "20000"}
-OPENMP_CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-
-
-def openmp_defaults() -> dict[str, str]:
-    """OpenMP variables to set, unless the user has chosen how threads wait."""
-    return {} if any(name in os.environ for name in OPENMP_CHOICES) else OPENMP_DEFAULTS
-
-
-def calm_openmp() -> None:
-    """Set the OpenMP defaults of this process; no effect once torch is imported."""
-    os.environ.update(openmp_defaults())
-
-
-def worker_environment() -> dict[str, str]:
-    """The environment of a worker process: ours without our own variables, which may hold the API key."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    return {**ours, **openmp_defaults()}
 
 
 def engine_part(config: EngineConfig) -> EngineConfig:

@@ -30,6 +30,7 @@ from multimodal_gen.adapters import (
     Target as LoraTarget,
 )
 from multimodal_gen.config import DEFAULT_MODEL, EngineConfig
+from multimodal_gen.environment import calm_openmp
 from multimodal_gen.errors import (
     InvalidValue,
     MmgenError,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     import PIL.Image
     import torch
 
-    from multimodal_gen.engine.core import EngineCore
+    from multimodal_gen.engine.local import Engine
     from multimodal_gen.media.recipe import Recipe
     from multimodal_gen.media.target import Target
     from multimodal_gen.pipelines.contract import PipelineInfo
@@ -86,7 +87,7 @@ class GenerationResult:
 
 
 class DiffGenerator:
-    """One loaded model in this process.
+    """One loaded model: in this process, or in workers of its own where several ranks were asked for.
 
         with DiffGenerator.from_pretrained(model_path="emoji-image") as gen:
             gen.generate(prompt="a teapot", seed=7).images[0].save("teapot.png")
@@ -96,19 +97,19 @@ class DiffGenerator:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises: ModelNotFound, CorruptModel, ConfigError."""
-        settings.calm_openmp()
+        calm_openmp()
+        from multimodal_gen.engine.local import LocalEngine, RemoteEngine
         from multimodal_gen.media.recipe import origin
         from multimodal_gen.parallel.plan import plan
         from multimodal_gen.pipelines import registry
 
         self.config = config
         self.card: ModelCard = registry.describe(config)
-        plan(config, self.card)
+        apart = plan(config, self.card).workers > 1 or config.executor == "ray"
         start_change(config)  # a file that is not there is told before the model is loaded
         self._origin = origin(config, self.card)
         self._closed = False
-        self._loras: LoraState | None = None  # of an engine that was let go
-        self._core: EngineCore | None = self._load(config)
+        self._live: Engine = RemoteEngine(config) if apart else LocalEngine(self.card, config)
         self._ids = itertools.count()
 
     @classmethod
@@ -122,7 +123,7 @@ class DiffGenerator:
     @property
     def info(self) -> PipelineInfo:
         """Device, dtype and attention backend in use."""
-        return self._engine.pipeline.info
+        return self._engine.info
 
     @overload
     def generate(self, prompt: str, **options: Any) -> GenerationResult: ...
@@ -165,9 +166,10 @@ class DiffGenerator:
 
             params = msgspec.structs.replace(params, image=to_reference(image))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._drop_if_sick()
-        state = self._engine.loras.state
-        pins = state.active if loras is None else pins_of(read_uses(loras), state, self._engine.pipeline.trees)
+        engine = self._engine
+        engine.refresh()
+        state = engine.loras
+        pins = state.active if loras is None else pins_of(read_uses(loras), state, engine.targets)
         requests = [
             resolve(
                 request_id=f"local-{next(self._ids)}",
@@ -183,7 +185,8 @@ class DiffGenerator:
         ]
         check_total(requests, self.config.max_queue_cost)
         target = self._target(requests, output_path)
-        answers = self._run(requests, on_step)
+        answers = dict[str, Finished]()
+        engine.run(requests, lambda event: _collect(event, answers, on_step))
         results = [self._result(r, answers[r.id], output_type, target) for r in requests]
         return results[0] if isinstance(prompt, str) else results
 
@@ -240,19 +243,22 @@ class DiffGenerator:
 
     def list_loras(self) -> LoraState:
         """What is loaded and what is active."""
-        return self._engine.loras.state
+        return self._engine.loras
 
     def unload_lora(self, lora_nickname: str) -> LoraState:
         """Forget an adapter. Raises: AdapterNotFound; AdapterInUse while it is active."""
         return self._change(UnloadLora(nickname=check_nickname(lora_nickname)))
 
     def _change(self, change: Change) -> LoraState:
-        self._drop_if_sick()
-        return self._engine.change_adapters(change).state
+        engine = self._engine
+        engine.refresh()
+        return engine.change(change)
 
     def close(self) -> None:
-        """Free the model; the object cannot generate any more."""
-        self._core, self._closed = None, True
+        """Free the model and end its workers; the object cannot generate any more."""
+        if not self._closed:
+            self._live.close()
+        self._closed = True
 
     def __enter__(self) -> DiffGenerator:
         return self
@@ -261,41 +267,10 @@ class DiffGenerator:
         self.close()
 
     @property
-    def _engine(self) -> EngineCore:
+    def _engine(self) -> Engine:
         if self._closed:
             raise InvalidValue("This DiffGenerator is closed; make a new one with from_pretrained.")
-        if self._core is None:
-            # An injected fault belongs to the first engine only, as it does to the first worker of a server.
-            self._core = self._load(msgspec.structs.replace(self.config, fault=None))
-        return self._core
-
-    def _load(self, config: EngineConfig) -> EngineCore:
-        from multimodal_gen.engine.core import EngineCore
-
-        core = EngineCore(self.card, config)
-        core.bring_adapters(self._loras)
-        return core
-
-    def _drop_if_sick(self) -> None:
-        """Let go of an engine that is not to be trusted; the memory must be free before the next one is loaded."""
-        if self._core is not None and self._core.sick:
-            log.warning("%d failures in a row: loading %s anew", self.config.max_consecutive_errors, self.card.name)
-            self._loras = self._core.loras.state
-            self._core = None
-
-    def _run(self, requests: Sequence[AnyRequest], on_step: Callable[[Progress], None] | None) -> dict[str, Finished]:
-        engine, answers = self._engine, dict[str, Finished]()
-        try:
-            for request in requests:
-                for event in engine.add(request):
-                    _collect(event, answers, on_step)
-            while not engine.idle:
-                for event in engine.step():
-                    _collect(event, answers, on_step)
-        finally:  # an error, an exception in on_step or Ctrl-C: nothing of this call may stay queued
-            for request in requests:
-                engine.cancel(request.id)
-        return answers
+        return self._live
 
     def _target(self, requests: Sequence[AnyRequest], output_path: str | Path | None) -> Target | None:
         from multimodal_gen.media.target import find_target

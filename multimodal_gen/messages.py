@@ -1,6 +1,7 @@
 """Everything that crosses a process border, as typed msgspec structs. Nothing here is ever unpickled.
 
 front → worker: `Load`, `Generate`, `Cancel`, `ChangeLoras`, `Shutdown`.
+rank 0 → all ranks of its replica: `Turn`; each rank → all: `Outcome`, `Staging`.
 worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Checkpoint`, `Preview`, `Finished`, `Failed`,
 `LorasChanged`, `LorasRefused`, `Gauges`.
 
@@ -44,6 +45,19 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 # --- front → worker ---------------------------------------------------------------------------------------------
 
 
+class Seat(msgspec.Struct, frozen=True):
+    """One rank's place in its replica."""
+
+    rank: int = 0
+    ranks: int = 1
+    store: str = ""
+    """where the ranks meet: file:///path on one machine, tcp://host:port across machines; nothing for one rank"""
+    address: str = "127.0.0.1"
+    """where this rank listens for the others"""
+    device: int = 0
+    """CUDA index, where the settings name none"""
+
+
 class Load(Message, frozen=True):
     """The first message of a worker's life."""
 
@@ -51,6 +65,7 @@ class Load(Message, frozen=True):
     config: EngineConfig
     loras: LoraState | None = None
     """of the worker before this one; None: the first worker loads those of the configuration"""
+    seat: Seat = Seat()
 
 
 class RowState(msgspec.Struct, frozen=True):
@@ -86,6 +101,30 @@ class Shutdown(Message, frozen=True):
     """Exit once nothing runs any more."""
 
 
+class Turn(Message, frozen=True):
+    """From rank 0 to all ranks before every step: what has arrived, and what time it is. All else follows from it."""
+
+    clock: float
+    messages: list[Generate | Cancel | ChangeLoras | Shutdown]
+
+
+class Staging(Message, frozen=True):
+    """From every rank to all ranks while a change of adapters is being worked out."""
+
+    done: bool
+    error: ErrorInfo | None = None
+    found: tuple[str, ...] = ()
+    """what it comes to: digests of the files, in order, and which trees are merged"""
+
+
+class Outcome(Message, frozen=True):
+    """From every rank to all ranks after every piece of work that may fail."""
+
+    work: str
+    """which piece; ranks that name different ones have come apart"""
+    error: ErrorInfo | None = None
+
+
 # --- worker → front ---------------------------------------------------------------------------------------------
 
 
@@ -97,6 +136,8 @@ class Ready(Message, frozen=True):
     load_seconds: float
     threads: int = 1
     """CPU threads in use"""
+    max_batch_tokens: int = 0
+    """of a step of several rows"""
     targets: tuple[str, ...] = ()
     """module trees that adapters can change"""
     loras: LoraState = LoraState()
@@ -191,6 +232,9 @@ FromWorker = Ready | LoadFailed | Event
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_turn: msgspec.msgpack.Decoder[Turn] = msgspec.msgpack.Decoder(Turn)
+_staging: msgspec.msgpack.Decoder[Staging] = msgspec.msgpack.Decoder(Staging)
+_outcome: msgspec.msgpack.Decoder[Outcome] = msgspec.msgpack.Decoder(Outcome)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
@@ -207,3 +251,18 @@ def decode_to_worker(frame: bytes) -> ToWorker:
 def decode_from_worker(frame: bytes) -> FromWorker:
     """Raises msgspec.DecodeError for anything that is not a known message."""
     return _from_worker.decode(frame)
+
+
+def decode_turn(frame: bytes) -> Turn:
+    """Raises msgspec.DecodeError for anything else."""
+    return _turn.decode(frame)
+
+
+def decode_staging(frame: bytes) -> Staging:
+    """Raises msgspec.DecodeError for anything else."""
+    return _staging.decode(frame)
+
+
+def decode_outcome(frame: bytes) -> Outcome:
+    """Raises msgspec.DecodeError for anything else."""
+    return _outcome.decode(frame)

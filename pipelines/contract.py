@@ -148,3 +148,6 @@ class Pipeline(Protocol):
 
     def forget(self) -> None:
         """Let go of what was kept for the adapters in use until now and is quickly made again."""
+
+    def reset(self) -> None:
+        """Let go of all that was kept for reuse: after a failure that some ranks did not see, caches may differ."""

@@ -52,7 +52,8 @@ def _with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return out, lse
     scale, head_dim = q.shape[-1] ** -0.5, q.shape[-1]
-    q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))  # the kernels want aligned heads
+    if head_dim % 8:  # the kernels want aligned heads
+        q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))
     if q.dtype != torch.float32:
         found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     else:

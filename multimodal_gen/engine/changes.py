@@ -1,4 +1,8 @@
-"""Changes of adapters beside the denoising loop: staged in a thread, one after another, committed between steps."""
+"""Changes of adapters beside the denoising loop: staged in a thread, one after another, committed between steps.
+
+With several ranks, each stages the same change. It is committed in the turn in which all are found to have staged it,
+and refused everywhere when one could not.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from multimodal_gen.adapters import Change
+from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.faults import Fault
-from multimodal_gen.errors import GenerationFailed, MmgenError, OutOfMemory
-from multimodal_gen.lora.changes import Staged
+from multimodal_gen.engine.ranks import Ranks
+from multimodal_gen.errors import AdapterError, GenerationFailed, MmgenError, OutOfMemory, PeerLost, from_code
+from multimodal_gen.lora.changes import Staged, Stager
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.memory.failures import is_out_of_memory
-from multimodal_gen.messages import ErrorInfo, LorasChanged, LorasRefused
+from multimodal_gen.messages import LorasChanged, LorasRefused, Staging, decode_staging, encode
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +38,13 @@ class _Running:
 class Changes:
     """The queue of changes of one engine. All methods belong to the engine's thread."""
 
-    def __init__(self, manager: LoraManager, fault: Fault, on_change: Callable[[], None]) -> None:
+    def __init__(self, manager: LoraManager, fault: Fault, ranks: Ranks, on_change: Callable[[], None]) -> None:
         """`on_change` is called once other adapters than before are active."""
         self.manager = manager
         self._on_change = on_change
         self.on_staged: Callable[[], None] = lambda: None  # called in the thread; wakes a sleeping engine
         self._fault = fault
+        self._ranks = ranks
         self._waiting: deque[tuple[str, Change]] = deque()
         self._running: _Running | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
@@ -47,60 +54,110 @@ class Changes:
         """Whether a change is not committed yet."""
         return self._running is not None
 
+    @property
+    def staged_here(self) -> bool:
+        """Whether a change only waits for other ranks."""
+        return self._running is not None and self._running.staged.done()
+
     def begin(self, change_id: str, change: Change) -> None:
         """Queue a change."""
         self._waiting.append((change_id, change))
         self._next()
 
     def finish(self, *, weights_too: bool) -> list[LorasChanged | LorasRefused]:
-        """Commit what has been staged; returns at once when nothing has."""
+        """Commit what has been staged on all ranks; returns at once when nothing has."""
         answers: list[LorasChanged | LorasRefused] = []
-        while self._running is not None and self._running.staged.done():
+        while self._running is not None:
+            found = self._everywhere(self._running.staged)
+            if not all(staging.done for staging in found):
+                break
             running, self._running = self._running, None
-            answers.append(self._commit(running, weights_too))
+            answers.append(self._commit(running, found, weights_too))
             self._next()
         return answers
 
     def run(self, change: Change, *, weights_too: bool) -> LorasChanged:
-        """One change from beginning to end, in this thread. Raises: the change's error."""
+        """One change from beginning to end, in this thread. Raises: the change's error, PeerLost."""
         assert not self.pending, "a synchronous engine has one change at a time"
         began = time.monotonic()
-        changed = self._finished(self._stage(change), weights_too)
+        staged: Future[Staged] = Future()
+        try:
+            staged.set_result(self._stage(self.manager.stager(), change))
+        except Exception as error:
+            if self._ranks.alone:
+                raise
+            staged.set_exception(error)
+        changed = self._finished(staged, self._everywhere(staged), weights_too)
         return LorasChanged("", self.manager.state, changed, time.monotonic() - began)
 
     def _next(self) -> None:
         if self._running is None and self._waiting:
             change_id, change = self._waiting.popleft()
-            staged = self._thread.submit(self._stage, change)
+            staged = self._thread.submit(self._stage, self.manager.stager(), change)
             self._running = _Running(change_id, time.monotonic(), staged)
             staged.add_done_callback(lambda _: self.on_staged())
 
-    def _stage(self, change: Change) -> Staged:
+    def _stage(self, stager: Stager, change: Change) -> Staged:
         self._fault.trip("adapter")
-        return self.manager.stage(change)
+        return stager.stage(change)
 
-    def _commit(self, running: _Running, weights_too: bool) -> LorasChanged | LorasRefused:
+    def _everywhere(self, staged: Future[Staged]) -> list[Staging]:
+        """How far the change is on every rank."""
+        if self._ranks.alone:
+            return [Staging(staged.done())]
+        return [decode_staging(frame) for frame in self._ranks.gather(encode(_staging(staged)))]
+
+    def _commit(self, running: _Running, found: list[Staging], weights_too: bool) -> LorasChanged | LorasRefused:
         try:
-            changed = self._finished(running.staged.result(), weights_too)
+            changed = self._finished(running.staged, found, weights_too)
+        except PeerLost:
+            raise
         except MmgenError as error:
-            return LorasRefused(running.id, ErrorInfo(error.code, error.message, error.param))
+            return LorasRefused(running.id, info_of(error))
         except Exception as error:  # told to the one who asked; the log has the rest
             log.exception("the change of adapters %s failed", running.id)
-            told = as_change_error(error)
-            return LorasRefused(running.id, ErrorInfo(told.code, told.message))
+            return LorasRefused(running.id, info_of(as_change_error(error)))
         return LorasChanged(running.id, self.manager.state, changed, time.monotonic() - running.began)
 
-    def _finished(self, staged: Staged, weights_too: bool) -> bool:
-        active = self.manager.state.active
+    def _finished(self, staging: Future[Staged], found: list[Staging], weights_too: bool) -> bool:
+        if not self._ranks.alone:
+            _check(found)
+        staged, active = staging.result(), self.manager.state.active
         self.manager.commit(staged, weights_too=weights_too)
         if self.manager.state.active != active:
             self._on_change()
         return staged.changed
 
 
-def as_change_error(error: Exception) -> MmgenError:
+def _staging(staged: Future[Staged]) -> Staging:
+    if not staged.done():
+        return Staging(False)
+    error = staged.exception()
+    if error is None:
+        state = staged.result().state
+        files = [info.digest for info in state.loaded]
+        return Staging(True, found=(*files, *(tree for tree, merged in sorted(state.merged.items()) if merged)))
+    if isinstance(error, MmgenError):
+        return Staging(True, info_of(error))
+    log.error("a change of adapters failed", exc_info=error)
+    return Staging(True, info_of(as_change_error(error)))
+
+
+def _check(found: list[Staging]) -> None:
+    """Raises: the first rank's error; AdapterError where ranks found different files."""
+    failed = next((staging.error for staging in found if staging.error is not None), None)
+    if failed is not None:
+        raise from_code(failed.code, failed.message, failed.param)
+    if any(staging.found != found[0].found for staging in found):
+        raise AdapterError(
+            "The ranks found different adapter files at this path: it was changed meanwhile, or is not the same file "
+            "on every machine. Nothing was changed; try again."
+        )
+
+
+def as_change_error(error: BaseException) -> MmgenError:
     """What the one who asked for a change is told of an unexpected failure."""
-    if is_out_of_memory(error):
+    if isinstance(error, Exception) and is_out_of_memory(error):
         return OutOfMemory("There was not enough memory for this change of adapters; the set before is still active.")
     return GenerationFailed(
         f"The change of adapters failed ({type(error).__name__}) and the set before is still active; the log has more."

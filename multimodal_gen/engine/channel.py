@@ -69,14 +69,21 @@ class WorkerChannel:
         with contextlib.suppress(BlockingIOError):  # the pipe is full: whoever reads it wakes up anyway
             os.write(self._waker, b"\0")
 
-    def receive(self, *, wait: bool) -> list[ToWorker]:
-        """All messages that are there; with `wait`, at least one, or none after `wake`. Raises: ChannelClosed."""
+    def receive(self, *, wait: bool, timeout_s: float | None = None) -> list[ToWorker]:
+        """All messages that are there; with `wait`, at least one, or none after `wake` or `timeout_s`.
+
+        Raises: ChannelClosed.
+        """
         messages = self._complete()
         woken = False
+        milliseconds = None if timeout_s is None else 1000 * timeout_s
         while True:
-            ready = {number for number, _ in self._poll.poll(None if wait and not messages and not woken else 0)}
+            ready = {
+                number for number, _ in self._poll.poll(milliseconds if wait and not messages and not woken else 0)
+            }
+            woken |= not ready and timeout_s is not None
             if self._woken in ready:
-                woken = bool(os.read(self._woken, CHUNK))
+                woken |= bool(os.read(self._woken, CHUNK))
             if self._socket.fileno() not in ready:
                 if messages or woken or not wait:
                     return messages

@@ -1,7 +1,7 @@
-"""The front's end of the engine: starts the worker process, watches it, restarts it, and hands out tickets.
+"""The front's end of the engine: admits requests, hands out tickets, and shares the work out over the replicas.
 
-Every admitted request is kept here until it is answered. When the worker dies, requests that had started fail with
-`WorkerCrashed`; those still waiting are sent to the next worker.
+Every admitted request is kept here until it is answered. When a replica dies, requests that had started fail with
+`WorkerCrashed`; those still waiting go to another replica, or wait for the next one to be ready.
 """
 
 from __future__ import annotations
@@ -9,57 +9,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.config import ServerConfig, engine_part
-from multimodal_gen.engine.process import WorkerProcess
+from multimodal_gen.config import EngineConfig, ServerConfig, engine_part
+from multimodal_gen.engine.group import Place
+from multimodal_gen.engine.process import LocalProcesses
+from multimodal_gen.engine.replica import STOP_SECONDS, Replica
 from multimodal_gen.engine.ticket import Ticket
+from multimodal_gen.engine.transaction import change_all
+from multimodal_gen.environment import worker_threads
 from multimodal_gen.errors import (
     Cancelled,
-    DeadlineExceeded,
     GenerationFailed,
     MmgenError,
     ModelLoading,
     QueueFull,
     ShuttingDown,
     WorkerCrashed,
-    from_code,
 )
 from multimodal_gen.lora.sources import start_change
-from multimodal_gen.messages import (
-    Cancel,
-    ChangeLoras,
-    Checkpoint,
-    Failed,
-    Finished,
-    FromWorker,
-    Gauges,
-    Generate,
-    Load,
-    LoadFailed,
-    LorasChanged,
-    LorasRefused,
-    Preview,
-    Progress,
-    Ready,
-    RowState,
-    Shutdown,
-    Started,
-)
+from multimodal_gen.messages import Finished, Gauges, LorasChanged, Ready, RowState
 from multimodal_gen.parallel.plan import plan
 from multimodal_gen.pipelines import registry
-from multimodal_gen.request import AnyRequest
+from multimodal_gen.request import AnyRequest, ModelCard
 
-STORM_RESTARTS = 5
-STORM_SECONDS = 600.0
-STOP_SECONDS = 2.0
-MAX_BACKOFF_SECONDS = 5
 MAX_RETRY_AFTER = 60.0
 
 State = Literal["loading", "ready", "restarting", "draining", "failed", "stopped"]
@@ -68,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """One worker process as seen from an asyncio program; all methods belong to its event loop."""
+    """All workers as seen from an asyncio program; all methods belong to its event loop."""
 
     def __init__(self, config: ServerConfig) -> None:
         """Checks and describes the model. Raises: ModelNotFound, CorruptModel, RemoteCodeRefused, ConfigError."""
@@ -76,66 +53,106 @@ class EngineClient:
         self.card = registry.describe(config)
         self.plan = plan(config, self.card)
         start_change(config)  # a file that is not there is told before the model is loaded
-        self.state: State = "stopped"
-        self.ready: Ready | None = None
-        self.gauges: Gauges | None = None
-        self.loras = LoraState()
-        self.restarts = 0
+        self.ready: Ready | None = None  # of the first replica, once all have been ready
         self.failure: MmgenError | None = None
         self.failed = asyncio.Event()
+        self._phase: Literal["stopped", "open", "draining"] = "stopped"
         self._ready_or_failed = asyncio.Event()
         self._tickets: dict[str, Ticket] = {}
         self._nothing_left = asyncio.Event()
         self._nothing_left.set()
-        self._worker: WorkerProcess | None = None
-        self._supervisor: asyncio.Task[None] | None = None
-        self._deaths: deque[float] = deque()
-        self._tokens_per_second = 0.0
+        self.replicas = [Replica(number, *self._placed(number), self) for number in range(self.plan.dp)]
+        self._supervisors: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()
-        self._change: tuple[str, asyncio.Future[LorasChanged]] | None = None
+        self._loras: LoraState | None = None  # before the change of adapters that is under way
+
+    def _placed(self, number: int) -> tuple[ModelCard, EngineConfig, Place]:
+        """What a replica loads, with which settings, and where its ranks run."""
+        ranks, level = self.plan.degrees.world, self.config.log_level
+        if self.config.executor == "ray":
+            from multimodal_gen.engine.ray_place import RayActors
+
+            part = engine_part(self.config)
+            return self.card, part, RayActors(ranks, self.plan.workers, part, level)
+        part = worker_threads(self.config, self.plan.workers)
+        return self.card, part, LocalProcesses(ranks, number * ranks, level)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin loading the model in a worker process; returns at once."""
-        self.state = "loading"
-        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+        """Begin loading the model in worker processes; returns at once."""
+        self._phase = "open"
+        for replica in self.replicas:
+            replica.state = "loading"
+            task = asyncio.create_task(replica.run(), name=f"supervisor of replica {replica.number}")
+            self._supervisors.append(task)
 
     async def wait_ready(self) -> None:
-        """Wait until the model is loaded. Raises: the error that loading ended with."""
+        """Wait until the model is loaded, in every replica. Raises: the error that loading ended with."""
         await self._ready_or_failed.wait()
         if self.failure:
             raise self.failure
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait until the admitted ones are answered, or for `timeout_s`."""
-        if self.state not in ("failed", "stopped"):
-            self.state = "draining"
+        if self._phase == "open" and self.failure is None:
+            self._phase = "draining"
         try:
             await asyncio.wait_for(self._nothing_left.wait(), timeout_s)
         except asyncio.TimeoutError:
             log.warning("%d requests were not finished after %g s", len(self._tickets), timeout_s)
 
     async def stop(self, patience_s: float = STOP_SECONDS) -> None:
-        """End the worker, killing it after `patience_s`; requests that are left fail."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        """End the workers, killing them after `patience_s`; requests that are left fail."""
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
         for ticket in list(self._tickets.values()):
             message = "The server shut down before this request was finished."
-            self._resolve(ticket, GenerationFailed(message) if ticket.started else ShuttingDown(message))
-        self._fail_change(ShuttingDown("The server shut down before this change was done."))
-        if self._worker is not None:
-            self._worker.send(Shutdown())
-            await self._worker.stop(patience_s)
-        self.state = "stopped"
+            self.answered(ticket, GenerationFailed(message) if ticket.started else ShuttingDown(message))
+        for replica in self.replicas:
+            replica.state = "stopped"  # nothing is brought back any more
+            replica.fail_change(ShuttingDown("The server shut down before this change was done."))
+        await asyncio.gather(*(replica.stop(patience_s) for replica in self.replicas))
+        self._phase = "stopped"
+
+    # --- what an operator sees ------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Of the whole engine: `ready` once every replica has been, and then while any is."""
+        if self._phase == "stopped":
+            return "stopped"
+        if self.failure is not None:
+            return "failed"
+        if self._phase == "draining":
+            return "draining"
+        if self.ready is None:
+            return "loading"
+        return "ready" if any(replica.state == "ready" for replica in self.replicas) else "restarting"
+
+    @property
+    def restarts(self) -> int:
+        """Groups of workers that died and were started again."""
+        return sum(replica.restarts for replica in self.replicas)
+
+    @property
+    def gauges(self) -> Gauges | None:
+        """The latest of all replicas together: sums, and of steps the longest."""
+        return total([replica.gauges for replica in self.replicas if replica.gauges is not None])
+
+    @property
+    def loras(self) -> LoraState:
+        """The adapters that requests get from now on; what one replica misses counts as missing."""
+        first = next((replica for replica in self.replicas if replica.state == "ready"), self.replicas[0])
+        missing = {digest: why for replica in self.replicas for digest, why in replica.loras.missing.items()}
+        state = self._loras or first.loras
+        return msgspec.structs.replace(state, missing=missing) if missing else state
 
     @property
     def worker_pid(self) -> int | None:
-        """Process id of the current worker."""
-        return self._worker.pid if self._worker else None
-
-    # --- requests -------------------------------------------------------------------------------------------------
+        """Process id of the first worker."""
+        return next(iter(self.replicas[0].pids), None)
 
     @property
     def outstanding_cost(self) -> int:
@@ -151,6 +168,8 @@ class EngineClient:
     def running(self) -> int:
         """Requests started and not yet answered."""
         return len(self._tickets) - self.waiting
+
+    # --- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, request: AnyRequest, resume: Sequence[RowState] = ()) -> Ticket:
         """Admit a request, whose rows go on where `resume` says.
@@ -168,185 +187,99 @@ class EngineClient:
         ticket = Ticket(request, self.cancel, time.monotonic(), list(resume))
         self._tickets[request.id] = ticket
         self._nothing_left.clear()
-        self._send(ticket)
+        self._dispatch([ticket])
         return ticket
-
-    def _check_open(self) -> None:
-        if self.ready is None and self.state in ("loading", "restarting"):
-            raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
-        if self.state in ("draining", "stopped", "failed"):
-            raise ShuttingDown("The server is shutting down and takes no new requests.")
 
     def cancel(self, request_id: str) -> None:
         """Stop a request before its next step; its ticket then raises Cancelled. Unknown ids are ignored."""
         ticket = self._tickets.get(request_id)
         if ticket is None:
             return
-        if ticket.sent and self._worker is not None:
-            ticket.cancelled = True
-            self._worker.send(Cancel(request_id))
-        else:  # it waits for the next worker
-            self._resolve(ticket, Cancelled("The request was cancelled."))
+        if ticket.replica is not None:
+            ticket.replica.cancel(ticket)
+        else:  # it waits for the next group of workers
+            self.answered(ticket, Cancelled("The request was cancelled."))
+
+    def _check_open(self) -> None:
+        if self.ready is None and self.state == "loading":
+            raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
+        if self.state in ("draining", "stopped", "failed"):
+            raise ShuttingDown("The server is shutting down and takes no new requests.")
+
+    def _dispatch(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            ticket.replica = least_loaded(self.replicas)
+            if ticket.replica is not None:
+                ticket.replica.take(ticket)
+
+    def _retry_after(self, tokens: int) -> float:
+        rate = sum(replica.tokens_per_second for replica in self.replicas if replica.state == "ready")
+        return min(MAX_RETRY_AFTER, max(1.0, tokens / rate if rate else 5.0))
+
+    # --- adapters -------------------------------------------------------------------------------------------------
 
     async def change_loras(self, change: Change) -> LorasChanged:
-        """A transaction on the adapters; changes are made one after another.
+        """A transaction on the adapters of all replicas; changes are made one after another.
 
         Raises: ModelLoading, ShuttingDown, WorkerCrashed; the change's own error. The adapters are then as before.
         """
+        task = asyncio.create_task(self._change_loras(change))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to be told
+        return await asyncio.shield(task)  # whoever asked may leave; half a transaction must not stay behind
+
+    async def _change_loras(self, change: Change) -> LorasChanged:
         async with self._changing:
             self._check_open()
-            assert self._worker is not None, self.state
-            if self.state == "restarting":
-                raise ModelLoading("The worker is restarting; try again in a few seconds.", retry_after=5.0)
-            answer: asyncio.Future[LorasChanged] = asyncio.get_running_loop().create_future()
-            self._change = (uuid.uuid4().hex, answer)
+            if any(replica.state != "ready" for replica in self.replicas):
+                raise ModelLoading("A worker is restarting; try again in a few seconds.", retry_after=5.0)
+            self._loras = self.replicas[0].loras
             try:
-                self._worker.send(ChangeLoras(self._change[0], change))
-                return await answer
+                return await change_all(self.replicas, change, self._loras)
             finally:
-                self._change = None
+                self._loras = None
 
-    def _send(self, ticket: Ticket) -> None:
-        if self.state not in ("ready", "draining") or self._worker is None:
-            return  # sent when the next worker is ready
-        request = ticket.request
-        if request.deadline_s is not None:
-            left = request.deadline_s - (time.monotonic() - ticket.arrived)
-            if left <= 0:
-                self._resolve(ticket, DeadlineExceeded("The request's deadline passed before it was started."))
-                return
-            request = msgspec.structs.replace(request, deadline_s=left)
-        self._worker.send(Generate(request, ticket.resume))
-        ticket.sent = True
+    # --- what replicas tell ---------------------------------------------------------------------------------------
 
-    def _resolve(self, ticket: Ticket, answer: Finished | MmgenError) -> None:
+    def answered(self, ticket: Ticket, answer: Finished | MmgenError) -> None:
+        """A ticket's last word."""
         del self._tickets[ticket.request.id]
+        ticket.replica = None
         ticket.push(answer)
         if not self._tickets:
             self._nothing_left.set()
 
-    def _retry_after(self, tokens: int) -> float:
-        rate = self._tokens_per_second
-        return min(MAX_RETRY_AFTER, max(1.0, tokens / rate if rate else 5.0))
-
-    # --- supervision ----------------------------------------------------------------------------------------------
-
-    async def _supervise(self) -> None:
-        try:
-            await self._keep_alive()
-        except Exception as error:  # a worker that cannot even be spawned; waiters must hear of it
-            log.exception("supervision of the worker failed")
-            self.failure = WorkerCrashed(f"The worker cannot be supervised ({type(error).__name__}: {error}).")
-            self._give_up()
-
-    async def _keep_alive(self) -> None:
-        config = engine_part(self.config)
-        while True:
-            self._worker = await WorkerProcess.start(self.config.log_level)
-            self._worker.send(Load(self.card, config, self.loras if self.ready else None))
-            async for message in self._worker.messages(self._stall_limit):
-                self._handle(message)
-            code = await self._worker.stop(STOP_SECONDS)
-            if self.failure is None and self._is_storm():
-                self.failure = WorkerCrashed(
-                    f"The worker died {STORM_RESTARTS} times within {STORM_SECONDS:g} s (last exit code {code})."
-                )
-            if self.failure is not None:
-                self._give_up()
-                return
-            log.error("the worker ended with exit code %s; restarting it", code)
-            self._fail_started()
-            self._fail_change(WorkerCrashed("The worker process died during this change; the adapters are as before."))
-            self.restarts += 1
-            if self.state != "draining":
-                self.state = "restarting" if self.ready else "loading"
-            # A machine that is short of memory needs a moment; the first death is most often an accident.
-            await asyncio.sleep(min(MAX_BACKOFF_SECONDS, len(self._deaths) - 1))
-            # An injected fault belongs to the first worker only.
-            config = msgspec.structs.replace(config, fault=None)
-
-    def _stall_limit(self) -> float | None:
-        """Seconds of silence after which the worker counts as hung; None while silence is natural."""
-        busy = self._change is not None or any(ticket.sent for ticket in self._tickets.values())
-        return self.config.step_timeout_s if busy else None
-
-    def _handle(self, message: FromWorker) -> None:
-        if isinstance(message, Ready):
-            self.ready, self.loras = message, self._restored(message)
-            self.state = "draining" if self.state == "draining" else "ready"
+    def replica_ready(self) -> None:
+        """A replica takes requests from now on."""
+        if self.ready is None and all(replica.state == "ready" for replica in self.replicas):
+            self.ready = self.replicas[0].ready
             self._ready_or_failed.set()
-            for ticket in list(self._tickets.values()):
-                self._send(ticket)
-        elif isinstance(message, LoadFailed):
-            error = from_code(message.error.code, message.error.message, message.error.param)
-            if self.ready is None:
-                self.failure = error  # it has never worked: trying again would not help
-            else:
-                log.error("the model could not be loaded again: %s", error.message)
-        elif isinstance(message, Gauges):
-            self.gauges = message
-            rate = message.step_tokens / max(message.step_seconds, 1e-6)
-            self._tokens_per_second = (
-                rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
-            )
-        elif isinstance(message, (LorasChanged, LorasRefused)):
-            self._loras_answered(message)
-        elif message.request_id in self._tickets:
-            self._deliver(self._tickets[message.request_id], message)
+        self._dispatch([ticket for ticket in self._tickets.values() if ticket.replica is None])
 
-    def _restored(self, message: Ready) -> LoraState:
-        """The adapters of a new worker; where they could not come back, requests are told instead of served less."""
-        if message.lora_error is None:
-            for why in message.loras.missing.values():
-                log.error("an active adapter is missing after the restart: %s", why)
-            return message.loras
-        log.error("the adapters could not be brought back: %s", message.lora_error.message)
-        missing = {pin.digest: message.lora_error.message for pin in self.loras.active}
-        return msgspec.structs.replace(message.loras, active=self.loras.active, missing=missing)
+    def replica_died(self, waiting: list[Ticket]) -> None:
+        """A replica is starting again; these tickets had not been started."""
+        for ticket in waiting:
+            ticket.replica = None
+        self._dispatch(waiting)
 
-    def _loras_answered(self, message: LorasChanged | LorasRefused) -> None:
-        if isinstance(message, LorasChanged):
-            self.loras = message.state
-        if self._change is None or self._change[0] != message.id or self._change[1].done():
-            return  # a change of policy by itself, or whoever asked is gone
-        if isinstance(message, LorasChanged):
-            self._change[1].set_result(message)
-        else:
-            self._fail_change(from_code(message.error.code, message.error.message, message.error.param))
-
-    def _fail_change(self, error: MmgenError) -> None:
-        if self._change is not None and not self._change[1].done():
-            self._change[1].set_exception(error)
-
-    def _deliver(self, ticket: Ticket, message: Started | Progress | Checkpoint | Preview | Finished | Failed) -> None:
-        if isinstance(message, Finished):
-            self._resolve(ticket, message)
-        elif isinstance(message, Failed):
-            self._resolve(ticket, from_code(message.error.code, message.error.message, message.error.param))
-        else:
-            ticket.started |= isinstance(message, Started)
-            ticket.push(message)
-
-    def _fail_started(self) -> None:
-        for ticket in [ticket for ticket in self._tickets.values() if ticket.started]:
-            self._resolve(ticket, WorkerCrashed("The worker process died while it ran this request."))
-        for ticket in [ticket for ticket in self._tickets.values() if ticket.cancelled]:
-            self._resolve(ticket, Cancelled("The request was cancelled."))
-        for ticket in self._tickets.values():
-            ticket.sent = False
-
-    def _is_storm(self) -> bool:
-        now = time.monotonic()
-        self._deaths.append(now)
-        while now - self._deaths[0] > STORM_SECONDS:
-            self._deaths.popleft()
-        return len(self._deaths) == STORM_RESTARTS
-
-    def _give_up(self) -> None:
-        assert self.failure is not None
-        self.state = "failed"
+    def replica_failed(self, error: MmgenError) -> None:
+        """A replica cannot be kept alive: neither can the server, which must not go on with less than was asked for."""
+        if self.failure is not None:
+            return
+        self.failure = error
         for ticket in list(self._tickets.values()):
-            self._resolve(ticket, WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
-        self._fail_change(WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
+            self.answered(ticket, WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
         self._ready_or_failed.set()
         self.failed.set()
+
+
+def least_loaded(replicas: Sequence[Replica]) -> Replica | None:
+    """The ready replica with the fewest token-steps to do; None where no replica is ready."""
+    return min((r for r in replicas if r.state == "ready"), key=lambda replica: replica.cost, default=None)
+
+
+def total(parts: Sequence[Gauges]) -> Gauges | None:
+    """Gauges of several replicas as one: the longest of the latest steps, sums of the rest."""
+    if not parts:
+        return None
+    sums = {name: sum(getattr(part, name) for part in parts) for name in Gauges.__struct_fields__}
+    return Gauges(**{**sums, "step_seconds": max(part.step_seconds for part in parts)})

@@ -1,7 +1,10 @@
 """The engine proper: a scheduler, a loaded pipeline and the one denoising loop. Synchronous, single-threaded.
 
 The worker process and `DiffGenerator` both drive it: `add`, `cancel`, then `step` until `idle`. What happens comes
-back as messages; an exception never leaves `step`.
+back as messages; no exception leaves `step`, but for `PeerLost`, after which the ranks cannot go on together.
+
+Several ranks run it in step: each calls the same methods in the same order with the same arguments, and `clock` says
+the same on all of them. Nothing here may decide by anything else: not by measured time, not by what is in a cache.
 """
 
 from __future__ import annotations
@@ -10,35 +13,36 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.engine.active import Active, preview_steps, resume, state_of, way_back
 from multimodal_gen.engine.changes import Changes
+from multimodal_gen.engine.failures import as_ours, info_of
 from multimodal_gen.engine.faults import Fault
+from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.engine.scheduler import Scheduler, Slot
 from multimodal_gen.errors import (
     Cancelled,
     DeadlineExceeded,
-    GenerationFailed,
     MmgenError,
     OutOfMemory,
     Overflowed,
+    PeerLost,
     UserError,
 )
-from multimodal_gen.lora.applied import Applied
+from multimodal_gen.lora.applied import WeightsKey
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.lora.sources import start_change
-from multimodal_gen.media.arrays import from_numpy, to_numpy
-from multimodal_gen.memory.failures import is_out_of_memory
+from multimodal_gen.media.arrays import from_numpy
 from multimodal_gen.memory.host import keep_freed_memory
 from multimodal_gen.messages import (
     Array,
     Checkpoint,
-    ErrorInfo,
     Event,
     Failed,
     Finished,
@@ -49,51 +53,50 @@ from multimodal_gen.messages import (
     RowState,
     Started,
 )
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
-from multimodal_gen.request import AnyRequest, ModelCard, Timings
+from multimodal_gen.request import AnyRequest, ModelCard
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 
 
-@dataclass
-class Active:
-    """A request that the engine holds."""
-
-    request: AnyRequest  # filled by add
-    arrived: float  # filled by add: clock time
-    adapters: Applied  # filled by add; overlays when the first row starts
-    unpin: Callable[[], None]  # filled by add: lets go of the request's adapters
-    states: dict[int, RowState]  # filled by add: where rows go on that another process has begun
-    started: bool = False  # set when its first row is planned
-    rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
-    outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
-    timings: Timings = field(default_factory=Timings)  # filled step by step
-    prompt_tokens: int = 0  # filled by encode
-    warnings: list[str] = field(default_factory=list)  # filled by encode
-
-
 class EngineCore:
     """One model and everything that is asked of it."""
 
-    def __init__(self, card: ModelCard, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """Loads the model. Raises: CorruptModel, ConfigError."""
+    def __init__(
+        self,
+        card: ModelCard,
+        config: EngineConfig,
+        ranks: Ranks | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Loads the model, or this rank's share of it; `clock` decides about deadlines.
+
+        Raises: CorruptModel, ConfigError, PeerLost.
+        """
         self.config = config
-        self.fault = Fault.parse(config.fault)
+        self.ranks = ranks or Ranks(Mesh.solo())
+        self.fault = Fault.parse(config.fault, self.ranks.mesh.rank)
         self.fault.trip("load")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.pipeline: Pipeline = registry.load(card, config)
+        self.pipeline: Pipeline = registry.load(card, config, self.ranks.mesh)
         device = torch.device(self.pipeline.info.device).type
         if device == "cpu":
             keep_freed_memory()
         self.scheduler = Scheduler(config.max_batch_tokens or BATCH_TOKENS[device], card.exclusive, clock)
         targets = registry.find(card.pipeline_class).adapters
-        self.loras = LoraManager(targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"))
-        self.changes = Changes(self.loras, self.fault, self.pipeline.forget)
-        self._clock = clock
+        self.loras = LoraManager(
+            targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"), self.ranks.mesh.control
+        )
+        self.changes = Changes(self.loras, self.fault, self.ranks, self.pipeline.forget)
+        self._weights: WeightsKey | None = ()  # what the weights hold on every rank; None: not known
         self._active: dict[str, Active] = {}
         self._failures = 0  # requests failed in a row
 
@@ -122,10 +125,9 @@ class EngineCore:
         except Exception as error:
             if not isinstance(error, MmgenError):
                 log.error("request %s could not be admitted", request.id, exc_info=error)
-            told = _as_ours(error)
-            return [Failed(request.id, ErrorInfo(told.code, told.message, told.param))]
+            return [Failed(request.id, info_of(as_ours(error)))]
         states = {state.index: state for state in resume}
-        self._active[request.id] = Active(request, self._clock(), adapters, self.loras.pin(request), states)
+        self._active[request.id] = Active(request, time.monotonic(), adapters, self.loras.pin(request), states)
         self.scheduler.add(request, adapters.weights)
         return [LorasChanged("", self.loras.state, True, 0.0)] if self.loras.note(request) else []
 
@@ -144,15 +146,20 @@ class EngineCore:
         """
         change = start_change(self.config) if state is None else RestoreLora(state=state) if state.loaded else None
         if change is not None:
+            self._weights = None
             self.changes.run(change, weights_too=True)
 
     def change_adapters(self, change: Change) -> LorasChanged:
         """A transaction, done when this returns. Raises: the AdapterError family."""
+        self._weights = None
         return self.changes.run(change, weights_too=self._weights_are_free)
 
     def finish_changes(self) -> list[Event]:
         """Commit the changes that are staged; to be called between steps."""
-        return [*self.changes.finish(weights_too=self._weights_are_free)]
+        answers = self.changes.finish(weights_too=self._weights_are_free)
+        if answers:
+            self._weights = None
+        return [*answers]
 
     @property
     def _weights_are_free(self) -> bool:
@@ -173,9 +180,9 @@ class EngineCore:
             active = self._active[slot.request_id]
             if not active.started:
                 active.started = True
-                active.timings.queue = self._clock() - active.arrived
+                active.timings.queue = time.monotonic() - active.arrived
                 yield Started(slot.request_id)
-        begin, events = self._clock(), list[Event]()
+        begin, events = time.monotonic(), list[Event]()
         rows = self._denoise(self._start(self._on_their_weights(slots, events), events), events)
         yield from events
         tokens = sum(self.scheduler.tokens(row.request.id) for row in rows)
@@ -185,7 +192,7 @@ class EngineCore:
             if row.request.id in self._active:
                 yield from self._after_step(row)
         if rows:
-            yield self._gauges(len(rows), tokens, self._clock() - begin)
+            yield self._gauges(len(rows), tokens, time.monotonic() - begin)
 
     # --- the parts of a step ------------------------------------------------------------------------------------
 
@@ -194,12 +201,14 @@ class EngineCore:
         if not slots:
             return slots
         wanted = self._active[slots[0].request_id].adapters.weights
-        error = self._attempt(partial(self.loras.set_weights, wanted))
+        if wanted == self._weights:
+            return slots
+        error = self._attempt("merging adapters", partial(self.loras.set_weights, wanted))
+        self._weights = wanted if error is None else None
         if error is None:
             return slots
-        log.error("adapters could not be merged", exc_info=error)
         self._failures += not isinstance(error, UserError)
-        events += [self._drop(request_id, _as_ours(error)) for request_id in dict.fromkeys(s.request_id for s in slots)]
+        events += [self._drop(request_id, error) for request_id in dict.fromkeys(s.request_id for s in slots)]
         return []
 
     def _start(self, slots: list[Slot], events: list[Event]) -> list[Row]:
@@ -209,14 +218,15 @@ class EngineCore:
             active = self._active.get(slot.request_id)
             if active is None:  # a sibling row of the same request failed a moment ago
                 continue
-            if slot.starts and not self._guarded(active, events, partial(self._prepare, active, slot.index)):
+            prepare = partial(self._prepare, active, slot.index)
+            if slot.starts and not self._guarded("encoding", active, events, prepare):
                 rows = [row for row in rows if row.request.id != slot.request_id]
                 continue
             rows.append(active.rows[slot.index])
         return rows
 
     def _prepare(self, active: Active, index: int) -> None:
-        begin = self._clock()
+        begin = time.monotonic()
         active.adapters = self.loras.equip(active.adapters)
         row = Row(active.request, index, active.adapters)
         active.rows[index] = row
@@ -224,39 +234,34 @@ class EngineCore:
         self.pipeline.encode([row])
         self.fault.trip("prepare")
         self.pipeline.prepare(row)
-        self._resume(row, active.states.pop(index, None))
+        if index in active.states:
+            resume(row, active.states.pop(index), torch.device(self.pipeline.info.device))
         assert row.conditions is not None, "encode() fills row.conditions"
         if row.conditions.row_tokens is not None:
             self.scheduler.set_tokens(active.request.id, row.conditions.row_tokens)
         active.prompt_tokens = row.conditions.prompt_tokens
         active.warnings = list(row.conditions.warnings)
-        active.timings.encode += self._clock() - begin
-
-    def _resume(self, row: Row, state: RowState | None) -> None:
-        if state is not None:
-            device = torch.device(self.pipeline.info.device)
-            arrays = {name: to_numpy(array).copy() for name, array in state.tensors.items()}
-            row.restore({name: torch.from_numpy(values).to(device) for name, values in arrays.items()}, state.step)
+        active.timings.encode += time.monotonic() - begin
 
     def _denoise(self, rows: list[Row], events: list[Event]) -> list[Row]:
         """Advance rows by one step; when a batch fails, each row is tried alone, so one cannot take others down."""
         if not rows:
             return []
-        begin = self._clock()
+        begin = time.monotonic()
         if len(rows) == 1 or not self._batch_succeeds(rows):
             rows = [row for row in rows if self._denoise_alone(row, events)]
             rows = [row for row in rows if row.request.id in self._active]  # a later sibling may have failed
-        elapsed = self._clock() - begin
+        elapsed = time.monotonic() - begin
         for request_id in {row.request.id for row in rows}:
             self._active[request_id].timings.denoise += elapsed
         return rows
 
     def _batch_succeeds(self, rows: list[Row]) -> bool:
-        error = self._attempt(partial(self._step_rows, rows))
+        error = self._attempt(f"a step of {len(rows)} rows", partial(self._step_rows, rows), rows)
         if error is None:
             return True
-        log.error("a step of %d rows failed; trying each row alone", len(rows), exc_info=error)
-        if isinstance(_as_ours(error), OutOfMemory):
+        log.error("trying each of %d rows alone", len(rows))
+        if isinstance(error, OutOfMemory):
             tokens = sum(self.scheduler.tokens(row.request.id) for row in rows)
             self.scheduler.max_batch_tokens = max(1, tokens // 2)
             log.warning("steps are limited to %d tokens from now on", self.scheduler.max_batch_tokens)
@@ -268,81 +273,97 @@ class EngineCore:
 
     def _denoise_alone(self, row: Row, events: list[Event]) -> bool:
         active = self._active.get(row.request.id)
-        return active is not None and self._guarded(active, events, partial(self._step_rows, [row]))
+        step = partial(self._step_rows, [row])
+        return active is not None and self._guarded("a step", active, events, step, [row])
 
     def _after_step(self, row: Row) -> list[Event]:
         active, events = self._active[row.request.id], list[Event]()
         if row.finished:
-            self._guarded(active, events, partial(self._finish, active, row, events))
-        else:
-            events += self._checkpoint(row)
-        if not row.finished and row.step in preview_steps(row.request.num_inference_steps, row.request.previews):
-            self._guarded(active, events, partial(self._preview, active, row, events))
+            pixels = self._pixels(active, events, partial(self._decode, row))
+            if pixels is not None:
+                events += self._finish(active, row, pixels)
+            return events
+        every = row.request.checkpoint_every
+        if every and row.step % every == 0:
+            events.append(Checkpoint(row.request.id, state_of(row)))
+        steps = preview_steps(row.request.num_inference_steps, row.request.previews)
+        if row.step in steps:
+            image = self._pixels(active, events, partial(self.pipeline.preview, row))
+            if image is not None:
+                events.append(Preview(row.request.id, row.index, steps.index(row.step), image))
         return events
 
-    def _checkpoint(self, row: Row) -> list[Event]:
-        every = row.request.checkpoint_every
-        if not every or row.step % every:
-            return []
-        tensors = {name: from_numpy(tensor.float().cpu().numpy()) for name, tensor in row.tensors().items()}
-        return [Checkpoint(row.request.id, RowState(row.index, row.step, tensors))]
+    def _pixels(self, active: Active, events: list[Event], make: Callable[[], np.ndarray]) -> Array | None:
+        """What `make` returns; None when the request has failed, here or on another rank."""
+        begin, made = time.monotonic(), list[Array]()
+        if not self._guarded("decoding", active, events, lambda: made.append(from_numpy(make()))):
+            return None
+        active.timings.decode += time.monotonic() - begin
+        return made[0]
 
-    def _preview(self, active: Active, row: Row, events: list[Event]) -> None:
-        begin = self._clock()
-        steps = preview_steps(row.request.num_inference_steps, row.request.previews)
-        image = from_numpy(self.pipeline.preview(row))
-        active.timings.decode += self._clock() - begin
-        events.append(Preview(row.request.id, row.index, steps.index(row.step), image))
-
-    def _finish(self, active: Active, row: Row, events: list[Event]) -> None:
-        request = row.request
-        begin = self._clock()
-        if request.output == "latent":
+    def _decode(self, row: Row) -> np.ndarray:
+        if row.request.output == "latent":
             assert row.latents is not None, "prepare() fills row.latents"
-            pixels = row.latents.float().cpu().numpy()
-        else:
-            self.fault.trip("decode")
-            pixels = self.pipeline.decode([row])[0]
-        active.outputs[row.index] = from_numpy(pixels)
+            return row.latents.float().cpu().numpy()
+        self.fault.trip("decode")
+        return self.pipeline.decode([row])[0]
+
+    def _finish(self, active: Active, row: Row, pixels: Array) -> list[Event]:
+        request, timings = row.request, active.timings
+        active.outputs[row.index] = pixels
         self.pipeline.release(active.rows.pop(row.index))
-        timings = active.timings
-        timings.decode += self._clock() - begin
         if not self.scheduler.finish(request.id, row.index):
-            return
-        timings.total = self._clock() - active.arrived
+            return []
+        timings.total = time.monotonic() - active.arrived
         timings.steps = request.num_inference_steps
         outputs = [active.outputs[index] for index in range(request.n)]
         del self._active[request.id]
         active.unpin()
         self._failures = 0
         merged = tuple(tree for tree, _ in active.adapters.weights)
-        events.append(Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings, merged))
+        return [Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings, merged)]
 
     # --- failure ------------------------------------------------------------------------------------------------
 
-    def _attempt(self, work: Callable[[], None]) -> Exception | None:
-        """Run work; an exception is returned, once the memory that its traceback held is free again."""
+    def _attempt(self, what: str, work: Callable[[], None], rows: Sequence[Row] = ()) -> MmgenError | None:
+        """Run work; returns the error that it came to on all ranks together, or None.
+
+        By then the memory that a traceback held is free again, and `rows`, which a step may have moved on some ranks
+        only, are where they were. Raises: PeerLost.
+        """
+        before = [] if self.ranks.alone else [way_back(row) for row in rows]
+        failure: Exception | None = None
         try:
             work()
+        except PeerLost:
+            raise
         except Exception as error:  # noqa: BLE001 - every kind of failure has the same answer: the request's own end
             failure = error
-        else:
-            return None
-        traceback.clear_frames(failure.__traceback__)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return failure
+        if failure is not None:
+            log.error("%s failed", what, exc_info=failure)
+            traceback.clear_frames(failure.__traceback__)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        verdict = self.ranks.agree(what, failure, in_lockstep=bool(rows))
+        if verdict is not None and not self.ranks.alone:
+            if failure is None:
+                log.error("%s failed on another rank: %s", what, verdict.message)
+            for go_back in before:
+                go_back()
+            self.pipeline.reset()
+        return verdict
 
-    def _guarded(self, active: Active, events: list[Event], work: Callable[[], None]) -> bool:
-        """Run work for one request; its failure ends that request and nothing else."""
-        error = self._attempt(work)
+    def _guarded(
+        self, what: str, active: Active, events: list[Event], work: Callable[[], None], rows: Sequence[Row] = ()
+    ) -> bool:
+        """Run work for one request; its failure, on any rank, ends that request and nothing else."""
+        error = self._attempt(f"{what} of request {active.request.id}", work, rows)
         if error is None:
             return True
-        log.error("request %s failed", active.request.id, exc_info=error)
         # Numbers that overflow under adapters say nothing of the process's health.
         excused = isinstance(error, UserError) or (isinstance(error, Overflowed) and active.request.loras)
         self._failures += not excused
-        events.append(self._drop(active.request.id, _as_ours(error)))
+        events.append(self._drop(active.request.id, error))
         return False
 
     def _drop(self, request_id: str, error: MmgenError) -> Failed:
@@ -351,7 +372,7 @@ class EngineCore:
         self.scheduler.remove(request_id)
         for row in active.rows.values():
             self.pipeline.release(row)
-        return Failed(request_id, ErrorInfo(error.code, error.message, error.param))
+        return Failed(request_id, info_of(error))
 
     def _gauges(self, rows: int, tokens: int, seconds: float) -> Gauges:
         cache = self.pipeline.info.cache
@@ -365,17 +386,3 @@ class EngineCore:
             cache_hits=cache.hits,
             cache_misses=cache.misses,
         )
-
-
-def preview_steps(steps: int, previews: int) -> list[int]:
-    """After which steps a row shows itself: evenly spread, never after the last."""
-    wanted = {(i + 1) * steps // (previews + 1) for i in range(previews)}
-    return sorted(wanted - {0, steps})
-
-
-def _as_ours(error: Exception) -> MmgenError:
-    if isinstance(error, MmgenError):
-        return error
-    if is_out_of_memory(error):
-        return OutOfMemory("The device ran out of memory. Ask for a smaller size or fewer images.")
-    return GenerationFailed(f"The model failed on this request ({type(error).__name__}); the server's log has more.")

@@ -1,4 +1,6 @@
-"""Failures on demand, for tests: `--fault STAGE:ACTION:COUNT` makes the next COUNT calls of a stage go wrong.
+"""Failures on demand, for tests: `--fault STAGE:ACTION:COUNT[@RANK]` makes the next COUNT calls of a stage go wrong.
+
+On every rank, or on that one alone.
 
 Stages: load, encode, prepare, denoise, decode, adapter (a change of adapters is worked out), merge (a merged weight has
 been written). Actions: raise, oom, kill (the process dies), hang (it never returns),
@@ -32,19 +34,21 @@ class Fault:
     count: int
 
     @classmethod
-    def parse(cls, text: str | None) -> Fault:
-        """From the flag's text; None never trips. Raises: ConfigError."""
+    def parse(cls, text: str | None, rank: int = 0) -> Fault:
+        """What the flag's text means for `rank`; None never trips. Raises: ConfigError."""
         if text is None:
             return cls("", "", 0)
         stage, _, rest = text.partition(":")
-        action, _, count = rest.partition(":")
-        if stage not in STAGES or action not in ACTIONS or not count.isdecimal():
+        action, _, rest = rest.partition(":")
+        count, at, only = rest.partition("@")
+        known = stage in STAGES and action in ACTIONS and count.isdecimal()
+        if not known or (at and not only.isdecimal()):
             raise ConfigError(
-                f"--fault {text!r} must be STAGE:ACTION:COUNT with a stage of {', '.join(STAGES)} and an action of "
-                f"{', '.join(ACTIONS)}.",
+                f"--fault {text!r} must be STAGE:ACTION:COUNT or STAGE:ACTION:COUNT@RANK with a stage of "
+                f"{', '.join(STAGES)} and an action of {', '.join(ACTIONS)}.",
                 param="fault",
             )
-        return cls(stage, action, int(count))
+        return cls(stage, action, 0 if at and int(only) != rank else int(count))
 
     def trip(self, stage: str) -> None:
         """Fail here if this is the planned stage and failures are left."""

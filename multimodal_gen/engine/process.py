@@ -1,21 +1,24 @@
-"""One worker process and the socket to it."""
+"""Ranks as processes of this machine, each with a socket to its front."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
+import os
+import shutil
+import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+import tempfile
 from pathlib import Path
 
 import msgspec
 
-from multimodal_gen.config import worker_environment
-from multimodal_gen.engine.channel import ChannelClosed, pack, read_frame
-from multimodal_gen.messages import FromWorker, decode_from_worker
+from multimodal_gen.engine.channel import pack, read_frame
+from multimodal_gen.engine.group import Placed
+from multimodal_gen.environment import worker_environment
+from multimodal_gen.messages import Load, Seat
 
-WATCH_SECONDS = 1.0
 PACKAGE = Path(__file__).resolve().parent.parent
 # The worker imports this very package, and nothing from the current folder, which may be a downloaded model's: `-m`
 # would put that folder first on the path, and a torch.py in it would run.
@@ -25,10 +28,8 @@ sys.path = [sys.argv[1], *filter(None, sys.path)]
 import multimodal_gen
 sys.path.pop(0)
 from multimodal_gen.engine.worker import main
-sys.exit(main(sys.argv[2:]))
+main(sys.argv[2:])
 """
-
-log = logging.getLogger(__name__)
 
 
 class WorkerProcess:
@@ -59,40 +60,20 @@ class WorkerProcess:
         return self._process.pid
 
     def send(self, message: object) -> None:
-        """Queue a message; one to a dead worker is lost, and its death is seen by `messages`."""
+        """Queue a message; one to a dead worker is lost, and its death is seen by `frame`."""
         if not self._writer.is_closing():
             self._writer.write(pack(message))
 
-    async def messages(self, stall_limit: Callable[[], float | None]) -> AsyncIterator[FromWorker]:
-        """What the worker says, until it dies or has been silent for longer than `stall_limit()` seconds."""
-        silent = 0.0
-        frame = asyncio.ensure_future(read_frame(self._reader))
-        try:
-            while True:
-                done, _ = await asyncio.wait([frame], timeout=WATCH_SECONDS)
-                if not done:
-                    limit = stall_limit()
-                    silent = 0.0 if limit is None else silent + WATCH_SECONDS
-                    if limit is not None and silent >= limit:
-                        log.error("the worker has been silent for %g s in the middle of its work; killing it", silent)
-                        self.kill()
-                        return
-                    continue
-                silent = 0.0
-                yield decode_from_worker(frame.result())
-                frame = asyncio.ensure_future(read_frame(self._reader))
-        except ChannelClosed:
-            return
-        except msgspec.DecodeError as error:
-            log.error("the worker sent something that is no message (%s); killing it", error)
-            self.kill()
-        finally:
-            frame.cancel()
+    async def frame(self) -> bytes:
+        """The next message's bytes. Raises: ChannelClosed once the process has died."""
+        return await read_frame(self._reader)
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+        """SIGKILL, if it still runs; it ends a stopped process, too."""
         if self._process.returncode is None:
-            self._process.kill()
+            # Not Popen.kill: it would take the exit code of a process that has just ended from whoever waits for it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def stop(self, patience_s: float) -> int:
         """Wait for the process to end, kill it when it does not; returns its exit code."""
@@ -103,3 +84,30 @@ class WorkerProcess:
         code = await self._process.wait()
         self._writer.close()
         return code
+
+
+class LocalProcesses:
+    """The ranks of one replica on this machine. They meet through a file in a folder that nobody else can enter."""
+
+    def __init__(self, ranks: int, first_device: int, log_level: str) -> None:
+        """`first_device`: CUDA index of rank 0; the others follow."""
+        self.ranks = ranks
+        self._first_device = first_device
+        self._log_level = log_level
+
+    async def start(self, load: Load) -> Placed:
+        """Spawn the ranks and tell each what to load. Raises: OSError; nothing runs then."""
+        folder = Path(tempfile.mkdtemp(prefix="mmgen-ranks-"))  # of mode 0700
+        placed = Placed([], lambda: shutil.rmtree(folder, ignore_errors=True))
+        try:
+            for rank in range(self.ranks):
+                worker = await WorkerProcess.start(self._log_level)
+                placed.workers.append(worker)
+                seat = Seat(rank, self.ranks, f"file://{folder}/store", device=self._first_device + rank)
+                worker.send(msgspec.structs.replace(load, seat=seat))
+        except BaseException:
+            for started in placed.workers:
+                started.kill()
+            placed.release()
+            raise
+        return placed

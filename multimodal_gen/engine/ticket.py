@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
 
 from multimodal_gen.errors import MmgenError
 from multimodal_gen.messages import Checkpoint, Finished, Preview, Progress, RowState, Started
 from multimodal_gen.request import AnyRequest
+
+if TYPE_CHECKING:
+    from multimodal_gen.engine.replica import Replica
 
 TicketEvent = Started | Progress | Checkpoint | Preview | Finished
 
@@ -21,11 +25,18 @@ class Ticket:
         self.request = request
         self.resume = resume  # where its rows go on
         self.arrived = arrived  # monotonic seconds
-        self.sent = False  # set by the client while the current worker knows the request
-        self.cancelled = False  # set by the client; should the worker die before it obeys, nobody runs it again
-        self.started = False  # set by the client when the worker has taken the first row
+        self.replica: Replica | None = None  # set by the client while a group of workers has the request
+        self.cancelled = False  # set by the replica; should the worker die before it obeys, nobody runs it again
+        self.started = False  # set by the replica when the worker has taken the first row
+        self.steps_done = 0  # counted by the replica: of all rows
         self._cancel = cancel
         self._events: asyncio.Queue[TicketEvent | MmgenError] = asyncio.Queue()
+
+    @property
+    def cost_left(self) -> float:
+        """Token-steps still to be done."""
+        request = self.request
+        return max(0.0, request.cost - self.steps_done * request.row_tokens)
 
     def push(self, event: TicketEvent | MmgenError) -> None:
         """Called by the client."""

@@ -1,13 +1,16 @@
-"""The worker process, started by `engine.process` with an inherited socket.
+"""The worker process, started by `engine.process` with an inherited socket: one rank of a replica.
 
-It reads `Load` first, then alternates between looking for messages and running one step. It sleeps in `poll` when
-there is nothing to do, and exits when its front is gone.
+It reads `Load` first and meets the other ranks. Then it takes turns: what has arrived, one step, again. Rank 0 looks
+for messages and sleeps in `poll` when there is nothing to do; the others wait for its turns. It exits when its front is
+gone, and when the ranks cannot go on together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import os
 import signal
 import socket
 import sys
@@ -16,7 +19,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from multimodal_gen.engine.channel import ChannelClosed, WorkerChannel
-from multimodal_gen.errors import GenerationFailed, MmgenError
+from multimodal_gen.errors import GenerationFailed, MmgenError, PeerLost
 from multimodal_gen.messages import (
     Cancel,
     ChangeLoras,
@@ -28,41 +31,68 @@ from multimodal_gen.messages import (
     Ready,
     Shutdown,
     ToWorker,
+    Turn,
 )
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.core import EngineCore
+    from multimodal_gen.engine.ranks import Ranks
 
 EXIT_LOAD_FAILED = 3
 EXIT_SICK = 4
 PR_SET_PDEATHSIG = 1
+STAGING_SECONDS = 0.02  # between looks at whether the other ranks have staged a change of adapters
 
 log = logging.getLogger(__name__)
 
 
-def main(argv: list[str]) -> int:
-    """Serve one front over the inherited socket `argv[0]`, logging at level `argv[1]`; returns the exit code."""
+class TurnClock:
+    """The time of this turn as rank 0 read it: what depends on the clock must be decided alike on all ranks."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def main(argv: list[str]) -> None:
+    """Serve one front over the inherited socket `argv[0]`, logging at level `argv[1]`, and exit."""
     _die_with_parent()
     # The front decides when to stop; a Ctrl-C or a group-wide SIGTERM must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = WorkerChannel(socket.socket(fileno=int(argv[0])))
-    try:
-        return _serve(channel, argv[1])
-    except ChannelClosed:
-        return 0
+    code = 0
+    with contextlib.suppress(ChannelClosed):
+        code = serve(channel, argv[1])
+    # Taking torch's modules apart takes a second, and there is nothing in them that has to be saved.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def _serve(channel: WorkerChannel, log_level: str) -> int:
+def serve(channel: WorkerChannel, log_level: str) -> int:
+    """Load what the first message says and run until the end; returns the exit code. Raises: ChannelClosed."""
     first, *rest = channel.receive(wait=True)
     assert isinstance(first, Load), "the front sends Load first"
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s worker %(levelname)s %(name)s: %(message)s")
-    begin = time.monotonic()
+    name = "worker" if first.seat.ranks == 1 else f"rank {first.seat.rank}"
+    logging.basicConfig(level=log_level.upper(), format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s")
     try:
-        from multimodal_gen.engine.core import EngineCore
+        return _run(channel, first, rest)
+    except PeerLost as error:
+        log.error("%s", error.message)
+        return EXIT_SICK
 
-        core = EngineCore(first.card, first.config)
-        lora_error = _bring_adapters(core, first)
+
+def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
+    begin, clock = time.monotonic(), TurnClock()
+    try:
+        ranks, core = _load(load, clock)
+        lora_error = _bring_adapters(core, load)
+    except PeerLost:
+        raise
     except MmgenError as error:
         channel.send(LoadFailed(ErrorInfo(error.code, error.message, error.param)))
         return EXIT_LOAD_FAILED
@@ -71,22 +101,46 @@ def _serve(channel: WorkerChannel, log_level: str) -> int:
         failure = GenerationFailed(f"The model could not be loaded ({type(error).__name__}: {error}).")
         channel.send(LoadFailed(ErrorInfo(failure.code, failure.message)))
         return EXIT_LOAD_FAILED
-    info = core.pipeline.info
-    channel.send(
-        Ready(
-            info.device,
-            info.dtype,
-            info.attention_backend,
-            info.parameters,
-            time.monotonic() - begin,
-            threads=core.threads,
-            targets=tuple(core.pipeline.trees),
-            loras=core.loras.state,
-            lora_error=lora_error,
+    if ranks.leads:
+        info = core.pipeline.info
+        channel.send(
+            Ready(
+                info.device,
+                info.dtype,
+                info.attention_backend,
+                info.parameters,
+                time.monotonic() - begin,
+                threads=core.threads,
+                max_batch_tokens=core.scheduler.max_batch_tokens,
+                targets=tuple(core.pipeline.trees),
+                loras=core.loras.state,
+                lora_error=lora_error,
+            )
         )
-    )
-    core.changes.on_staged = channel.wake
-    return _loop(channel, core, rest)
+        core.changes.on_staged = channel.wake
+    return _loop(channel, core, clock, rest)
+
+
+def _load(load: Load, clock: TurnClock) -> tuple[Ranks, EngineCore]:
+    import msgspec
+    import torch
+
+    from multimodal_gen.engine.core import EngineCore
+    from multimodal_gen.engine.ranks import meet
+    from multimodal_gen.nn.precision import resolve_device
+    from multimodal_gen.parallel.plan import plan
+
+    config = load.config
+    device = resolve_device(config.device)
+    if device.type == "cuda" and ":" not in config.device:
+        config = msgspec.structs.replace(config, device=f"cuda:{load.seat.device}")
+        device = resolve_device(config.device)
+        torch.cuda.set_device(device)
+    degrees = plan(load.config, load.card).degrees
+    ranks = meet(load.seat, degrees, device, config.load_timeout_s, config.step_timeout_s)
+    core = EngineCore(load.card, config, ranks, clock)
+    ranks.all_here(config.load_timeout_s)
+    return ranks, core
 
 
 def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
@@ -96,6 +150,8 @@ def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
     """
     try:
         core.bring_adapters(load.loras)
+    except PeerLost:
+        raise
     except MmgenError as error:
         if load.loras is None:
             raise
@@ -104,32 +160,44 @@ def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
     return None
 
 
-def _loop(channel: WorkerChannel, core: EngineCore, messages: list[ToWorker]) -> int:
-    stopping = False
+def _loop(channel: WorkerChannel, core: EngineCore, clock: TurnClock, messages: list[ToWorker]) -> int:
+    ranks, stopping = core.ranks, False
     while True:
-        for message in messages:
+        asked = [message for message in messages if not isinstance(message, Load)]
+        turn = ranks.share(Turn(time.monotonic(), asked) if ranks.leads else None)
+        clock.now = turn.clock
+        for message in turn.messages:
             if isinstance(message, Generate):
-                _tell(channel, core.add(message.request, message.resume))
+                _tell(channel, core, core.add(message.request, message.resume))
             elif isinstance(message, Cancel):
-                _tell(channel, core.cancel(message.request_id))
+                _tell(channel, core, core.cancel(message.request_id))
             elif isinstance(message, ChangeLoras):
                 core.changes.begin(message.id, message.change)
             elif isinstance(message, Shutdown):
                 stopping = True
-        _tell(channel, core.finish_changes())
+        _tell(channel, core, core.finish_changes())
         if core.idle and stopping:
             return 0
         if not core.idle:
-            _tell(channel, core.step())
+            _tell(channel, core, core.step())
         if core.sick:
             log.error("%d requests failed in a row; this process ends", core.config.max_consecutive_errors)
             return EXIT_SICK
-        messages = channel.receive(wait=core.idle and not stopping)
+        if ranks.leads:
+            messages = _receive(channel, core, wait=core.idle and not stopping)
 
 
-def _tell(channel: WorkerChannel, events: Iterable[Event]) -> None:
+def _receive(channel: WorkerChannel, core: EngineCore, *, wait: bool) -> list[ToWorker]:
+    # Other ranks cannot wake this one.
+    polls = wait and not core.ranks.alone and core.changes.staged_here
+    return channel.receive(wait=wait, timeout_s=STAGING_SECONDS if polls else None)
+
+
+def _tell(channel: WorkerChannel, core: EngineCore, events: Iterable[Event]) -> None:
+    """Have things happen and tell the front; the other ranks only have them happen."""
     for event in events:
-        channel.send(event)
+        if core.ranks.leads:
+            channel.send(event)
 
 
 def _die_with_parent() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from multimodal_gen.config import worker_environment
+from multimodal_gen.environment import worker_environment
 from multimodal_gen.errors import GenerationFailed, InvalidImage, from_code
 from multimodal_gen.media.orders import HEADER, Done, Order, ReadPicture, WriteVideo, pack, read_answer
 

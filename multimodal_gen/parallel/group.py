@@ -29,7 +29,7 @@ from torch import Tensor
 from multimodal_gen.errors import PeerLost
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import BroadcastOptions, Store, Work
+    from torch._C._distributed_c10d import AllgatherOptions, BroadcastOptions, Store, Work
 
 
 class Collectives(Protocol):
@@ -37,7 +37,7 @@ class Collectives(Protocol):
 
     def allreduce(self, tensors: list[Tensor]) -> Work: ...
     def broadcast(self, tensors: list[Tensor], opts: BroadcastOptions) -> Work: ...
-    def _allgather_base(self, output: Tensor, input: Tensor) -> Work: ...  # noqa: A002
+    def _allgather_base(self, output: Tensor, input: Tensor, opts: AllgatherOptions) -> Work: ...  # noqa: A002
     def alltoall_base(
         self,
         output: Tensor,
@@ -123,12 +123,18 @@ class Group:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [n, ...] of equal shapes → [size · n, ...], in rank order. Raises: PeerLost."""
+        return self._all_gather(x, None)
+
+    def _all_gather(self, x: Tensor, timeout_s: float | None) -> Tensor:
         if self._backend is None:
             return x
         x = x.contiguous()
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        options = c10d.AllgatherOptions()
+        if timeout_s is not None:
+            options.timeout = timedelta(seconds=timeout_s)
         self.sent["all_gather"] += (self.size - 1) * x.nbytes
-        self._run("all_gather", self._backend._allgather_base(out, x))
+        self._run("all_gather", self._backend._allgather_base(out, x, options))
         return out
 
     def all_to_all(self, x: Tensor) -> Tensor:
@@ -186,11 +192,13 @@ class Group:
             self._broadcast(body, source, timeout_s)
         return data if data is not None else bytes(body.cpu().numpy())
 
-    def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """Every rank's data, in rank order. Raises: PeerLost."""
+    def all_gather_bytes(self, data: bytes, timeout_s: float | None = None) -> list[bytes]:
+        """Every rank's data, in rank order; `timeout_s` where the wait may be longer or shorter than the group's own.
+        Raises: PeerLost."""
         if self._backend is None:
             return [data]
-        lengths = self.all_gather(torch.tensor([len(data)], dtype=torch.int64, device=self.device)).tolist()
+        own = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        lengths = self._all_gather(own, timeout_s).tolist()
         padded = torch.zeros(1, max(1, *lengths), dtype=torch.uint8, device=self.device)
         padded[0, : len(data)] = self._tensor(data)
         found = self.all_gather(padded).cpu().numpy()

@@ -59,7 +59,7 @@ class Mesh:
 
         Args:
             store: one for all ranks of the replica, fresh for every start; a FileStore on one host, a TCPStore across.
-            device: where the model's tensors are; its type decides between gloo and NCCL.
+            device: where the model's tensors are: gloo for the CPU, NCCL for CUDA, whose current device it has to be.
             timeout_s: how long an operation may wait for a rank that does not answer.
             address: where this rank listens; the default is for ranks of one host, which nobody else can reach.
 

@@ -93,7 +93,7 @@ class UlyssesAttention:
     """Attention of the whole batch for ranks that hold a slice each; segments that are not sliced stay local."""
 
     def __init__(self, local: AttentionBackend, ulysses: Group) -> None:
-        self.name = f"{local.name}, ulysses {ulysses.size}"
+        self.name = local.name  # recipes hold it, and ask for it again wherever they are replayed
         self._local = local
         self._ulysses = ulysses
 
@@ -111,8 +111,7 @@ class RingAttention:
     """The same over a ring, with Ulysses among the neighbours of each of its stations."""
 
     def __init__(self, local: LseBackend, ulysses: Group, ring: Group) -> None:
-        names = [f"{kind} {group.size}" for kind, group in (("ulysses", ulysses), ("ring", ring)) if group.size > 1]
-        self.name = ", ".join([local.name, *names])
+        self.name = local.name
         self._local = local
         self._ulysses, self._ring = ulysses, ring
 
@@ -174,8 +173,8 @@ def _tokens_for_heads(group: Group, *tensors: Tensor) -> list[Tensor]:
     """[n, H, D] each: n tokens of all heads → [P · n, H / P, D] each: all tokens of some heads."""
     if group.size == 1:
         return list(tensors)
-    x = torch.stack(tensors, dim=1).unflatten(2, (group.size, -1))  # [n, tensors, P, H / P, D]
-    x = group.all_to_all(x.movedim(2, 0))  # [P, n, tensors, H / P, D]
+    by_rank = [x.unflatten(1, (group.size, -1)).movedim(1, 0) for x in tensors]  # [P, n, H / P, D] each
+    x = group.all_to_all(torch.stack(by_rank, dim=2))  # [P, n, tensors, H / P, D]
     return list(x.flatten(0, 1).unbind(1))
 
 

@@ -130,7 +130,15 @@ class _EngineState(Collector):
         yield GaugeMetricFamily("mmgen_ready", "1 while requests are accepted.", float(engine.state == "ready"))
         yield GaugeMetricFamily("mmgen_queue_depth", "Requests waiting for their first step.", engine.waiting)
         yield GaugeMetricFamily("mmgen_queue_cost", "Token-steps of all unfinished requests.", engine.outstanding_cost)
-        yield CounterMetricFamily("mmgen_worker_restarts", "Restarts of the worker.", engine.restarts)
+        yield CounterMetricFamily(
+            "mmgen_worker_restarts", "Restarts of a replica, all its ranks together.", engine.restarts
+        )
+        ready = GaugeMetricFamily("mmgen_replica_ready", "1 while the replica takes requests.", labels=["replica"])
+        cost = GaugeMetricFamily("mmgen_replica_cost", "Token-steps in the replica's hands.", labels=["replica"])
+        for replica in engine.replicas:
+            ready.add_metric([str(replica.number)], float(replica.state == "ready"))
+            cost.add_metric([str(replica.number)], replica.cost)
+        yield from (ready, cost)
         yield GaugeMetricFamily("mmgen_running", "Requests being worked on.", engine.running)
         yield GaugeMetricFamily(
             "mmgen_last_step_seconds", "The latest step of the batch.", gauges.step_seconds if gauges else 0

@@ -99,7 +99,7 @@ class _Server:
         self.signals: asyncio.Queue[int] = asyncio.Queue()
 
     async def run(self) -> int:
-        from multimodal_gen.engine.client import STOP_SECONDS, EngineClient
+        from multimodal_gen.engine.client import EngineClient
 
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
@@ -128,7 +128,7 @@ class _Server:
         finally:
             if jobs is not None:  # first, so that its jobs wait for the next start and do not fail with the engine
                 await jobs.stop()
-            await engine.stop(patience_s=0.0 if code > 128 else STOP_SECONDS)
+            await (engine.stop(patience_s=0.0) if code > 128 else engine.stop())
         if code <= 128:
             await serving
         else:

@@ -184,7 +184,8 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     for layer in model.modules():
         if isinstance(layer, Slotted) and layer.padded:
-            layer.weight.zero_()
+            for parameter in layer.parameters(recurse=False):
+                parameter.zero_()
 
 
 def load_weights(

@@ -98,6 +98,9 @@ class DiffusersPipeline:
     def forget(self) -> None:
         """Nothing is kept."""
 
+    def reset(self) -> None:
+        """Nothing is kept."""
+
     def _drive(self, row: Row, step: int) -> StepwiseCall:
         """The row's call, advanced until `step` of its requested steps are done; begun where there is none."""
         call = self._calls.get(_key(row))

@@ -293,6 +293,11 @@ class WanPipeline:
         """Modulations; encoded prompts and pictures stay, within --condition-cache-mb."""
         self.times.clear()
 
+    def reset(self) -> None:
+        """Encoded prompts and pictures, modulations."""
+        for cache in (self.prompts, self.starts, self.times):
+            cache.clear()
+
 
 def _request(row: Row) -> VideoRequest:
     assert isinstance(row.request, VideoRequest), "the card of this family names videos"

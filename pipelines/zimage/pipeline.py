@@ -246,6 +246,11 @@ class ZImagePipeline:
         """Modulations; encoded prompts stay, within --condition-cache-mb."""
         self.times.clear()
 
+    def reset(self) -> None:
+        """Encoded prompts and modulations."""
+        self.cache.clear()
+        self.times.clear()
+
 
 def _scheduler(folder: Path) -> FlowMatchEuler:
     solver = load_solver(folder / "scheduler")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import psutil
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from multimodal_gen.attention import registry
 from multimodal_gen.attention.segments import Segments
 from multimodal_gen.errors import PathNotAllowed, PeerLost
+from multimodal_gen.nn.mlp import GeluMLP, SwiGLU
 from multimodal_gen.nn.norm import AcrossHeadsRMSNorm
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.branches import BranchShare
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.sequence import TokenShards, choose_attention
-from multimodal_gen.parallel.tensor import HEADS, Rule, shard
+from multimodal_gen.parallel.tensor import COLUMN, HEADS, ROW, Rule, shard
 from multimodal_gen.pipelines.vaes.tiles import decode_shared
-from multimodal_gen.weights.loading import allocate, construction
+from multimodal_gen.weights.loading import Rename, allocate, construction, load_weights
 
 CPU = torch.device("cpu")
 
@@ -125,6 +127,18 @@ def across_heads_norm(mesh: Mesh, parts: int, dim: int, bf16: bool) -> dict[str,
     before = mesh.tp.sent["all_reduce"]
     y = norm(x[..., cut])
     return {"y": y, "sent": torch.tensor(mesh.tp.sent["all_reduce"] - before)}
+
+
+def feed_forward(mesh: Mesh, file: str, dim: int, hidden: int) -> dict[str, Tensor]:
+    """A gated MLP and one with biases, their hidden widths shared out whatever they are aligned to."""
+    with construction(torch.device("meta"), torch.float32):
+        model = nn.ModuleDict({"gated": SwiGLU(dim, hidden), "plain": GeluMLP(dim, hidden, dim, "tanh")})
+    table = (Rule(r"gated\.gate_up|plain\.up", COLUMN), Rule(r".+\.down", ROW))
+    shard(model, table, mesh.tp)
+    allocate(model, CPU)
+    load_weights(model, [Path(file)], (Rename(r"gated\.(gate|up)\.weight", "gated.gate_up.weight", r"\1"),))
+    (x,) = random_tensors(5, (7, dim))
+    return {name: layer(x) for name, layer in model.items()}
 
 
 def attention_case(number: int, sp: int) -> tuple[Segments, int, torch.dtype]:

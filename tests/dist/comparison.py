@@ -28,12 +28,26 @@ def matrices(file: Path, prefix: str, *without: str) -> dict[str, tuple[int, ...
     }
 
 
-def write_adapters(folder: Path, shapes: Shapes, overflowing: str) -> dict[str, str]:
-    """The files that `models.whole_runs` wants; `overflowing` is a module whose inputs ranks share."""
+def vectors(file: Path, prefix: str, part: str) -> dict[str, tuple[int, ...]]:
+    """The norms and the like whose names hold `part`: prefix + module → shape of its weight."""
+    header = read_header(file, "")
+    named = {name: info.shape for name, info in header.items() if part in name and name.endswith(".weight")}
+    return {prefix + name.removesuffix(".weight"): shape for name, shape in named.items() if len(shape) == 1}
+
+
+def write_adapters(folder: Path, shapes: Shapes, overflowing: str, norms: Shapes | None = None) -> dict[str, str]:
+    """The files that `models.whole_runs` wants.
+
+    Args:
+        overflowing: a module whose inputs ranks share.
+        norms: modules that are vectors; the file that can only be merged changes them too.
+    """
+    generator = torch.Generator().manual_seed(3)
+    of_norms = {f"{name}.diff": torch.randn(n, generator=generator) * 0.1 for name, n in (norms or {}).items()}
     too_much = torch.zeros(shapes[overflowing])
     too_much[0, :2] = 3e38  # in the first rank's columns: no other one sees that the sum is infinite
     files: dict[str, dict[str, Tensor]] = {
-        "zoo": zoo_tensors(shapes, prefix="", seed=1),
+        "zoo": zoo_tensors(shapes, prefix="", seed=1) | of_norms,
         "plain": peft_tensors(shapes, prefix="", seed=2, size=0.2),
         "too_much": {f"{overflowing}.diff": too_much},
     }
@@ -56,6 +70,14 @@ def assert_adapters_did_something(alone: Mapping[str, Tensor], rows: int) -> Non
         distances = {(a, b): float((found[a] - found[b]).abs().max()) for a in range(5) for b in range(a)}
         equal = {pair for pair, distance in distances.items() if distance <= 1e-2}
         assert equal == (set() if i % 2 else {(4, 0)}), distances  # mixed: every second row is the base model's
+
+
+def assert_no_worse(found: Mapping[str, Tensor], one: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
+    """Half precision on ranks is about as far from float32 as half precision on one."""
+    for name, latents in one.items():
+        error, usual = (float((x[name] - exact[name]).norm() / exact[name].norm()) for x in (found, one))
+        assert usual > 1e-4, "one process computes in half precision too"
+        assert error < 1.5 * usual, f"{name} {list(latents.shape)}: {error:.1e} on ranks, {usual:.1e} on one"
 
 
 def bytes_of(places: Mapping[str, Place], *parts: str) -> int:

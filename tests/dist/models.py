@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -74,7 +76,7 @@ class Model:
 
     @classmethod
     def load(cls, mesh: Mesh, folder: str, **options: Any) -> Model:
-        config = EngineConfig(model_path=folder, device="cpu", dtype="float32", **options)
+        config = EngineConfig(model_path=folder, device="cpu", **{"dtype": "float32", **options})
         card = registry.describe(config)
         pipeline = registry.load(card, config, mesh)
         targets = registry.find(card.pipeline_class).adapters
@@ -118,7 +120,7 @@ class Model:
         sources = tuple(AdapterSource(nickname=name, path=path) for name, path in files.items())
         uses = tuple(AdapterUse(nickname=name, strength=0.8) for name in files)
         change = SetLora(sources=sources, uses=uses, mode=mode)
-        self.loras.commit(self.loras.stage(change), weights_too=True)
+        self.loras.commit(self.loras.stager().stage(change), weights_too=True)
 
     def sums(self) -> dict[str, Tensor]:
         """One number for every weight held here."""
@@ -178,18 +180,57 @@ def one_by_one(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     return Model.load(mesh, folder, deterministic=True).batch("alone")
 
 
+def in_bf16(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """The batch in half precision."""
+    return Model.load(mesh, folder, dtype="bfloat16").batch("base")
+
+
 def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """Pixels of latents that are larger than a tile, and of some that are not."""
     model = Model.load(mesh, folder, vae_tiling=True)
-    rows = []
-    for index, (height, width) in enumerate([(8, 8), (8, 30), (17, 12)]):
-        row = Row(model.request(f"row-{index}"), 0)
+    pixels = {}
+    for index in range(3):
+        row = Row(model.requests(f"row-{index}")[1], 0)
         model.pipeline.prepare(row)
-        row.latents = torch.randn(16, height, width, generator=torch.Generator().manual_seed(index))
-        rows.append(row)
-    return {str(index): torch.from_numpy(pixels) for index, pixels in enumerate(model.pipeline.decode(rows))}
+        assert row.latents is not None
+        channels, *frames = row.latents.shape[:-2]
+        # Tiles of the tiny VAEs have 8 latents for images, 32 or 16 for videos.
+        sides = ((4, 4), (4, 40), (36, 5))[index] if frames else ((8, 8), (8, 30), (17, 12))[index]
+        row.latents = torch.randn(channels, *frames, *sides, generator=torch.Generator().manual_seed(index))
+        pixels[str(index)] = torch.from_numpy(model.pipeline.decode([row])[0])
+    return pixels
+
 
 
 def loaded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """Bytes of the weights that this rank holds, per tree."""
     return {tree: torch.tensor(count) for tree, count in held(Model.load(mesh, folder)).items()}
+
+
+def memory_of_loading(mesh: Mesh, folder: str, tiny: str) -> dict[str, Tensor]:
+    """Bytes of anonymous memory (what is mapped from files left out) that loading adds, at its highest.
+
+    The process must be fresh: one that has freed a model takes the next one's memory from there.
+    """
+    Model.load(mesh, tiny)  # imports, and what libraries keep
+    before, peak, done = _anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _anonymous())
+            done.wait(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        model = Model.load(mesh, folder)
+    finally:
+        done.set()
+        watcher.join()
+    return {"peak": torch.tensor(peak - before), "held": torch.tensor(sum(held(model).values()))}
+
+
+def _anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024

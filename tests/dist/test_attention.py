@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from multimodal_gen.attention import registry
 from multimodal_gen.attention.segments import Segments
 from multimodal_gen.nn.norm import rms_normalize
 from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.group import Group
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.sequence import TokenShards
-from tests.dist.cases import attention_inputs, random_tensors
+from tests.dist.cases import attention_inputs, feed_forward, random_tensors
 from tests.support.ranks import Ranks
 
 pytestmark = [pytest.mark.dist]
@@ -91,6 +95,23 @@ def test_a_norm_over_all_heads_is_that_of_one_process(ranks: Ranks, size: int, p
     torch.testing.assert_close(got, expected, rtol=1e-2 if bf16 else 1e-6, atol=1e-6)
     for found in results:  # one float32 all-reduce for all parts
         assert found["sent"] == 2 * (size - 1) * -(-7 * parts // size) * 4
+
+
+@pytest.mark.parametrize(("size", "hidden"), [(2, 34), (3, 48), (3, 51), (4, 4), (4, 132)])
+def test_hidden_units_are_shared_out_whatever_their_number_is_aligned_to(
+    ranks: Ranks, tmp_path: Path, size: int, hidden: int
+) -> None:
+    dim = 12
+    shapes = {"gated.gate": (hidden, dim), "gated.up": (hidden, dim), "gated.down": (dim, hidden)}
+    shapes |= {"plain.up": (hidden, dim), "plain.down": (dim, hidden)}
+    weights = {f"{name}.weight": w for name, w in zip(shapes, random_tensors(1, *shapes.values()), strict=True)}
+    weights |= {"plain.up.bias": random_tensors(2, (hidden,))[0], "plain.down.bias": random_tensors(3, (dim,))[0]}
+    save_file(weights, tmp_path / "mlp.safetensors")
+    case = {"file": str(tmp_path / "mlp.safetensors"), "dim": dim, "hidden": hidden}
+    expected = feed_forward(Mesh.solo(), **case)
+    for found in ranks.run(Degrees(tp=size), "tests.dist.cases:feed_forward", **case):
+        for name, y in expected.items():
+            torch.testing.assert_close(found[name], y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("counts", [[2], [1], [2, 1, 1, 2], [1, 1], [1, 2, 2]])

@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.mesh import Mesh
 from tests.dist import models
-from tests.dist.comparison import assert_adapters_did_something, assert_same, bytes_of, matrices, write_adapters
+from tests.dist.comparison import (
+    assert_adapters_did_something,
+    assert_no_worse,
+    assert_same,
+    bytes_of,
+    matrices,
+    vectors,
+    write_adapters,
+)
 from tests.dist.models import encoder_of
 from tests.support.ranks import Ranks
 from tests.support.wan_checkpoints import VARIANTS, make_wan
@@ -41,11 +50,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict
 
     def get(variant: str) -> tuple[dict[str, str], dict[str, Any]]:
         if variant not in made:
-            folder = make_wan(tmp_path_factory.mktemp("wan"), variant, seed=7)
+            two = variant.endswith("a14b")  # experts, whose boundary has to lie inside a run of four steps
+            folder = make_wan(tmp_path_factory.mktemp("wan"), variant, seed=7, boundary=0.8 if two else None)
             transformer = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-            shapes = matrices(transformer, "transformer.")
+            shapes, norms = matrices(transformer, "transformer."), vectors(transformer, "transformer.", ".norm_")
+            assert norms, "norms across heads are shared out too"
             adapters = tmp_path_factory.mktemp("adapters")
-            arguments = {"folder": str(folder), **write_adapters(adapters, shapes, "transformer.blocks.0.ffn.net.2")}
+            files = write_adapters(adapters, shapes, "transformer.blocks.0.ffn.net.2", norms)
+            arguments = {"folder": str(folder), **files}
             made[variant] = arguments, models.whole_runs(Mesh.solo(), **arguments)
         return made[variant]
 
@@ -84,3 +96,23 @@ def test_a_rank_holds_its_share_and_what_every_rank_has(
     for found in ranks.run(Degrees(tp=size), "tests.dist.models:loaded", folder=folder):
         assert found["transformer"] == whole - shared + shared // size
         assert found["text_encoder"] == norms + (bytes_of(text.places, "") - norms) // size
+
+
+@pytest.mark.parametrize("variant", ["t2v", "ti2v_5b"])
+def test_tiles_that_ranks_share_make_the_same_frames(
+    ranks: Ranks, case: Callable[[str], tuple[dict[str, str], dict[str, Any]]], variant: str
+) -> None:
+    folder = case(variant)[0]["folder"]
+    expected = models.decoded(Mesh.solo(), folder)
+    for found in ranks.run(Degrees(ulysses=2, ring=2), "tests.dist.models:decoded", folder=folder):
+        assert all(torch.equal(found[name], pixels) for name, pixels in expected.items())
+
+
+@pytest.mark.parametrize("degrees", [Degrees(tp=4), Degrees(ring=3)], ids=str)
+def test_half_precision_loses_no_more_on_ranks(
+    ranks: Ranks, case: Callable[[str], tuple[dict[str, str], dict[str, Any]]], degrees: Degrees
+) -> None:
+    arguments, alone = case("t2v")
+    folder = arguments["folder"]
+    one = models.in_bf16(Mesh.solo(), folder)
+    assert_no_worse(ranks.run(degrees, "tests.dist.models:in_bf16", folder=folder)[0], one, alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.dist import models
 from tests.dist.comparison import (
     TOLERANCE,
     assert_adapters_did_something,
+    assert_no_worse,
     assert_same,
     bytes_of,
     matrices,
@@ -99,3 +101,23 @@ def test_tiles_that_ranks_share_make_the_same_picture(ranks: Ranks, folder: Path
     expected = models.decoded(Mesh.solo(), str(folder))
     for found in ranks.run(Degrees(ulysses=2, ring=2), "tests.dist.models:decoded", folder=str(folder)):
         assert all(torch.equal(found[name], pixels) for name, pixels in expected.items())
+
+
+@pytest.mark.parametrize("degrees", [Degrees(tp=4), Degrees(ring=3), Degrees(tp=2, ulysses=2)], ids=str)
+def test_half_precision_loses_no_more_on_ranks(
+    ranks: Ranks, degrees: Degrees, folder: Path, alone: dict[str, Any]
+) -> None:
+    one = models.in_bf16(Mesh.solo(), str(folder))
+    assert_no_worse(ranks.run(degrees, "tests.dist.models:in_bf16", folder=str(folder))[0], one, alone)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_never_holds_more_than_its_share_while_it_loads(folder: Path, tmp_path: Path) -> None:
+    large = str(make_z_image(tmp_path, heads=8, head_dim=96, layers=3))
+    whole = models.held(models.Model.load(Mesh.solo(), large))["transformer"]
+    with Ranks(4) as fresh:
+        results = fresh.run(Degrees(tp=4), "tests.dist.models:memory_of_loading", folder=large, tiny=str(folder))
+    for found in results:
+        slack = 30 << 20  # the VAE, tokenizer, allocator
+        assert found["held"] < whole // 2
+        assert found["held"] // 2 < found["peak"] < found["held"] + slack < whole

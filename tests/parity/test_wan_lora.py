@@ -95,7 +95,9 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ordered_sets_equal_peft(bench: Bench, mode: str) -> None:
-    two = bench.gen.card.defaults.guidance_scale_2 is not None or "transformer_2" in bench.gen._engine.pipeline.trees
+    two = (
+        bench.gen.card.defaults.guidance_scale_2 is not None or "transformer_2" in bench.gen._engine.core.pipeline.trees
+    )
     first = bench.file("first", peft_tensors(only(bench.shapes, "attn"), rank=4, seed=1))
     second = bench.file("second", peft_tensors(bench.shapes, rank=2, seed=2))
     base = bench.ours()
@@ -149,7 +151,7 @@ def test_names_of_the_original_repository(bench: Bench) -> None:
 def test_experts_take_adapters_of_their_own(bench: Bench) -> None:
     noisy = bench.file("noisy", peft_tensors(bench.shapes, seed=1))
     clean = bench.file("clean", peft_tensors(bench.shapes, seed=2))
-    if "transformer_2" not in bench.gen._engine.pipeline.trees:
+    if "transformer_2" not in bench.gen._engine.core.pipeline.trees:
         named = bench.file("named", peft_tensors(bench.shapes, seed=2, prefix="transformer_2."))
         with pytest.raises(AdapterMismatch):
             bench.gen.set_lora("named", named)

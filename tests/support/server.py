@@ -62,15 +62,18 @@ class Server:
             time.sleep(0.01)
         return True
 
-    def worker_pid(self) -> int:
-        """The process id of the one worker."""
-        workers = [
+    def worker_pids(self) -> list[int]:
+        """The process ids of all ranks, in the order in which they were started."""
+        return [
             child.pid
             for child in psutil.Process(self.process.pid).children()
             if child.status() != psutil.STATUS_ZOMBIE and any("engine.worker" in part for part in child.cmdline())
         ]
-        assert len(workers) == 1, workers
-        return workers[0]
+
+    def worker_pid(self) -> int:
+        """The process id of the one worker."""
+        (worker,) = self.worker_pids()
+        return worker
 
     def rss(self) -> int:
         """Resident bytes of the front process."""

@@ -63,6 +63,7 @@ def test_every_option_has_help_and_one_of_the_known_shapes():
     }
     assert {option.name: option.choices for option in options(ServerConfig) if option.choices} == {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "executor": ("process", "ray"),
         "lora_merge_mode": ("auto", "merge", "dynamic"),
         "unknown_fields": ("error", "warn"),
         "log_level": ("debug", "info", "warning", "error"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.core import EngineCore, preview_steps
+from multimodal_gen.engine.active import preview_steps
+from multimodal_gen.engine.core import EngineCore
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.media.arrays import to_numpy
@@ -177,7 +178,12 @@ def test_a_cut_prompt_is_reported(core):
     assert "prompt was cut to 6 tokens" in finished.warnings[0]
 
 
-@pytest.mark.parametrize("text", ["nonsense", "denoise:explode:1", "sleep:raise:1", "denoise:raise:x"])
+def test_a_fault_may_be_one_rank_s_alone():
+    assert [Fault.parse("decode:kill:2@1", rank).count for rank in range(3)] == [0, 2, 0]
+    assert [Fault.parse("decode:kill:2", rank).count for rank in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("text", ["nonsense", "denoise:explode:1", "sleep:raise:1", "denoise:raise:x", "load:kill:1@"])
 def test_a_misspelt_fault_is_refused(text):
     with pytest.raises(ConfigError, match="STAGE:ACTION:COUNT"):
         Fault.parse(text)

@@ -108,6 +108,7 @@ class Shared(nn.Module):
         self.down = Linear(12, 4, bias=True, stored_in=16)
         self.norm = AcrossHeadsRMSNorm(("q", "k"), 12, 1e-6)
         self.foreign = nn.Linear(4, 12)
+        self.entries, self.widths = nn.Embedding(12, 4), nn.Embedding(4, 12)
         self.scale = nn.Parameter(torch.zeros(4))
 
 
@@ -117,14 +118,21 @@ TABLE = (
     Rule("down", ROW),
     Rule("norm", HEADS),
     Rule("foreign", COLUMN),
+    Rule("entries", ROW),
+    Rule("widths", COLUMN),
 )
 SHARED_RENAMES = (*RENAMES, Rename(r"norm_(q|k)\.weight", "norm.weight", r"\1"))
 SHAPES = {
     **{"to_q.weight": (6, 4), "to_k.weight": (12, 4), "up.weight": (12, 4), "up.bias": (12,), "down.weight": (4, 12)},
     **{"down.bias": (4,), "norm_q.weight": (12,), "norm_k.weight": (12,), "scale": (4,)},
-    **{"foreign.weight": (12, 4), "foreign.bias": (12,)},
+    **{"foreign.weight": (12, 4), "foreign.bias": (12,), "entries.weight": (12, 4), "widths.weight": (4, 12)},
 }
-CUT_ALONG = {"down.weight": 1, "down.bias": None, "scale": None}  # the others along their first dimension
+CUT_ALONG = {
+    "down.weight": 1,
+    "widths.weight": 1,
+    "down.bias": None,
+    "scale": None,
+}  # the others along their first dimension
 
 
 def shared(rank: int, size: int) -> Shared:

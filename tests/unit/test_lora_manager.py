@@ -83,7 +83,7 @@ def latents(gen: DiffGenerator, **options: object) -> torch.Tensor:
 
 
 def checksum(gen: DiffGenerator) -> str:
-    core = gen._engine
+    core = gen._engine.core
     digest = hashlib.sha256()
     for tree in core.pipeline.trees.values():
         for parameter in tree.model.state_dict().values():
@@ -142,7 +142,7 @@ def test_eight_rows_with_eight_lists_share_one_forward(folder: Path, file: Calla
         with load(folder, deterministic=deterministic) as gen:
             gen.set_lora(["a", "b", "c"], [file("a", seed=1), file("b", "attention", rank=6), file("c", "w2", rank=2)])
             gen.set_lora([])
-            core = gen._engine
+            core = gen._engine.core
             wishes = [
                 request(core, f"r{i}", [{"nickname": n, "strength": s} for n, s in wish], seed=i)
                 for i, wish in enumerate(lists)
@@ -196,7 +196,7 @@ def run(core: EngineCore, requests: list[ImageRequest]) -> tuple[list[int], dict
 def test_running_rows_keep_their_weights_and_new_ones_get_the_new_set(
     gen: DiffGenerator, file: Callable[..., str]
 ) -> None:
-    core = gen._engine
+    core = gen._engine.core
     gen.set_lora("a", file("a"), merge_mode="merge")
     want_a = run(core, [request(core, "a0", None)])[1]["a0"]
     gen.set_lora("b", file("b", seed=2), merge_mode="merge")
@@ -216,7 +216,7 @@ def test_running_rows_keep_their_weights_and_new_ones_get_the_new_set(
 def test_an_adapter_that_is_unloaded_stays_for_those_who_run_with_it(
     gen: DiffGenerator, file: Callable[..., str]
 ) -> None:
-    core = gen._engine
+    core = gen._engine.core
     gen.set_lora("a", file("a"), merge_mode="dynamic")
     want = run(core, [request(core, "x", None)])[1]["x"]
     sent = request(core, "y", None)
@@ -296,7 +296,7 @@ def test_a_failing_merge_restores_the_set_before(folder: Path, file: Callable[..
         gen.set_lora("a", file("a"), merge_mode="merge")
         before, state = checksum(gen), gen.list_loras()
         fault = Fault.parse("merge:raise:1")
-        for merged in gen._engine.loras._merged.values():
+        for merged in gen._engine.core.loras._merged.values():
             merged._on_layer = lambda: fault.trip("merge")
         with pytest.raises(RuntimeError, match="injected"):
             gen.set_lora("b", file("b", seed=2), merge_mode="merge")
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_changed_on_disk_is_not_merged_into(tmp_path: Path, fi
             gen.set_lora("a", file("a"), merge_mode="merge")
         assert str(tmp_path) not in caught.value.message
         assert checksum(gen) == before
-        assert not gen._engine.sick, "nothing had been written, so nothing is in doubt"
+        assert not gen._engine.core.sick, "nothing had been written, so nothing is in doubt"
         gen.set_lora("a", file("a"), merge_mode="dynamic")
         latents(gen)
 
@@ -356,7 +356,7 @@ def test_what_cannot_come_back_after_a_restart_is_told(folder: Path, file: Calla
         state = gen.set_lora(["kept", "lost"], [kept, lost])
     Path(lost).unlink()
     with load(folder) as gen:
-        core = gen._engine
+        core = gen._engine.core
         core.bring_adapters(state)
         assert list(core.loras.state.missing) == [state.active[1].digest]
         (failed,) = core.add(request(core, "x", None))
@@ -381,7 +381,7 @@ def test_a_restart_after_everything_was_unloaded_brings_nothing_back(folder: Pat
 def test_loading_under_the_name_of_an_active_adapter_is_refused(gen: DiffGenerator, file: Callable[..., str]) -> None:
     gen.set_lora("a", file("a"))
     with pytest.raises(AdapterInUse, match="another name"):
-        gen._engine.change_adapters(LoadLora(source=AdapterSource(nickname="a", path=file("b", seed=2))))
+        gen._engine.core.change_adapters(LoadLora(source=AdapterSource(nickname="a", path=file("b", seed=2))))
 
 
 def test_merging_a_set_of_which_a_part_was_unloaded_is_refused(gen: DiffGenerator, file: Callable[..., str]) -> None:
@@ -407,7 +407,7 @@ def test_what_overflows_is_refused_and_leaves_the_base(folder: Path, tmp_path: P
         for _ in range(3):
             with pytest.raises(GenerationFailed, match="overflowed"):
                 gen.generate(PROMPT, **REQUEST)
-            assert not gen._engine.sick
+            assert not gen._engine.core.sick
         gen.set_lora([])
         assert torch.equal(latents(gen), base)
 
@@ -416,7 +416,7 @@ def test_own_lists_are_bounded_and_cost_nothing_while_they_wait(gen: DiffGenerat
     names = [f"wide{i}" for i in range(3)]
     gen.set_lora(names, [file(name, "layers.0.attention", rank=500, seed=i) for i, name in enumerate(names)])
     gen.set_lora([])
-    core = gen._engine
+    core = gen._engine.core
     (failed,) = core.add(request(core, "wide", [{"nickname": name} for name in names]))
     assert failed.error.code == "invalid_adapter"  # type: ignore[union-attr]
     assert "1500" in failed.error.message  # type: ignore[union-attr]
@@ -440,7 +440,7 @@ def test_own_lists_give_the_same_bits_whatever_is_active(gen: DiffGenerator, fil
 def test_a_failure_while_admitting_is_the_requests_own(
     gen: DiffGenerator, file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core = gen._engine
+    core = gen._engine.core
     gen.set_lora("a", file("a"), merge_mode="dynamic")
 
     def fail(*_: object) -> None:
@@ -468,7 +468,7 @@ def test_a_failure_in_the_second_tree_takes_back_the_first(
         def fail() -> None:
             raise MemoryError
 
-        merged = gen._engine.loras._merged
+        merged = gen._engine.core.loras._merged
         assert list(merged) == ["transformer", "text_encoder"]
         merged["text_encoder"]._on_layer = fail
         with pytest.raises(MemoryError):

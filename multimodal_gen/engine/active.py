@@ -1,0 +1,60 @@
+"""What the engine keeps of a request while it works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from multimodal_gen.lora.applied import Applied
+from multimodal_gen.media.arrays import from_numpy, to_numpy
+from multimodal_gen.messages import Array, RowState
+from multimodal_gen.pipelines.contract import Row
+from multimodal_gen.request import AnyRequest, Timings
+
+
+@dataclass
+class Active:
+    """A request that the engine holds."""
+
+    request: AnyRequest  # filled by add
+    arrived: float  # filled by add: monotonic seconds
+    adapters: Applied  # filled by add; overlays when the first row starts
+    unpin: Callable[[], None]  # filled by add: lets go of the request's adapters
+    states: dict[int, RowState]  # filled by add: where rows go on that another process has begun
+    started: bool = False  # set when its first row is planned
+    rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
+    outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
+    timings: Timings = field(default_factory=Timings)  # filled step by step
+    prompt_tokens: int = 0  # filled by encode
+    warnings: list[str] = field(default_factory=list)  # filled by encode
+
+
+def resume(row: Row, state: RowState, device: torch.device) -> None:
+    """Bring a prepared row to where another process left it."""
+    arrays = {name: to_numpy(array).copy() for name, array in state.tensors.items()}
+    row.restore({name: torch.from_numpy(values).to(device) for name, values in arrays.items()}, state.step)
+
+
+def state_of(row: Row) -> RowState:
+    """What `resume` needs."""
+    tensors = {name: from_numpy(tensor.float().cpu().numpy()) for name, tensor in row.tensors().items()}
+    return RowState(row.index, row.step, tensors)
+
+
+def way_back(row: Row) -> Callable[[], None]:
+    """What brings a row back to where it is now."""
+    tensors, step, clean = row.tensors(), row.step, row.clean
+
+    def go_back() -> None:
+        row.restore(tensors, step)
+        row.clean = clean
+
+    return go_back
+
+
+def preview_steps(steps: int, previews: int) -> list[int]:
+    """After which steps a row shows itself: evenly spread, never after the last."""
+    wanted = {(i + 1) * steps // (previews + 1) for i in range(previews)}
+    return sorted(wanted - {0, steps})

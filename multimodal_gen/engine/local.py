@@ -1,0 +1,254 @@
+"""The engine in the caller's own process, or in workers of its own: what `DiffGenerator` drives.
+
+`LocalEngine` runs `EngineCore` here. `RemoteEngine` starts the same group of workers that a server has, with the same
+supervision, and talks to it from a thread: several ranks or replicas, none of which is left behind when the caller
+stops half-way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import msgspec
+
+from multimodal_gen.adapters import Change, LoraState
+from multimodal_gen.config import EngineConfig, ServerConfig
+from multimodal_gen.engine.client import EngineClient
+from multimodal_gen.errors import MmgenError
+from multimodal_gen.messages import Event, LorasChanged
+from multimodal_gen.request import AnyRequest, ModelCard
+
+if TYPE_CHECKING:
+    from multimodal_gen.engine.core import EngineCore
+    from multimodal_gen.engine.ticket import Ticket, TicketEvent
+    from multimodal_gen.pipelines.contract import PipelineInfo
+
+RESTART_SECONDS = 0.05  # between looks at a worker that is being restarted
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+OnEvent = Callable[[Event], None]
+
+
+class Engine(Protocol):
+    """A loaded model, asked synchronously and from one thread at a time."""
+
+    @property
+    def info(self) -> PipelineInfo:
+        """Device, dtype and attention backend in use."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a forward."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Module trees that adapters can change."""
+
+    @property
+    def loras(self) -> LoraState:
+        """What is loaded and what is active."""
+
+    def refresh(self) -> None:
+        """Load the model anew where the engine is not to be trusted any more."""
+
+    def change(self, change: Change) -> LoraState:
+        """A transaction on the adapters. Raises: the AdapterError family."""
+
+    def run(self, requests: Sequence[AnyRequest], on_event: OnEvent) -> None:
+        """Run requests to their end. Whatever is raised, also by `on_event`, leaves nothing of them behind."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class LocalEngine:
+    """One rank, in this process."""
+
+    def __init__(self, card: ModelCard, config: EngineConfig) -> None:
+        """Loads the model. Raises: CorruptModel, ConfigError."""
+        self._card = card
+        self._config = config
+        self._loras: LoraState | None = None  # of a core that was let go
+        self._core: EngineCore | None = None
+        self._core = self.core
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine proper, loaded where there is none."""
+        if self._core is None:
+            from multimodal_gen.engine.core import EngineCore
+
+            core = EngineCore(self._card, self._config)
+            core.bring_adapters(self._loras)
+            # An injected fault belongs to the first engine only, as it does to the first worker of a server.
+            self._core, self._config = core, msgspec.structs.replace(self._config, fault=None)
+        return self._core
+
+    @property
+    def info(self) -> PipelineInfo:
+        """Device, dtype and attention backend in use."""
+        return self.core.pipeline.info
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a forward."""
+        return self.core.threads
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Module trees that adapters can change."""
+        return tuple(self.core.pipeline.trees)
+
+    @property
+    def loras(self) -> LoraState:
+        """What is loaded and what is active."""
+        return self.core.loras.state
+
+    def refresh(self) -> None:
+        """Let go of a sick engine; the memory must be free before the next one is loaded."""
+        if self._core is not None and self._core.sick:
+            log.warning("%d failures in a row: loading %s anew", self._config.max_consecutive_errors, self._card.name)
+            self._loras = self._core.loras.state
+            self._core = None
+
+    def change(self, change: Change) -> LoraState:
+        """A transaction on the adapters. Raises: the AdapterError family."""
+        return self.core.change_adapters(change).state
+
+    def run(self, requests: Sequence[AnyRequest], on_event: OnEvent) -> None:
+        """Run requests to their end."""
+        core = self.core
+        try:
+            for request in requests:
+                for event in core.add(request):
+                    on_event(event)
+            while not core.idle:
+                for event in core.step():
+                    on_event(event)
+        finally:  # an error, an exception in on_event or Ctrl-C: nothing of this call may stay queued
+            for request in requests:
+                core.cancel(request.id)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._core = None
+
+
+class RemoteEngine:
+    """Several ranks or replicas, in processes of their own."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Starts the workers and waits for them. Raises: CorruptModel, ConfigError, WorkerCrashed."""
+        level = logging.getLogger().getEffectiveLevel()
+        named = next((name for name in ("debug", "info", "warning") if level <= LEVELS[name]), "error")
+        settings = {**msgspec.structs.asdict(config), "log_level": named}
+        self._client = EngineClient(msgspec.convert(settings, ServerConfig))
+        self._loop = asyncio.new_event_loop()
+        # The kernel ends workers when the thread that started them ends: it must live as long as they.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
+        self._thread.start()
+        self._end = weakref.finalize(self, _end, self._client, self._loop, self._thread)
+        try:
+            self._do(self._client.start())
+            self._do(self._client.wait_ready())
+        except BaseException:
+            self.close()
+            raise
+
+    def _do(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    @property
+    def info(self) -> PipelineInfo:
+        """Device, dtype and attention backend of rank 0; parameters of the whole model."""
+        from multimodal_gen.pipelines.contract import PipelineInfo
+
+        ready = self._client.ready
+        assert ready is not None, "the workers were ready once"
+        return PipelineInfo(ready.device, ready.dtype, ready.attention_backend, ready.parameters)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each rank."""
+        assert self._client.ready is not None, "the workers were ready once"
+        return self._client.ready.threads
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Module trees that adapters can change."""
+        assert self._client.ready is not None, "the workers were ready once"
+        return self._client.ready.targets
+
+    @property
+    def loras(self) -> LoraState:
+        """What is loaded and what is active."""
+        return self._client.loras
+
+    def refresh(self) -> None:
+        """Workers that are sick end and are started again by themselves. Raises: the error that ended that."""
+        if self._client.failure is not None:
+            raise self._client.failure
+
+    def change(self, change: Change) -> LoraState:
+        """A transaction on the adapters of all replicas. Raises: the AdapterError family, WorkerCrashed."""
+        return self._do(self._change(change)).state
+
+    async def _change(self, change: Change) -> LorasChanged:
+        while self._client.failure is None and any(replica.state != "ready" for replica in self._client.replicas):
+            await asyncio.sleep(RESTART_SECONDS)
+        return await self._client.change_loras(change)
+
+    def run(self, requests: Sequence[AnyRequest], on_event: OnEvent) -> None:
+        """Run requests to their end."""
+        heard: queue.SimpleQueue[TicketEvent | MmgenError | None] = queue.SimpleQueue()
+        listening = asyncio.run_coroutine_threadsafe(self._listen(requests, heard), self._loop)
+        try:
+            while (event := heard.get()) is not None:
+                if isinstance(event, MmgenError):
+                    raise event
+                on_event(event)
+            listening.result()
+        finally:  # an error, an exception in on_event or Ctrl-C: nothing of this call may stay queued
+            self._do(self._cancel([request.id for request in requests]))
+
+    async def _listen(
+        self, requests: Sequence[AnyRequest], heard: queue.SimpleQueue[TicketEvent | MmgenError | None]
+    ) -> None:
+        async def listen(ticket: Ticket) -> None:
+            try:
+                async for event in ticket:
+                    heard.put(event)
+            except MmgenError as error:
+                heard.put(error)
+
+        try:
+            tickets = [self._client.submit(request) for request in requests]
+            await asyncio.gather(*(listen(ticket) for ticket in tickets))
+        except MmgenError as error:  # not admitted
+            heard.put(error)
+        finally:
+            heard.put(None)
+
+    async def _cancel(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            self._client.cancel(request_id)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._end()
+
+
+def _end(client: EngineClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(client.stop(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()

@@ -1,0 +1,41 @@
+"""A change of adapters on all replicas: made by every one of them, or by none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from multimodal_gen.adapters import Change, LoraState, RestoreLora
+from multimodal_gen.engine.replica import Replica
+from multimodal_gen.errors import MmgenError
+from multimodal_gen.messages import LorasChanged
+
+
+async def change_all(replicas: Sequence[Replica], change: Change, before: LoraState) -> LorasChanged:
+    """Make the change everywhere; where one replica refuses or dies, the others go back to `before`.
+
+    Requests are told the new state only after this returns; those sent meanwhile have pinned the old one, and a replica
+    keeps the adapters of the state before for them.
+    Raises: the error of the first replica that failed.
+    """
+    outcomes = await asyncio.gather(*(replica.change(change) for replica in replicas), return_exceptions=True)
+    done = [outcome for outcome in outcomes if isinstance(outcome, LorasChanged)]
+    failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if not failed:
+        seconds = max(outcome.seconds for outcome in done)
+        return msgspec.structs.replace(done[0], seconds=seconds, changed=any(outcome.changed for outcome in done))
+    changed = [replica for replica, outcome in zip(replicas, outcomes, strict=True) if outcome in done]
+    await asyncio.gather(*(_bring_back(replica, before) for replica in changed))
+    raise failed[0]
+
+
+async def _bring_back(replica: Replica, before: LoraState) -> None:
+    try:
+        back = await replica.change(RestoreLora(state=before))
+    except MmgenError as error:
+        replica.start_over(before, f"its adapters could not be brought back ({error.message})")
+        return
+    if (back.state.loaded, back.state.active) != (before.loaded, before.active):
+        replica.start_over(before, "its adapters did not come back as they were")
