@@ -5,7 +5,8 @@ Random weights in the shape of Wan2.1 T2V 1.3B, cut to a few layers (of 30), wit
 the layers, so their ratio is that of the whole model.
 
 Both sides get the same prompts, seeds, dtype and threads; every repetition has a prompt of its own. Before timing, the
-latents of both must agree. The last line of stdout is JSON.
+latents of both must agree. The VAE is timed in a run of its own, at a smaller size: both sides run the same modules. The
+last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _flags() -> argparse.Namespace:
     made = parser(__doc__ or "", repeats=3, max_seconds=1200)
     made.add_argument("--layers", type=int, default=2, help="of the transformer; default %(default)s")
     made.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    made.add_argument("--size", default="832x480", help="default %(default)s")
+    made.add_argument("--size", default="832x480", help="of the steps; default %(default)s")
+    made.add_argument("--decode-size", default="256x160", help="of the VAE's run; default %(default)s")
     made.add_argument("--frames", type=int, default=17, help="default %(default)s")
     made.add_argument("--steps", type=int, default=4, help="at least 3; default %(default)s")
     made.add_argument("--model", help="a folder made before, instead of a new one")
@@ -49,14 +51,8 @@ def _flags() -> argparse.Namespace:
 
 def compare(model: str, flags: argparse.Namespace, folder: Path) -> Numbers:
     """Both sides on one model: check, then rounds."""
-    width, height = (int(side) for side in flags.size.split("x"))
-    request: dict[str, Any] = {
-        "width": width,
-        "height": height,
-        "num_frames": flags.frames,
-        "num_inference_steps": flags.steps,
-        "guidance_scale": 5.0,
-    }
+    request = _request(flags.size, flags.frames, flags.steps)
+    decoding = _request(flags.decode_size, flags.frames, 1)
     with ExitStack() as stack:
         script, threads = "_video_side.py", flags.threads
         ours = stack.enter_context(Side(script=script, kind="ours", model=model, dtype=flags.dtype, threads=threads))
@@ -64,21 +60,37 @@ def compare(model: str, flags: argparse.Namespace, folder: Path) -> Numbers:
         theirs = stack.enter_context(Side(script=script, kind="diffusers", model=model, dtype=dtype, threads=threads))
         agreement = check(ours, theirs, dtype, folder)
         say(f"latents agree in {dtype}: {agreement}")
-        took = interleave(
-            {
-                "ours": lambda i: ours.run(prompt=prompt(i + 1), seed=i, **request),
-                "diffusers": lambda i: theirs.run(prompt=prompt(i + 1), seed=i, **request),
-            },
-            flags.repeats,
-            flags.max_seconds,
-        )
+        sides, latents = {"ours": ours, "diffusers": theirs}, str(folder / "latents.npy")
+
+        def both(**options: Any) -> dict[str, list[Numbers]]:
+            runs = {
+                name: lambda i, side=side: side.run(prompt=prompt(i + 1), seed=i, **options)
+                for name, side in sides.items()
+            }
+            return interleave(runs, flags.repeats, flags.max_seconds)
+
+        took = both(save=latents, **request)
+        decoded = both(**decoding)
     found: Numbers = {**request, "dtype": dtype, "layers": flags.layers, "latent_relative_error": agreement}
+    found["decode_size"] = flags.decode_size
     for part in ("steps", "encode", "decode"):
-        seconds = {name: [_seconds(answer[part]) for answer in answers] for name, answers in took.items()}
+        source = decoded if part == "decode" else took
+        seconds = {name: [_seconds(answer[part]) for answer in answers] for name, answers in source.items()}
         found[f"{part}_s"] = {name: spread(values) for name, values in seconds.items()}
         found[f"{part}_times_faster"] = ratio(seconds["diffusers"], seconds["ours"])
     found["peak_gib"] = {name: rounded(answers[-1]["peak_gib"]) for name, answers in took.items()}
     return found
+
+
+def _request(size: str, frames: int, steps: int) -> dict[str, Any]:
+    width, height = (int(side) for side in size.split("x"))
+    return {
+        "width": width,
+        "height": height,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": 5.0,
+    }
 
 
 def _seconds(value: float | list[float]) -> float:
