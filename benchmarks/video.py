@@ -1,8 +1,8 @@
 """One video at a time, ours (DiffGenerator) against diffusers' WanPipeline, on the CPU.
 
 Random weights in the shape of Wan2.1 T2V 1.3B, cut to a few layers (of 30), with a UMT5-XXL-shaped encoder cut to two
-(of 24) and the published VAE: seconds per step, for the texts and for the VAE, and peak memory. Steps scale with
-the layers, so their ratio is that of the whole model.
+(of 24) and the published VAE: seconds per step, for the texts and for the VAE, and peak memory. Steps scale with the
+layers, so their ratio is that of the whole model.
 
 Both sides get the same prompts, seeds, dtype and threads; every repetition has a prompt of its own. Before timing, the
 latents of both must agree. The VAE is timed in a run of its own, at a smaller size: both sides run the same modules. The
