@@ -97,13 +97,14 @@ class LocalProcesses:
 
     async def start(self, load: Load) -> Placed:
         """Spawn the ranks and tell each what to load. Raises: OSError; nothing runs then."""
-        folder = Path(tempfile.mkdtemp(prefix="mmgen-ranks-"))  # of mode 0700
-        placed = Placed([], lambda: shutil.rmtree(folder, ignore_errors=True))
+        folder = tempfile.mkdtemp(prefix="mmgen-ranks-") if self.ranks > 1 else None  # of mode 0700
+        placed = Placed([], lambda: None if folder is None else shutil.rmtree(folder, ignore_errors=True))
+        store = "" if folder is None else f"file://{folder}/store"
         try:
             for rank in range(self.ranks):
                 worker = await WorkerProcess.start(self._log_level)
                 placed.workers.append(worker)
-                seat = Seat(rank, self.ranks, f"file://{folder}/store", device=self._first_device + rank)
+                seat = Seat(rank, self.ranks, store, device=self._first_device + rank)
                 worker.send(msgspec.structs.replace(load, seat=seat))
         except BaseException:
             for started in placed.workers:

@@ -260,17 +260,18 @@ def test_a_model_that_one_rank_cannot_load_fails_the_start(folder: Path, tmp_pat
         assert engine.client.state == "failed"
 
 
-def test_the_folder_where_ranks_meet_is_private_and_removed() -> None:
+def test_the_folder_where_ranks_meet_is_private_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = EngineConfig(tp_size=2)
+
     async def main() -> None:
-        config = EngineConfig(tp_size=2)
         placed = await LocalProcesses(2, 0, "error").start(Load(registry.describe(config), config))
-        folders = list(Path(tempfile.gettempdir()).glob("mmgen-ranks-*"))
-        assert folders
-        assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
+        (folder,) = tmp_path.iterdir()
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         for worker in placed.workers:
             worker.kill()
         await asyncio.gather(*(worker.stop(5) for worker in placed.workers))
         placed.release()
-        assert len(list(Path(tempfile.gettempdir()).glob("mmgen-ranks-*"))) == len(folders) - 1
+        assert not list(tmp_path.iterdir())
 
     asyncio.run(main())
