@@ -10,7 +10,7 @@ import torch
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.media.arrays import from_numpy, to_numpy
 from multimodal_gen.messages import Array, RowState
-from multimodal_gen.pipelines.contract import Row
+from multimodal_gen.pipelines.contract import Conditions, Row
 from multimodal_gen.request import AnyRequest, Timings
 
 
@@ -27,6 +27,7 @@ class Active:
     rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
     outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
     timings: Timings = field(default_factory=Timings)  # filled step by step
+    conditions: Conditions | None = None  # filled by encode: what rows share outlives the rows that run
     prompt_tokens: int = 0  # filled by encode
     warnings: list[str] = field(default_factory=list)  # filled by encode
 

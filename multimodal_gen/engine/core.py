@@ -239,7 +239,7 @@ class EngineCore:
         assert row.conditions is not None, "encode() fills row.conditions"
         if row.conditions.row_tokens is not None:
             self.scheduler.set_tokens(active.request.id, row.conditions.row_tokens)
-        active.prompt_tokens = row.conditions.prompt_tokens
+        active.conditions, active.prompt_tokens = row.conditions, row.conditions.prompt_tokens
         active.warnings = list(row.conditions.warnings)
         active.timings.encode += time.monotonic() - begin
 

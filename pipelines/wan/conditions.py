@@ -15,6 +15,7 @@ from torch import Tensor
 from multimodal_gen.lora.applied import SetKey
 from multimodal_gen.pipelines.contract import Conditions
 from multimodal_gen.pipelines.wan.model import Context
+from multimodal_gen.request import VideoRequest
 
 ContextKey = tuple[str, tuple[tuple[SetKey, SetKey], ...], int]  # tree, adapters, guidance branch
 
@@ -50,6 +51,7 @@ class Start:
 class VideoConditions(Conditions):
     """Conditions of one request; its rows share them. Filled by encode."""
 
+    request: VideoRequest | None = None  # whose they are
     branches: tuple[Prompt, ...] = ()  # the prompt, then the negative prompt under guidance
     start: Start | None = None
     contexts: dict[ContextKey, Context] = field(default_factory=dict)  # filled by denoise, where texts are kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -84,6 +85,8 @@ class WanPipeline:
         )
         self.prompts: ByteCache[Prompt] = ByteCache(config.condition_cache_mb << 20, self.info.cache)
         self.starts: ByteCache[Start] = ByteCache(config.condition_cache_mb << 20, CacheUse())
+        # Rows of a request start at different steps and share what its texts were made into; the last one frees it.
+        self.conditions: WeakValueDictionary[str, VideoConditions] = WeakValueDictionary()
         # Requests with the same schedule meet the same timesteps; a batch keeps its composition for many steps.
         self.times: ByteCache[Modulation] = ByteCache(MODULATION_BYTES, CacheUse())
         self.layouts: ByteCache[Layout] = ByteCache(LAYOUT_BYTES, CacheUse())
@@ -107,12 +110,12 @@ class WanPipeline:
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row]) -> None:
         """Fill `row.conditions`; every prompt is encoded by itself, so entries do not depend on their batch."""
-        done: dict[str, VideoConditions] = {}
         for row in rows:
             request = _request(row)
-            if request.id not in done:
-                done[request.id] = self._encode(request)
-            row.conditions = done[request.id]
+            known = self.conditions.get(request.id)
+            if known is None or known.request is not request:
+                known = self.conditions[request.id] = self._encode(request)
+            row.conditions = known
 
     def _encode(self, request: VideoRequest) -> VideoConditions:
         length = request.max_sequence_length
@@ -127,7 +130,7 @@ class WanPipeline:
         )
         start = None if request.image is None else self._start(request, request.image)
         return VideoConditions(
-            len(branches["prompt"].features), warnings, branches=tuple(branches.values()), start=start
+            len(branches["prompt"].features), warnings, request=request, branches=tuple(branches.values()), start=start
         )
 
     def _prompt(self, text: str, max_length: int) -> Prompt:
@@ -294,9 +297,11 @@ class WanPipeline:
         self.times.clear()
 
     def reset(self) -> None:
-        """Encoded prompts and pictures, modulations."""
+        """Encoded prompts and pictures, modulations, what the layers made of texts."""
         for cache in (self.prompts, self.starts, self.times):
             cache.clear()
+        for conditions in self.conditions.values():
+            conditions.contexts.clear()
 
 
 def _request(row: Row) -> VideoRequest:

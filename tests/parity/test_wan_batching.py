@@ -16,6 +16,8 @@ from multimodal_gen.engine.core import EngineCore
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.messages import Checkpoint, Event, Failed, Finished, Gauges, RowState
 from multimodal_gen.pipelines import registry
+from multimodal_gen.pipelines.wan.model import WanTransformer
+from multimodal_gen.pipelines.wan.pipeline import WanPipeline
 from multimodal_gen.request import SamplingParams, VideoRequest
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
@@ -116,6 +118,21 @@ def test_a_text_read_at_every_step_gives_the_same_bits(wan_folder: Callable[...,
     kept, read = (engine(wan_folder(variant=variant), text_kv_cache=keep) for keep in (True, False))
     results = [run(core, [(0, request(core, "target", **TARGET))])[0]["target"] for core in (kept, read)]
     assert np.array_equal(*results)
+
+
+def test_a_text_is_read_once_for_all_videos_of_a_request(
+    wan_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they start at different steps; the last one frees it."""
+    core = engine(wan_folder(variant="t2v"), max_batch_tokens=1)  # one row at a time
+    reads = []
+    read = WanTransformer.read
+    monkeypatch.setattr(WanTransformer, "read", lambda *given: reads.append(1) or read(*given))
+    _, rows = run(core, [(0, request(core, "three", num_outputs_per_prompt=3, **TARGET))])
+    assert max(rows) == 1
+    assert len(reads) == 2  # the prompt and the negative prompt
+    assert isinstance(core.pipeline, WanPipeline)
+    assert not core.pipeline.conditions
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
