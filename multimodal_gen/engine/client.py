@@ -281,5 +281,6 @@ def total(parts: Sequence[Gauges]) -> Gauges | None:
     """Gauges of several replicas as one: the longest of the latest steps, sums of the rest."""
     if not parts:
         return None
-    sums = {name: sum(getattr(part, name) for part in parts) for name in Gauges.__struct_fields__}
+    values = [msgspec.structs.asdict(part) for part in parts]
+    sums = {name: sum(each[name] for each in values) for name in Gauges.__struct_fields__}
     return Gauges(**{**sums, "step_seconds": max(part.step_seconds for part in parts)})

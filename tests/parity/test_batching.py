@@ -11,12 +11,12 @@ import pytest
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.core import EngineCore
-from multimodal_gen.media.arrays import to_numpy
-from multimodal_gen.messages import Event, Failed, Finished, Gauges
+from multimodal_gen.messages import Failed
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ImageRequest, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
+from tests.support.stepping import note, run
 
 pytestmark = [pytest.mark.parity]
 
@@ -47,29 +47,6 @@ def request(core: EngineCore, name: str, *, prompt: str = PROMPT, **params: Any)
         max_cost=10**9,
         output="latent",
     )
-
-
-def run(core: EngineCore, arrivals: list[tuple[int, ImageRequest]]) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Latents of every request, and how many rows each step had."""
-    waiting = sorted(arrivals, key=lambda arrival: arrival[0])
-    latents: dict[str, np.ndarray] = {}
-    rows: list[int] = []
-    clock = 0
-    while waiting or not core.idle:
-        while waiting and waiting[0][0] <= clock:
-            core.add(waiting.pop(0)[1])
-        for event in core.step():
-            _note(event, latents, rows)
-        clock += 1
-    return latents, rows
-
-
-def _note(event: Event, latents: dict[str, np.ndarray], rows: list[int]) -> None:
-    assert not isinstance(event, Failed), event
-    if isinstance(event, Finished):
-        latents[event.request_id] = np.stack([to_numpy(array) for array in event.outputs])
-    elif isinstance(event, Gauges):
-        rows.append(event.step_rows)
 
 
 def alone_and_together(core: EngineCore) -> tuple[np.ndarray, np.ndarray]:
@@ -134,12 +111,12 @@ def test_leaving_midway_leaves_no_trace(z_image_folder: Callable[..., Path]) -> 
     latents: dict[str, np.ndarray] = {}
     for _ in range(3):
         for event in core.step():
-            _note(event, latents, [])
+            note(event, latents, [])
     (failed,) = core.cancel("leaver")
     assert isinstance(failed, Failed)
     assert failed.error.code == "cancelled"
     while not core.idle:
         for event in core.step():
-            _note(event, latents, [])
+            note(event, latents, [])
     assert list(latents) == ["target"]
     assert np.array_equal(latents["target"], alone["target"])

@@ -13,14 +13,14 @@ from PIL import Image
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.core import EngineCore
-from multimodal_gen.media.arrays import to_numpy
-from multimodal_gen.messages import Checkpoint, Event, Failed, Finished, Gauges, RowState
+from multimodal_gen.messages import Checkpoint, Failed, RowState
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.wan.model import WanTransformer
 from multimodal_gen.pipelines.wan.pipeline import WanPipeline
 from multimodal_gen.request import SamplingParams, VideoRequest
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
+from tests.support.stepping import note, run
 from tests.support.wan_checkpoints import VARIANTS
 
 pytestmark = [pytest.mark.parity]
@@ -65,29 +65,6 @@ def request(core: EngineCore, name: str, *, prompt: str = PROMPT, every: int = 0
     )
     assert isinstance(made, VideoRequest)
     return made
-
-
-def run(core: EngineCore, arrivals: list[tuple[int, VideoRequest]]) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Latents of every request, and how many rows each step had."""
-    waiting = sorted(arrivals, key=lambda arrival: arrival[0])
-    latents: dict[str, np.ndarray] = {}
-    rows: list[int] = []
-    clock = 0
-    while waiting or not core.idle:
-        while waiting and waiting[0][0] <= clock:
-            core.add(waiting.pop(0)[1])
-        for event in core.step():
-            note(event, latents, rows)
-        clock += 1
-    return latents, rows
-
-
-def note(event: Event, latents: dict[str, np.ndarray], rows: list[int]) -> None:
-    assert not isinstance(event, Failed), event
-    if isinstance(event, Finished):
-        latents[event.request_id] = np.stack([to_numpy(array) for array in event.outputs])
-    elif isinstance(event, Gauges):
-        rows.append(event.step_rows)
 
 
 def alone_and_together(core: EngineCore) -> tuple[np.ndarray, np.ndarray]:
