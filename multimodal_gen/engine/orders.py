@@ -52,9 +52,9 @@ class Orders:
         return done
 
     async def rest(self, message: Sleep | Wake, group: WorkerGroup | None) -> MemoryChanged:
-        """Have the group sleep or wake. One that is to be started anew is awake when it is ready.
+        """The group's answer, which may be an error. One that is to be started anew is awake when it is ready.
 
-        Raises: the error of the worker; what `fail` was called with.
+        Raises: what `fail` was called with: the group is gone, or going.
         """
         done = await self._obeyed(message, group)
         assert isinstance(done, MemoryChanged), done
@@ -77,10 +77,9 @@ class Orders:
         order = self._order
         if order is None or order.message.id != message.id or order.answer.done():
             return
-        error = None if isinstance(message, LorasChanged) else message.error
-        if error is not None:
-            self.fail(rebuilt(error))
-        elif not isinstance(message, LorasRefused):
+        if isinstance(message, LorasRefused):
+            self.fail(rebuilt(message.error))
+        else:
             order.answer.set_result(message)
 
     def ready(self, message: Ready) -> None:

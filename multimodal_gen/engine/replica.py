@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -24,6 +25,7 @@ from multimodal_gen.errors import (
     DeadlineExceeded,
     MmgenError,
     ModelLoading,
+    ShuttingDown,
     WeightsUnavailable,
     WorkerCrashed,
 )
@@ -158,20 +160,16 @@ class Replica:
     async def sleep(self) -> MemoryChanged:
         """Give all memory of the model back; it has no requests. A group that cannot, or is starting, is ended."""
         self._wanted.clear()
-        done = MemoryChanged("", 0.0)
-        if self.state == "asleep":
-            return done
-        try:
-            if self.state != "ready":
-                raise ModelLoading("The worker is starting.")
-            done = await self._orders.rest(Sleep(uuid.uuid4().hex), self._group)
-        except MmgenError as error:
-            log.warning("replica %d is ended to give its memory back: %s", self.number, error.message)
-            self._end_group()
-            await self._away.wait()
         if self.state == "ready":
-            self.state = "asleep"
-        return done
+            with contextlib.suppress(WorkerCrashed, ShuttingDown):
+                done = await self._orders.rest(Sleep(uuid.uuid4().hex), self._group)
+                if done.error is None:
+                    self.state = "asleep"
+                    return done
+                log.error("replica %d is ended to give its memory back: %s", self.number, done.error.message)
+        if self.state != "asleep":
+            await self._ended()
+        return MemoryChanged("", 0.0)
 
     async def wake(self) -> MemoryChanged:
         """Bring the model back; where its group has ended, by starting another one.
@@ -185,12 +183,19 @@ class Replica:
             done = await self._orders.rest(Wake(uuid.uuid4().hex), self._group)
         except MmgenError:
             self._wanted.clear()
-            if self.state == "waking":
-                self.state = "asleep"
+            await self._ended()
             raise
+        if done.error is not None:
+            self.state = "asleep"
+            raise rebuilt(done.error)
         self._wanted.set()
         self.state = "ready"
         return done
+
+    async def _ended(self) -> None:
+        """End the group and wait until it is gone; no other one is wanted."""
+        self._end_group()
+        await self._away.wait()
 
     # --- supervision ----------------------------------------------------------------------------------------------
 

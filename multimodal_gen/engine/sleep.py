@@ -27,12 +27,19 @@ from multimodal_gen.pipelines.contract import Pipeline
 class Sleeper:
     """Puts one engine to sleep and wakes it."""
 
-    def __init__(self, pipeline: Pipeline, ranks: Ranks, attempt: Attempts, load_timeout_s: float) -> None:
-        """`load_timeout_s` is how long one rank waits for the others to be awake."""
+    def __init__(
+        self, pipeline: Pipeline, ranks: Ranks, attempt: Attempts, load_timeout_s: float, on_wake: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            load_timeout_s: how long one rank waits for the others to be awake.
+            on_wake: called once the weights are back; tests fail there.
+        """
         self._pipeline = pipeline
         self._ranks = ranks
         self._attempt = attempt
         self._load_timeout_s = load_timeout_s
+        self._on_wake = on_wake
 
     @property
     def asleep(self) -> bool:
@@ -69,19 +76,25 @@ class Sleeper:
         return MemoryChanged(order.id, time.monotonic() - began, freed, self.weights, told)
 
     def _sleep(self) -> None:
-        self._pipeline.reset()
-        self._pipeline.memory.sleep()
-        give_back()
+        try:
+            self._pipeline.reset()
+            self._pipeline.memory.sleep()
+            give_back()
+        except MmgenError:
+            raise
+        except Exception as error:
+            raise _as_ours(error, "put to sleep") from error
 
     def _wake(self) -> None:
         try:
             self._pipeline.memory.wake()
+            self._on_wake()
         except CorruptModel as error:  # it was whole when the model was loaded
             raise WeightsUnavailable(f"The model cannot be woken: {error.message}") from error
         except MmgenError:
             raise
         except Exception as error:
-            raise _as_ours(error) from error
+            raise _as_ours(error, "woken") from error
 
     def _held(self) -> int:
         """Bytes of this process that sleep gives back."""
@@ -92,10 +105,10 @@ class Sleeper:
         return sum(int(part) for part in self._ranks.gather(str(own).encode())) if not self._ranks.alone else own
 
 
-def _as_ours(error: Exception) -> MmgenError:
+def _as_ours(error: Exception, what: str) -> MmgenError:
     if is_out_of_memory(error):
-        return OutOfMemory("There is not enough memory to wake the model. Free some, then wake it again.")
-    return GenerationFailed(f"The model cannot be woken ({type(error).__name__}); the server's log has more.")
+        return OutOfMemory(f"The model cannot be {what}: there is not enough memory. Free some, then try again.")
+    return GenerationFailed(f"The model cannot be {what} ({type(error).__name__}); the server's log has more.")
 
 
 def use_of(use: MemoryUse) -> WeightsUse:

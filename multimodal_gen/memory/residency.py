@@ -45,7 +45,11 @@ class Memory:
         """Free all weights."""
         if self.asleep:
             return
-        save_file({name: p.data.clone() for name, p in self._parameters.items()}, self._file)
+        self._strides = {name: p.stride() for name, p in self._parameters.items()}
+        save_file(
+            {name: p.data.clone(memory_format=torch.contiguous_format) for name, p in self._parameters.items()},
+            self._file,
+        )
         for p in self._parameters.values():
             p.data = torch.empty(0, dtype=p.dtype)
         self.use.device_bytes, self.use.tiers, self.asleep = 0, {"device": 0}, True
@@ -61,7 +65,7 @@ class Memory:
             raise CorruptModel(f"transformer/{weights.name} is not there.")
         found = load_file(self._file)
         for name, p in self._parameters.items():
-            p.data = found[name]
+            p.data = torch.empty_strided(found[name].shape, self._strides[name], dtype=p.dtype).copy_(found[name])
         total = sum(p.nbytes for p in self._parameters.values())
         self.use.device_bytes, self.use.tiers, self.asleep = total, {"device": total}, False
         self.use.moved_bytes += total

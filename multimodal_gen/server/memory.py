@@ -31,9 +31,9 @@ def router(context: Context) -> APIRouter:
     async def wake(request: Request) -> dict[str, Any]:
         await read_fields(request, ())
         began = time.monotonic()
-        done = await context.engine.wake()
+        await context.engine.wake()
         seconds = round(time.monotonic() - began, 4)
-        return {"status": "ready", "device_bytes": done.weights.device_bytes, "seconds": seconds}
+        return {"status": "ready", "device_bytes": context.engine.weights.device_bytes, "seconds": seconds}
 
     return routes
 
