@@ -75,8 +75,5 @@ def load(card: ModelCard, config: EngineConfig, mesh: Mesh | None = None) -> Pip
     from multimodal_gen.parallel.mesh import Mesh
 
     spec = find(card.pipeline_class)
-    from multimodal_gen.memory.residency import Memory
-
     pipeline: Pipeline = _import(spec.pipeline)(card, config, mesh or Mesh.solo())
-    pipeline.memory = Memory(pipeline, card.path)
     return pipeline
