@@ -64,14 +64,19 @@ class Place:
         share = tuple(self.view().shape)
         return share if self.cut is None else self.cut.whole(share)
 
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter or buffer that holds it, maybe with others."""
+        own = dict(self.layer.named_parameters(recurse=False)) | dict(self.layer.named_buffers(recurse=False))
+        return own[self.name]
+
     def view(self) -> Tensor:
         """The memory that the checkpoint's tensor, or the piece of it, fills, in the checkpoint's layout."""
         if isinstance(self.layer, Slotted) and self.name == "weight":
             return self.layer.slot(self.part)
         if isinstance(self.layer, Slotted) and self.name == "bias":
             return self.layer.bias_slot(self.part)
-        own = dict(self.layer.named_parameters(recurse=False)) | dict(self.layer.named_buffers(recurse=False))
-        return own[self.name].detach()
+        return self.tensor.detach()
 
 
 class Recipe(Protocol):
@@ -236,10 +241,15 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     What has memory, buffers that a model computed for itself, moves to `device`.
     """
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    clear_padding(model)
+
+
+def clear_padding(model: nn.Module) -> None:
+    """Zero what no checkpoint tensor fills."""
     for layer in model.modules():
-        if isinstance(layer, Slotted) and layer.padded:
-            for parameter in layer.parameters(recurse=False):
-                parameter.zero_()
+        if isinstance(layer, Slotted):
+            for view in layer.padding():
+                view.zero_()
 
 
 def load_weights(

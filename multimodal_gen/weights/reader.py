@@ -11,6 +11,7 @@ of the processor's time and without driving other files out (decision 019).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import mmap
 import os
@@ -135,8 +136,7 @@ class TensorFile:
         assert target.nbytes == (last - first) * row_bytes, key
         if target.nbytes:
             with self._reading(direct=False) as file:
-                view = target.view(-1).view(torch.uint8).numpy().data
-                self._pread(file, view, self._start + info.begin + first * row_bytes)
+                self._pread(file, _bytes_of(target), self._start + info.begin + first * row_bytes)
 
     def same_dtype(self, key: str, dtype: torch.dtype) -> bool:
         """Whether a tensor is stored in this dtype."""
@@ -221,6 +221,11 @@ class TensorFile:
                 done += count
         except OSError as error:
             raise CorruptModel(f"{self.path} cannot be read: {error.strerror}.") from None
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor; `Tensor.numpy` would keep its storage from ever being freed (`resize_`)."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _dtype(info: TensorInfo, path: Path) -> torch.dtype:
