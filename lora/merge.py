@@ -22,8 +22,8 @@ from multimodal_gen.lora.updates import LowRank, Update
 from multimodal_gen.nn.slots import Cut
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.weights.loading import Change
 
-CHUNK_BYTES = 8 << 20  # float32 rows that are summed at a time: they stay in the cache, and occupy all cores
 SAMPLED_WEIGHTS = 12
 SAMPLED_ROWS = 64
 
@@ -116,23 +116,20 @@ class Merge:
         """Whether it reads whole rows where only some columns of them are held."""
         return self.columns is not None
 
-    def begin(self, view: Tensor) -> Callable[[slice, Tensor], None]:
+    def begin(self, device: torch.device, dtype: torch.dtype) -> Change:
         """What is returned raises AdapterError for sums that overflow."""
-        ready = stacked([(update.on(view.device), strength) for update, strength in self.updates])
+        ready = stacked([(update.on(device), strength) for update, strength in self.updates])
 
-        def write(rows: slice, pristine: Tensor) -> None:
-            step = max(1, CHUNK_BYTES // (4 * pristine[:1].numel()))
-            for start in range(0, len(pristine), step):
-                part = pristine[start : start + step].to(view.device, torch.float32, copy=True)
-                at = slice(rows.start + start, rows.start + start + len(part))
-                total = _sum(part, ready, at)
-                view[at].copy_(total if self.columns is None else total[:, self.columns.piece(total.shape[1])])
-                if not view[at].sum(dtype=torch.float32).isfinite():
-                    raise AdapterError(
-                        "The adapters overflow the model's numbers at these strengths; lower them, or the alpha."
-                    )
+        def change(rows: slice, pristine: Tensor) -> Tensor:
+            total = _sum(pristine.to(device, torch.float32, copy=True), ready, rows)
+            merged = (total if self.columns is None else total[:, self.columns.piece(total.shape[1])]).to(dtype)
+            if not merged.sum(dtype=torch.float32).isfinite():
+                raise AdapterError(
+                    "The adapters overflow the model's numbers at these strengths; lower them, or the alpha."
+                )
+            return merged
 
-        return write
+        return change
 
 
 def stacked(updates: Sequence[tuple[Update, float]]) -> list[tuple[Update, float]]:

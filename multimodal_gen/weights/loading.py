@@ -79,6 +79,11 @@ class Place:
         return self.tensor.detach()
 
 
+Change = Callable[
+    [slice, Tensor], Tensor
+]  # which rows of the tensor held here, those rows as the file has them → changed
+
+
 class Recipe(Protocol):
     """How a tensor is changed on its way from the file into the model; immutable."""
 
@@ -86,8 +91,8 @@ class Recipe(Protocol):
     def whole(self) -> bool:
         """Whether it reads whole rows where only some columns of them are held."""
 
-    def begin(self, view: Tensor) -> Callable[[slice, Tensor], None]:
-        """Start to write `view`, the place; what is returned is called with rows of it and the pristine rows."""
+    def begin(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """What makes rows of the model's tensor, on a device and in a dtype."""
 
 
 class WeightTree:
@@ -193,9 +198,9 @@ class WeightTree:
             file.read_into(key, rows, view)
             return
         whole = recipe is not None and recipe.whole
-        write = _copy_into(view) if recipe is None else recipe.begin(view)
+        change = _unchanged if recipe is None else recipe.begin(view.device, view.dtype)
         for at, block in file.blocks(key, rows, direct=direct):
-            write(at, block if columns is None or whole else block[(slice(None), *columns[1:])])
+            view[at].copy_(change(at, block if columns is None or whole else block[(slice(None), *columns[1:])]))
 
     def read(self, keys: Iterable[str], whole: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these keys as the files hold them, file by file.
@@ -216,11 +221,8 @@ class WeightTree:
             file.check()
 
 
-def _copy_into(view: Tensor) -> Callable[[slice, Tensor], None]:
-    def copy(rows: slice, block: Tensor) -> None:
-        view[rows].copy_(block)
-
-    return copy
+def _unchanged(_rows: slice, pristine: Tensor) -> Tensor:
+    return pristine
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.weights.header import TensorInfo, read_header
 
-BLOCK_BYTES = 8 << 20  # of a file that are read at a time
+BLOCK_BYTES = 4 << 20  # of a file that are read at a time: they stay in the cache while adapters are merged into them
 SECTOR = 4096  # O_DIRECT wants offsets, lengths and addresses that are multiples of it
 SAMPLE_BYTES = 64  # of every tensor, to know a file again
 

@@ -187,9 +187,10 @@ class WanPipeline:
     def denoise(self, rows: Sequence[Row]) -> None:
         """One step for every row; rows of one expert share a forward, with `deterministic` every row has its own."""
         batches = [[row] for row in rows] if self.deterministic else self._by_expert(rows)
-        found = {
-            id(row): velocity for batch in batches for row, velocity in zip(batch, self._velocities(batch), strict=True)
-        }
+        found: dict[int, Tensor] = {}
+        for index, batch in enumerate(batches):
+            self._foresee(batch, batches[index + 1 :], rows)
+            found |= {id(row): velocity for row, velocity in zip(batch, self._velocities(batch), strict=True)}
         advanced = [_state(row).advance(_latents(row), found[id(row)], row.step) for row in rows]
         for row, (latents, sampler) in zip(rows, advanced, strict=True):
             row.latents, row.sampler = latents, sampler
@@ -203,6 +204,15 @@ class WanPipeline:
 
     def _expert(self, row: Row) -> str:
         return self.experts.at(_time(row))
+
+    def _foresee(self, batch: Sequence[Row], later: Sequence[Sequence[Row]], rows: Sequence[Row]) -> None:
+        """What is fetched while this batch's last layers compute: the forward that follows, maybe of the other expert."""
+        if later:
+            following = self._expert(later[0][0])
+        else:
+            ahead = {self.experts.at(_time(row, 1)) for row in rows if row.step + 1 < row.request.num_inference_steps}
+            following = next((name for name in self.experts.names if name in ahead), self.experts.names[0])
+        self.memory.follow(self._expert(batch[0]), following)
 
     def _velocities(self, rows: Sequence[Row]) -> list[Tensor]:
         """Guided dx/dσ of each row of one expert, float32 [C, f, h, w]."""
@@ -334,6 +344,6 @@ def _state(row: Row) -> State:
     return state
 
 
-def _time(row: Row) -> float:
-    """Timestep of the row's next step: 1000 noise … 0 clean."""
-    return float(_state(row).timesteps[row.step])
+def _time(row: Row, ahead: int = 0) -> float:
+    """Timestep of the row's next step, or of one after it: 1000 noise … 0 clean."""
+    return float(_state(row).timesteps[row.step + ahead])

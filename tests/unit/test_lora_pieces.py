@@ -31,10 +31,10 @@ def make(kind: str) -> Update:
 
 
 def write(view: torch.Tensor, pristine: torch.Tensor, updates: Addends, columns: Cut | None = None) -> None:
-    put = Merge(updates, columns).begin(view)
+    change = Merge(updates, columns).begin(view.device, view.dtype)
     for start in range(0, len(pristine), 5):
         rows = slice(start, min(start + 5, len(pristine)))
-        put(rows, pristine[rows])
+        view[rows] = change(rows, pristine[rows])
 
 
 KINDS = ("low rank", "full", "hadamard", "kronecker", "kronecker of a part", "dora", "dora of kronecker")
