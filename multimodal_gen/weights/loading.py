@@ -202,6 +202,18 @@ class WeightTree:
         for at, block in file.blocks(key, rows, direct=direct):
             view[at].copy_(change(at, block if columns is None or whole else block[(slice(None), *columns[1:])]))
 
+    def rows(self, key: str, indices: Sequence[int]) -> Tensor:
+        """Some rows of a tensor, in the order asked for, as `fill` would write them. Raises: as `fill`."""
+        place, file, recipe = self.places[key], self._file_of[key], self.recipes.get(key)
+        assert place.cut is None, f"{key}: ranks that share a tensor hold its rows"
+        found = torch.empty(len(indices), *self.shapes[key][1:], dtype=place.tensor.dtype)
+        change = _unchanged if recipe is None else recipe.begin(found.device, found.dtype)
+        for position, index in enumerate(indices):
+            row = slice(index, index + 1)
+            for _, block in file.blocks(key, row):
+                found[position : position + 1].copy_(change(row, block))
+        return found
+
     def read(self, keys: Iterable[str], whole: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these keys as the files hold them, file by file.
 

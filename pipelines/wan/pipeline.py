@@ -206,7 +206,7 @@ class WanPipeline:
         return self.experts.at(_time(row))
 
     def _foresee(self, batch: Sequence[Row], later: Sequence[Sequence[Row]], rows: Sequence[Row]) -> None:
-        """What is fetched while this batch's last layers compute: the forward that follows, maybe of the other expert."""
+        """What is fetched while this batch's last layers compute: the next forward, maybe of the other expert."""
         if later:
             following = self._expert(later[0][0])
         else:
