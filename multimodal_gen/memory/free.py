@@ -1,6 +1,0 @@
-import psutil
-import torch
-
-
-def free_bytes(device: torch.device) -> int:
-    return psutil.virtual_memory().available
