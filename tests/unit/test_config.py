@@ -148,7 +148,7 @@ def test_keywords_may_be_paths_and_tuples():
         ({"offload": "layers"}, "none, layerwise, component. Did you mean 'layerwise'?"),
         (
             {"offload_components": "vae=praked"},
-            "'praked' is none of streamed, parked. Did you mean 'parked'?",
+            "resident, streamed, parked. Did you mean 'parked'?",
         ),
         ({"offload_components": ["vae", "vae=parked"]}, "vae is named twice"),
         ({"offload_components": ["text encoder"]}, "is no NAME or NAME=RESIDENCY, as in text_encoder=parked"),
