@@ -52,15 +52,19 @@ class Search:
         return way.weights if self.wishes.offload == "none" else way.peak
 
     def best(self, limit: int) -> Way | None:
-        """The cheapest way that is within `limit`; None where there is none.
+        """The cheapest way that is within `limit`, with what room is left given to encoders; None where there is none.
 
         Raises: ConfigError where something has to stream and the prefetch is too small for a layer of it.
         """
+        found = self.cheapest(limit)
+        return found and self._fill_encoders(found, limit)
+
+    def cheapest(self, limit: int) -> Way | None:
+        """As `best`, with encoders resident or without resident layers."""
         ways = list(self.ways())
         if not ways:
             raise self._prefetch_too_small()
-        found = min((way for way in ways if self.needs(way) <= limit), key=lambda way: way.rank, default=None)
-        return found and self._fill_encoders(found, limit)
+        return min((way for way in ways if self.needs(way) <= limit), key=lambda way: way.rank, default=None)
 
     def smallest(self) -> Way:
         """The way that needs least."""
