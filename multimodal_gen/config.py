@@ -1,29 +1,28 @@
 """Settings: one schema becomes the CLI flags, the MMGEN_* variables, the --config file and `from_pretrained` keywords.
 
-A field `max_batch_tokens` is the flag `--max-batch-tokens`, the variable `MMGEN_MAX_BATCH_TOKENS`, the YAML key and
-the keyword `max_batch_tokens`. Order of precedence: flag > variable > file > default. Nothing else reads our variables.
+`settings.py` settles their values; a field may name the function that reads what was written (`extra={"parse": …}`).
 """
 
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from multimodal_gen.errors import ConfigError, did_you_mean
+from multimodal_gen.errors import ConfigError
+from multimodal_gen.offload import parse_components, parse_pin, parse_prefetch
+from multimodal_gen.units import parse_size
 
-ENV_PREFIX = "MMGEN_"
 DEFAULT_MODEL = "emoji-image"
 
 Positive = Meta(gt=0)
 # A bound belongs to the number, not to the union with None around it: msgspec refuses it there.
 AtLeastOne = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +84,48 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     vae_tiling: Annotated[
         bool, Meta(description="decode large pictures by overlapping tiles, which ranks share; slightly approximate")
     ] = False
+    offload: Annotated[
+        Literal["auto", "none", "layerwise", "component"],
+        Meta(description="what leaves the device while it is not needed; auto = nothing where all fits, else the best"),
+    ] = "auto"
+    offload_components: Annotated[
+        list[str],
+        Meta(
+            description="what may leave the device: NAME, or NAME=resident, NAME=streamed, NAME=parked to say how",
+            extra={"parse": parse_components},
+        ),
+    ] = []
+    prefetch_layers: Annotated[
+        str,
+        Meta(
+            description="layers that a stream fetches ahead of the one that computes: a number, or a size as in 1.5GB",
+            extra={"parse": parse_prefetch},
+        ),
+    ] = "1"
+    resident_layers: Annotated[
+        NotNegative | None, Meta(description="layers of a streamed transformer that stay; default: as many as fit")
+    ] = None
+    device_memory_limit: Annotated[
+        int | None,
+        Meta(
+            description="memory for weights and work on each device (12GB, 1.5GiB); default: what is free",
+            extra={"parse": parse_size},
+        ),
+    ] = None
+    host_memory_limit: Annotated[
+        int | None,
+        Meta(
+            description="RAM for weights beyond the device, on a CPU for cached model files; default: what is free",
+            extra={"parse": parse_size},
+        ),
+    ] = None
+    pin_memory: Annotated[
+        int | None,
+        Meta(
+            description="how much of that is page-locked for fast copies to a GPU; default auto: at most half of it",
+            extra={"parse": parse_pin},
+        ),
+    ] = None
     max_consecutive_errors: Annotated[
         int, Meta(ge=1, description="failures in a row after which the worker is declared sick and restarted")
     ] = 3
@@ -154,104 +195,6 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
 
-Settings = TypeVar("Settings", bound=msgspec.Struct)
-
-
-class Option(msgspec.Struct, frozen=True):
-    """One settings field as a face of the program sees it."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-
-    @property
-    def flag(self) -> str:
-        """The CLI flag."""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the flag takes no value."""
-        return self.type is bool
-
-    @property
-    def is_list(self) -> bool:
-        """Whether the flag may be repeated."""
-        return get_origin(self.type) is list
-
-    @property
-    def choices(self) -> tuple[str, ...] | None:
-        """Allowed words, where the type is a Literal."""
-        return get_args(self.type) if get_origin(self.type) is Literal else None
-
-    @property
-    def is_secret(self) -> bool:
-        """Whether the value must not be shown."""
-        return self.name in ("api_key", "admin_api_key")
-
-
-class Setting(msgspec.Struct, frozen=True):
-    """One settled setting and where its value came from."""
-
-    option: Option
-    value: Any
-    origin: str
-    """`arguments`, the name of a variable, the path of the file, or `default`"""
-
-    @property
-    def shown(self) -> Any:
-        """The value as it may be printed."""
-        return "(hidden)" if self.option.is_secret and self.value is not None else self.value
-
-
-def options(schema: type[msgspec.Struct]) -> list[Option]:
-    """The fields of a settings class, in declaration order."""
-    hints = get_type_hints(schema, include_extras=True)
-    found = []
-    for field in msgspec.structs.fields(schema):
-        hint = hints[field.name]
-        text = next(m.description for m in hint.__metadata__ if m.description)
-        default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-        found.append(Option(field.name, hint.__origin__, default, text))
-    return found
-
-
-def load(
-    schema: type[Settings],
-    given: Mapping[str, Any],
-    *,
-    file: str | Path | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Settings:
-    """Settle all settings of `schema` from keywords or flags, the environment, a YAML file and the defaults.
-
-    A keyword that is None, an empty variable and an empty YAML value count as not given.
-    Raises: ConfigError naming the option, where its value came from, and what is allowed.
-    """
-    return schema(**{s.option.name: s.value for s in settle(schema, given, file=file, environ=environ)})
-
-
-def settle(
-    schema: type[msgspec.Struct],
-    given: Mapping[str, Any],
-    *,
-    file: str | Path | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> list[Setting]:
-    """What `load` settles, with the origin of every value, in declaration order. Raises as `load`."""
-    known = {option.name: option for option in options(schema)}
-    settled = {name: Setting(option, option.default, "default") for name, option in known.items()}
-    for found in (
-        _from_file(file, known) if file else [],
-        _from_environment(os.environ if environ is None else environ, known),
-        _from_arguments(given, known),
-    ):
-        for name, value, origin in found:
-            settled[name] = Setting(known[name], _convert(known[name], value, schema, origin), origin)
-    return list(settled.values())
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server bound to `host`; names other than localhost are not trusted."""
     if host == "localhost":
@@ -280,86 +223,6 @@ def check_bind(config: ServerConfig) -> None:
         )
 
 
-Found = Iterable[tuple[str, Any, str]]  # name, value, origin
-
-
-def _from_arguments(given: Mapping[str, Any], known: Mapping[str, Option]) -> Found:
-    for name, value in given.items():
-        if name not in known:
-            raise ConfigError(f"Unknown setting {name!r}." + did_you_mean(name, known), param=name)
-        if value is not None:
-            yield name, os.fspath(value) if isinstance(value, os.PathLike) else value, "arguments"
-
-
-def _from_environment(environ: Mapping[str, str], known: Mapping[str, Option]) -> Found:
-    for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        name = variable[len(ENV_PREFIX) :].lower()
-        if name not in _all_names():
-            raise ConfigError(
-                f"Unknown environment variable {variable}."
-                + did_you_mean(variable, [ENV_PREFIX + n.upper() for n in _all_names()]),
-                param=name,
-            )
-        if name in known and value:
-            yield name, value, variable
-
-
-def _from_file(path: str | Path, known: Mapping[str, Option]) -> Found:
-    for key, value in _read_file(path).items():
-        name = str(key).replace("-", "_")
-        # One file may serve `mmgen serve` and `mmgen generate`, which has no server settings.
-        if name not in _all_names():
-            raise ConfigError(f"Unknown setting {str(key)!r} in {path}." + did_you_mean(name, _all_names()), param=name)
-        if name in known and value is not None:
-            yield name, value, str(path)
-
-
-def _all_names() -> list[str]:
-    return [field.name for field in msgspec.structs.fields(ServerConfig)]
-
-
-def _convert(option: Option, value: Any, schema: type[msgspec.Struct], origin: str) -> Any:
-    hint = get_type_hints(schema, include_extras=True)[option.name]
-    if option.is_list and isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    try:
-        converted = msgspec.convert(value, hint, strict=False)
-    except msgspec.ValidationError as error:
-        raise _invalid(option, value, origin, str(error)) from None
-    if isinstance(converted, float) and not math.isfinite(converted):
-        raise _invalid(option, value, origin, "Expected a finite number")
-    return converted
-
-
-def _invalid(option: Option, value: Any, origin: str, why: str) -> ConfigError:
-    shown = "the given value" if option.is_secret else repr(value)[:80]
-    source = "" if origin == "arguments" else f" (from {origin})"
-    if option.choices:
-        why = f"choose one of {', '.join(option.choices)}.{did_you_mean(str(value), option.choices)}"
-    elif option.is_switch:
-        why = "it is true or false."
-    else:
-        why = f"{why[0].lower()}{why[1:].replace('`', '')}. It is: {option.help}."
-    return ConfigError(f"{option.flag} cannot be {shown}{source}: {why}", param=option.name)
-
-
-def _read_file(path: str | Path) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ConfigError(f"Cannot read the configuration file {path}: {reason}.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"The configuration file {path} must hold a mapping of setting names to values.")
-    return content
-
-
 def data_folder(config: ServerConfig) -> Path:
     """Where this server keeps what must outlive it. Raises: ConfigError when nobody says and there is no home."""
     base = os.environ.get("XDG_DATA_HOME", "")
@@ -373,6 +236,5 @@ def data_folder(config: ServerConfig) -> Path:
 
 def engine_part(config: EngineConfig) -> EngineConfig:
     """The engine's share of the settings: what a worker needs to know, and nothing of the front's secrets."""
-    return EngineConfig(
-        **{option.name: msgspec.structs.asdict(config)[option.name] for option in options(EngineConfig)}
-    )
+    values = msgspec.structs.asdict(config)
+    return EngineConfig(**{field.name: values[field.name] for field in msgspec.structs.fields(EngineConfig)})

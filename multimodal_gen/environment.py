@@ -7,7 +7,8 @@ import sys
 
 import msgspec
 
-from multimodal_gen.config import ENV_PREFIX, EngineConfig, engine_part
+from multimodal_gen.config import EngineConfig, engine_part
+from multimodal_gen.settings import ENV_PREFIX
 
 # An idle OpenMP thread spins before it sleeps, by default for milliseconds: with one other busy process on the machine
 # it keeps the core from whoever has work, and a step takes up to twenty times as long. Sleeping at once doubles a small

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import msgspec
 
-from multimodal_gen import config as settings
+from multimodal_gen import settings
 from multimodal_gen.adapters import (
     AdapterUse,
     Change,

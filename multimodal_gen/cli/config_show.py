@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from multimodal_gen.cli.flags import Arguments, Parser, add_settings, given_settings
 from multimodal_gen.cli.text import as_json, columns
-from multimodal_gen.config import ServerConfig, settle
+from multimodal_gen.config import ServerConfig
 from multimodal_gen.errors import ConfigError, did_you_mean
+from multimodal_gen.settings import settle
 
 
 def add_arguments(parser: Parser) -> None:

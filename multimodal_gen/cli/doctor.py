@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 
 from multimodal_gen.cli.flags import Arguments, Parser, add_settings, read_settings
-from multimodal_gen.cli.text import as_json, columns, size
+from multimodal_gen.cli.text import as_json, columns
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import MmgenError
+from multimodal_gen.units import size
 
 
 def add_arguments(parser: Parser) -> None:

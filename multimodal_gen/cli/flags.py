@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from multimodal_gen.config import Option, Settings, load, options
 from multimodal_gen.errors import ConfigError, did_you_mean
+from multimodal_gen.settings import Option, Settings, load, options
 
 Arguments = argparse.Namespace
 

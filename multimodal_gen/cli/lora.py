@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal_gen.cli.flags import Arguments, Parser
-from multimodal_gen.cli.text import as_json, columns, size
-from multimodal_gen.config import EngineConfig, load
+from multimodal_gen.cli.text import as_json, columns
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, ConfigError, did_you_mean
 from multimodal_gen.lora.names import fits
 from multimodal_gen.lora.sources import DEFAULT_ROOT, resolve_path
 from multimodal_gen.pipelines import registry
+from multimodal_gen.settings import load
+from multimodal_gen.units import size
 
 if TYPE_CHECKING:
     from multimodal_gen.lora.adapter import Parsed

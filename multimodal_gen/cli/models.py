@@ -7,10 +7,12 @@ from typing import Any
 import msgspec
 
 from multimodal_gen.cli.flags import Arguments, Parser
-from multimodal_gen.cli.text import as_json, columns, size
-from multimodal_gen.config import EngineConfig, load
+from multimodal_gen.cli.text import as_json, columns
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ModelCard
+from multimodal_gen.settings import load
+from multimodal_gen.units import size
 
 
 def add_arguments(parser: Parser) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 from multimodal_gen.adapters import Pin
 from multimodal_gen.cli.flags import Arguments, given_settings, number
 from multimodal_gen.cli.replay import Replay, read_replay
-from multimodal_gen.config import EngineConfig, load
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError, InvalidSize, InvalidValue, ModelNotFound, did_you_mean
 from multimodal_gen.media.target import find_target
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import Media, ModelCard, SamplingParams
 from multimodal_gen.resolve import resolve
+from multimodal_gen.settings import load
 
 DEFAULT_FOLDER = "outputs"
 

@@ -17,12 +17,3 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
 def as_json(value: Any) -> str:
     """One JSON document; ASCII, so that any terminal and any pipe can carry it."""
     return json.dumps(value, indent=2)
-
-
-def size(count: float) -> str:
-    """A number of bytes for people: `1.5 GB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -16,7 +16,8 @@ LINKED = ("kernels", "lora", "pipelines")  # rooms at the root of the repository
 
 pytestmark = [pytest.mark.golden]
 
-CONTRACT = {"adapters", "errors", "config", "environment", "request", "resolve", "messages", "version"}
+CONTRACT = {"adapters", "config", "environment", "errors", "messages", "offload", "request", "resolve", "settings"}
+CONTRACT |= {"units", "version"}
 _LAYERS = {"attention", "nn", "parallel", "weights"}
 _MODELS = {"llm", "lora", "memory", "pipelines"} | _LAYERS | {"kernels"}
 # Room → the rooms it may import besides itself and the contract modules.
@@ -130,8 +131,10 @@ def run(code: str) -> str:
         "from multimodal_gen.config import EngineConfig\n"
         "from multimodal_gen.pipelines import registry\n"
         "plan(EngineConfig(ring_degree=2), registry.describe(EngineConfig()))",
+        "from multimodal_gen.memory.plan import Sizes, Wishes, plan\n"
+        "plan([Sizes('transformer', 'denoise', 1, (1, 1))], Wishes(), {}, 100, 'cuda')",
     ],
-    ids=["cli", "server", "public names", "describe", "plan"],
+    ids=["cli", "server", "public names", "describe", "plan", "memory plan"],
 )
 def test_what_runs_without_a_model_loads_no_torch(code: str) -> None:
     loaded = run(f"{code}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules])").split()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from multimodal_gen.config import ENV_PREFIX, EngineConfig, Option, ServerConfig, options
+from multimodal_gen.config import EngineConfig, ServerConfig
+from multimodal_gen.settings import ENV_PREFIX, Option, options
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 

@@ -19,11 +19,12 @@ from multimodal_gen.cli.flags import Parser
 from multimodal_gen.cli.generate import add_arguments
 from multimodal_gen.cli.main import COMMANDS, main
 from multimodal_gen.cli.plan import Plan, make_plan
-from multimodal_gen.config import EngineConfig, ServerConfig, options
+from multimodal_gen.config import EngineConfig, ServerConfig
 from multimodal_gen.errors import UserError
 from multimodal_gen.media.encode import encode_image
 from multimodal_gen.media.recipe import Recipe
 from multimodal_gen.request import OF_VIDEOS, ImageRequest
+from multimodal_gen.settings import options
 from multimodal_gen.version import __version__
 from multimodal_gen.weights.hub import ASSETS
 from tests.support.mmgen import environment

@@ -8,17 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from multimodal_gen.config import (
-    EngineConfig,
-    ServerConfig,
-    check_bind,
-    data_folder,
-    is_loopback,
-    load,
-    options,
-    settle,
-)
+from multimodal_gen.config import EngineConfig, ServerConfig, check_bind, data_folder, is_loopback
 from multimodal_gen.errors import ConfigError
+from multimodal_gen.settings import load, options, settle
 
 pytestmark = [pytest.mark.unit]
 
@@ -60,10 +52,12 @@ def test_every_option_has_help_and_one_of_the_known_shapes():
         "allowed_origins",
         "lora",
         "lora_root",
+        "offload_components",
     }
     assert {option.name: option.choices for option in options(ServerConfig) if option.choices} == {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "executor": ("process", "ray"),
+        "offload": ("auto", "none", "layerwise", "component"),
         "lora_merge_mode": ("auto", "merge", "dynamic"),
         "unknown_fields": ("error", "warn"),
         "log_level": ("debug", "info", "warning", "error"),
@@ -94,6 +88,13 @@ def test_flag_beats_variable_beats_file_beats_default(tmp_path):
         ("dtype", "bfloat16", "bfloat16"),
         ("allowed_hosts", "a.example, b.example,", ["a.example", "b.example"]),
         ("revision", "null", "null"),
+        ("device_memory_limit", "12GB", 12 * 10**9),
+        ("host_memory_limit", "1.5GiB", 3 << 29),
+        ("pin_memory", "500 MB", 500 * 10**6),
+        ("pin_memory", "auto", None),
+        ("prefetch_layers", "3", "3"),
+        ("prefetch_layers", "1.5 GB", "1.5GB"),
+        ("offload_components", "vae, text_encoder = parked", ["vae", "text_encoder=parked"]),
     ],
 )
 def test_variables_are_text(name, text, value):
@@ -131,6 +132,26 @@ def test_keywords_may_be_paths_and_tuples():
             "--dtype cannot be 'flaot32': choose one of auto, float32, bfloat16, float16. Did you mean 'float32'?",
         ),
         ({"allowed_hosts": [1]}, "--allowed-hosts cannot be [1]"),
+        (
+            {"device_memory_limit": "12"},
+            "--device-memory-limit cannot be '12': say which unit: 12GB or 12MB.",
+        ),
+        (
+            {"device_memory_limit": "12 GP"},
+            "there is no unit GP; use one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB. It is:",
+        ),
+        ({"host_memory_limit": "-1GB"}, "cannot be '-1GB': a size is a number and a unit, as in 12GB, 500 MB or 1.5"),
+        ({"pin_memory": "yes"}, "--pin-memory cannot be 'yes': a size is a number and a unit"),
+        ({"prefetch_layers": "-1"}, "--prefetch-layers cannot be '-1': a size is a number and a unit"),
+        ({"prefetch_layers": 5000}, "--prefetch-layers cannot be 5000: it is 0 to 1024 layers, or a size with its"),
+        ({"resident_layers": -1}, "--resident-layers cannot be -1: expected int >= 0"),
+        ({"offload": "layers"}, "none, layerwise, component. Did you mean 'layerwise'?"),
+        (
+            {"offload_components": "vae=praked"},
+            "resident, streamed, parked. Did you mean 'parked'?",
+        ),
+        ({"offload_components": ["vae", "vae=parked"]}, "vae is named twice"),
+        ({"offload_components": ["text encoder"]}, "is no NAME or NAME=RESIDENCY, as in text_encoder=parked"),
         ({"prot": 5}, "Unknown setting 'prot'. Did you mean 'port'?"),
     ],
 )
