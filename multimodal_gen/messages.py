@@ -164,7 +164,8 @@ class WeightsUse(msgspec.Struct, frozen=True):
     device_bytes: int = 0
     pinned_bytes: int = 0
     pageable_bytes: int = 0
-    page_cache_bytes: int = 0
+    file_bytes: int = 0
+    """that are only in the checkpoint's files, or in the kernel's cache of them"""
     moved_bytes: int = 0
     """onto the device"""
     loads: int = 0
@@ -179,7 +180,7 @@ class WeightsUse(msgspec.Struct, frozen=True):
             "device": self.device_bytes,
             "pinned": self.pinned_bytes,
             "pageable": self.pageable_bytes,
-            "page_cache": self.page_cache_bytes,
+            "file": self.file_bytes,
         }
 
 

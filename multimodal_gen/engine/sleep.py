@@ -6,8 +6,6 @@ they were, with the adapters that were merged into them; caches fill again by th
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable
 
@@ -18,8 +16,9 @@ from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.errors import Asleep, CorruptModel, GenerationFailed, MmgenError, OutOfMemory, WeightsUnavailable
 from multimodal_gen.memory.failures import is_out_of_memory
-from multimodal_gen.memory.plan import MemoryPlan
-from multimodal_gen.memory.residency import MemoryUse
+from multimodal_gen.memory.host import release_freed_memory
+from multimodal_gen.memory.shares import MemoryPlan
+from multimodal_gen.memory.use import MemoryUse
 from multimodal_gen.messages import MemoryChanged, Sleep, Wake, WeightsPlan, WeightsUse
 from multimodal_gen.pipelines.contract import Pipeline
 
@@ -79,7 +78,9 @@ class Sleeper:
         try:
             self._pipeline.reset()
             self._pipeline.memory.sleep()
-            give_back()
+            release_freed_memory()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         except MmgenError:
             raise
         except Exception as error:
@@ -90,7 +91,8 @@ class Sleeper:
             self._pipeline.memory.wake()
             self._on_wake()
         except CorruptModel as error:  # it was whole when the model was loaded
-            raise WeightsUnavailable(f"The model cannot be woken: {error.message}") from error
+            message = error.message.replace(f"{self._pipeline.card.path}/", "")
+            raise WeightsUnavailable(f"The model cannot be woken: {message}") from error
         except MmgenError:
             raise
         except Exception as error:
@@ -117,7 +119,7 @@ def use_of(use: MemoryUse) -> WeightsUse:
         device_bytes=use.device_bytes,
         pinned_bytes=use.tiers.get("pinned", 0),
         pageable_bytes=use.tiers.get("pageable", 0),
-        page_cache_bytes=use.tiers.get("page_cache", 0),
+        file_bytes=use.tiers.get("file", 0),
         moved_bytes=use.moved_bytes,
         loads=use.loads,
         stall_seconds=use.stall_seconds,
@@ -137,22 +139,3 @@ def plan_of(plan: MemoryPlan) -> WeightsPlan:
         host_bytes=plan.host_bytes,
         pinned_bytes=plan.pinned_bytes,
     )
-
-
-def give_back() -> None:
-    """Have the allocators return what is free: CUDA's to the driver, glibc's to the kernel."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-def _malloc_trim() -> Callable[[int], int] | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except AttributeError:  # musl
-        return None
-    return trim

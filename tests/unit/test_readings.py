@@ -18,7 +18,7 @@ def test_every_field_of_several_replicas_adds_up() -> None:
     both = total_use([USE, USE])
     assert msgspec.structs.astuple(both) == tuple(2 * value for value in msgspec.structs.astuple(USE))
     assert total_use([]) == WeightsUse()
-    assert both.tiers == {"device": 200, "pinned": 40, "pageable": 60, "page_cache": 80}
+    assert both.tiers == {"device": 200, "pinned": 40, "pageable": 60, "file": 80}
 
 
 def test_the_longest_step_and_the_longest_stall_show() -> None:
