@@ -361,7 +361,7 @@ class EngineCore:
         error = self._attempt(f"{what} of request {active.request.id}", work, rows)
         if error is None:
             return True
-        # Numbers that overflow under adapters say nothing of the process's health, and files that are gone may come back.
+        # Numbers that overflow under adapters say nothing of the process's health, and files may come back.
         excused = isinstance(error, (UserError, WeightsUnavailable)) or (
             isinstance(error, Overflowed) and active.request.loras
         )
