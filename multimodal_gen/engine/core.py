@@ -102,7 +102,7 @@ class EngineCore:
         self.changes = Changes(self.loras, self.fault, self.ranks, self.pipeline.forget)
         self._attempt = Attempts(self.ranks, self.pipeline.reset)
         on_wake = partial(self.fault.trip, "wake")
-        self.sleeper = Sleeper(self.pipeline, self.ranks, self._attempt, config.load_timeout_s, on_wake)
+        self.sleeper = Sleeper(self.pipeline, self.loras, self.ranks, self._attempt, config.load_timeout_s, on_wake)
         self._weights: WeightsKey | None = ()  # what the weights hold on every rank; None: not known
         self._active: dict[str, Active] = {}
         self._failures = 0  # requests failed in a row

@@ -21,7 +21,8 @@ from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig, ServerConfig
 from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.orders import rebuilt
-from multimodal_gen.errors import MmgenError
+from multimodal_gen.errors import Asleep, MmgenError
+from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.messages import Event, LorasChanged, MemoryChanged, Sleep, Wake
 from multimodal_gen.request import AnyRequest, ModelCard
 
@@ -86,11 +87,14 @@ class LocalEngine:
         self._config = config
         self._loras: LoraState | None = None  # of a core that was let go
         self._core: EngineCore | None = None
+        self._ended = False  # asleep without a core
         self._core = self.core
 
     @property
     def core(self) -> EngineCore:
-        """The engine proper, loaded where there is none."""
+        """The engine proper, loaded where there is none. Raises: Asleep."""
+        if self._ended:
+            raise Asleep("The model is asleep and its memory is given back; wake it first.")
         if self._core is None:
             from multimodal_gen.engine.core import EngineCore
 
@@ -118,7 +122,7 @@ class LocalEngine:
     @property
     def loras(self) -> LoraState:
         """What is loaded and what is active."""
-        return self.core.loras.state
+        return self._loras if self._ended and self._loras is not None else self.core.loras.state
 
     def refresh(self) -> None:
         """Let go of a sick engine; the memory must be free before the next one is loaded."""
@@ -132,12 +136,25 @@ class LocalEngine:
         return self.core.change_adapters(change).state
 
     def sleep(self) -> MemoryChanged:
-        """Give the memory of weights and caches back."""
-        return self._rest(Sleep(""))
+        """Give the memory of weights and caches back; where nobody but diffusers knows of them, with the whole core."""
+        if self._ended:
+            return MemoryChanged("", 0.0)
+        if self.core.sleeper.plan is not None:
+            return self._rest(Sleep(""))
+        self._loras, self._core, self._ended = self.core.loras.state, None, True
+        release_freed_memory()
+        return MemoryChanged("", 0.0)
 
     def wake(self) -> MemoryChanged:
         """Bring the weights back. Raises: WeightsUnavailable, OutOfMemory."""
-        return self._rest(Wake(""))
+        if not self._ended:
+            return self._rest(Wake(""))
+        self._ended = False
+        try:
+            return MemoryChanged("", 0.0, weights=self.core.sleeper.weights)
+        except BaseException:
+            self._ended = True
+            raise
 
     def _rest(self, order: Sleep | Wake) -> MemoryChanged:
         done = self.core.rest(order)

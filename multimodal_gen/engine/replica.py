@@ -158,9 +158,12 @@ class Replica:
     # --- sleep ----------------------------------------------------------------------------------------------------
 
     async def sleep(self) -> MemoryChanged:
-        """Give all memory of the model back; it has no requests. A group that cannot, or is starting, is ended."""
+        """Give all memory of the model back; it has no requests.
+
+        A group that cannot is ended: one that is starting, and one whose weights nobody but diffusers knows of.
+        """
         self._wanted.clear()
-        if self.state == "ready":
+        if self.state == "ready" and self.ready is not None and self.ready.plan is not None:
             with contextlib.suppress(WorkerCrashed, ShuttingDown):
                 done = await self._orders.rest(Sleep(uuid.uuid4().hex), self._group)
                 if done.error is None:

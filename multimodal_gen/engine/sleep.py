@@ -15,6 +15,7 @@ from multimodal_gen.engine.attempt import Attempts
 from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.errors import Asleep, CorruptModel, GenerationFailed, MmgenError, OutOfMemory, WeightsUnavailable
+from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.memory.shares import MemoryPlan
@@ -27,7 +28,13 @@ class Sleeper:
     """Puts one engine to sleep and wakes it."""
 
     def __init__(
-        self, pipeline: Pipeline, ranks: Ranks, attempt: Attempts, load_timeout_s: float, on_wake: Callable[[], None]
+        self,
+        pipeline: Pipeline,
+        loras: LoraManager,
+        ranks: Ranks,
+        attempt: Attempts,
+        load_timeout_s: float,
+        on_wake: Callable[[], None],
     ) -> None:
         """
         Args:
@@ -35,6 +42,7 @@ class Sleeper:
             on_wake: called once the weights are back; tests fail there.
         """
         self._pipeline = pipeline
+        self._loras = loras
         self._ranks = ranks
         self._attempt = attempt
         self._load_timeout_s = load_timeout_s
@@ -77,6 +85,7 @@ class Sleeper:
     def _sleep(self) -> None:
         try:
             self._pipeline.reset()
+            self._loras.forget_overlays()
             self._pipeline.memory.sleep()
             release_freed_memory()
             if torch.cuda.is_available():
@@ -88,6 +97,8 @@ class Sleeper:
 
     def _wake(self) -> None:
         try:
+            for tree in self._pipeline.trees.values():  # not all of it is read now where layers are streamed
+                tree.check()
             self._pipeline.memory.wake()
             self._on_wake()
         except CorruptModel as error:  # it was whole when the model was loaded

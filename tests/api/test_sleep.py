@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from multimodal_gen.weights.hub import ASSETS
+from tests.support.checkpoints import make_stable_diffusion
 from tests.support.server import QUICK, ROOT, Server, assert_error, start_server, wait_for
 from tests.support.sleeping import order, resident, sleep, wake
 from tests.support.survival import contents, flags_for
@@ -258,3 +259,14 @@ def test_videos_wait_and_go_on(t2v_folder: Path, tmp_path: Path) -> None:
         again = contents(server, [post(server, {**long, "seed": seed}).json()["id"] for seed in (1, 2)])
         assert woken == again, "they are not what they would have been"
         assert server.metric("mmgen_jobs_resumed_total") >= 1
+
+
+def test_what_diffusers_holds_goes_with_its_worker(tmp_path: Path) -> None:
+    with start_server("--model-path", str(make_stable_diffusion(tmp_path / "sd")), "--dtype", "float32") as server:
+        before = picture(server)
+        assert model(server)["components"] is None
+        assert sleep(server)["freed_bytes"] == 0
+        assert server.worker_pids() == []
+        assert_error(server.post(QUICK), 503, "asleep")
+        wake(server)
+        assert picture(server) == before

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multimodal_gen.errors import Asleep, GenerationFailed, OutOfMemory, WorkerCrashed
+from multimodal_gen.errors import Asleep, OutOfMemory, WorkerCrashed
 from multimodal_gen.generator import DiffGenerator
 from multimodal_gen.lora.sources import set_change
 from multimodal_gen.messages import MemoryChanged
@@ -96,13 +96,12 @@ def test_a_long_sleep_is_no_silence(pair: Running) -> None:
     assert pair.make().shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize(("action", "error"), [("oom", OutOfMemory), ("raise", GenerationFailed)])
-def test_a_rank_that_cannot_wake_keeps_all_asleep(pair: Running, action: str, error: type[Exception]) -> None:
+def test_a_rank_that_cannot_wake_keeps_all_asleep(pair: Running) -> None:
     before = pair.make(output="latent")
-    pair.start_again(f"wake:{action}:1@1")
+    pair.start_again("wake:oom:1@1")
     pids = pair.pids()
     sleep(pair)
-    with pytest.raises(error):
+    with pytest.raises(OutOfMemory):
         wake(pair)
     assert_asleep(pair)
     wake(pair)
@@ -123,14 +122,14 @@ def test_a_rank_that_dies_while_it_wakes_leaves_all_asleep(pair: Running) -> Non
 
 
 def test_waking_has_the_time_of_loading_and_no_more(folder: Path) -> None:
-    limits = {"step_timeout_s": 1.0, "load_timeout_s": 12.0}
+    limits = {"step_timeout_s": 1.0, "load_timeout_s": 10.0}
     with running("wake:hang:1", model_path=str(folder), **limits) as engine:
         engine.wait_ready()
         sleep(engine)
         began = time.monotonic()
         with pytest.raises(WorkerCrashed):
             wake(engine)
-        assert time.monotonic() - began >= 12.0
+        assert time.monotonic() - began >= 10.0
         assert_asleep(engine)
         wake(engine)
         assert engine.make().shape == (64, 64, 3)
