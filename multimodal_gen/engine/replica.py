@@ -101,6 +101,7 @@ class Replica:
         self._orders = Orders()
         self._wanted = asyncio.Event()  # not set while the model is to sleep: a group that has ended stays away
         self._wanted.set()
+        self._dismissed = False  # set while a group is ended so that its memory is free
         self._away = asyncio.Event()  # set while there is no group, nor will be before it is wanted
 
     @property
@@ -197,6 +198,7 @@ class Replica:
 
     async def _ended(self) -> None:
         """End the group and wait until it is gone; no other one is wanted."""
+        self._dismissed = not self._away.is_set()
         self._end_group()
         await self._away.wait()
 
@@ -239,8 +241,10 @@ class Replica:
                 )
             if self._failure is not None:
                 return
-            log.error("the worker ended with %s; %s", ended, "restarting it" if self._wanted.is_set() else "it sleeps")
-            self.restarts += 1
+            if not self._dismissed:
+                after = "restarting it" if self._wanted.is_set() else "another one starts when the model is woken"
+                log.error("the worker ended with %s; %s", ended, after)
+                self.restarts += 1
             self._orders.fail(WorkerCrashed("The worker process died before this was done; all is as it was before."))
             self._let_go()
             # A machine that is short of memory needs a moment; the first death is most often an accident.
@@ -251,7 +255,7 @@ class Replica:
     async def _until_wanted(self) -> None:
         """While the model is to sleep, no group is started: the memory stays free, whatever ended the last one."""
         if not self._wanted.is_set():
-            self._group, self.state = None, "asleep"
+            self._group, self.state, self._dismissed = None, "asleep", False
             self._away.set()
             await self._wanted.wait()
         self._away.clear()

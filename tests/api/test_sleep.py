@@ -270,3 +270,4 @@ def test_what_diffusers_holds_goes_with_its_worker(tmp_path: Path) -> None:
         assert_error(server.post(QUICK), 503, "asleep")
         wake(server)
         assert picture(server) == before
+        assert server.metric("mmgen_worker_restarts_total") == 0, "nothing has died"
