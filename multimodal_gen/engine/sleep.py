@@ -71,6 +71,8 @@ class Sleeper:
 
     def obey(self, order: Sleep | Wake) -> MemoryChanged:
         """Sleep or wake; nothing happens where that is so already. Raises: PeerLost."""
+        if isinstance(order, Wake) and not self.asleep:
+            return MemoryChanged(order.id, 0.0, weights=self.weights)
         began, before = time.monotonic(), self._held()
         if isinstance(order, Sleep):
             error = self._attempt("going to sleep", self._sleep)

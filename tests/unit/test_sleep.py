@@ -80,6 +80,10 @@ def test_where_a_file_is_gone_it_sleeps_on(folder: Path, tmp_path: Path, offload
     path = tmp_path / "z" / file
     with DiffGenerator.from_pretrained(str(tmp_path / "z"), offload=offload, threads=1) as generator:
         before = latents(generator)
+        path.rename(tmp_path / "away")
+        generator.wake()  # it is awake: nothing is read, and nothing ends
+        assert generator.info.device == "cpu"
+        (tmp_path / "away").rename(path)
         generator.sleep()
         path.rename(tmp_path / "away")
         for _ in range(2):
