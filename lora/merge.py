@@ -9,7 +9,8 @@ DoRA) where ranks share the columns is computed from whole rows of W0 and cut af
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -21,10 +22,12 @@ from multimodal_gen.lora.updates import LowRank, Update
 from multimodal_gen.nn.slots import Cut
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.weights.loading import Change
 
-CHUNK_BYTES = 8 << 20  # float32 rows that are summed at a time: they stay in the cache, and occupy all cores
 SAMPLED_WEIGHTS = 12
 SAMPLED_ROWS = 64
+
+Addends = Sequence[tuple[Update, float]]  # updates of one weight with their strengths, in list order
 
 
 class MergedTree:
@@ -47,6 +50,8 @@ class MergedTree:
     def set(self, members: Members) -> None:
         """Bring the weights to `members`; () is the base model.
 
+        Weights that are not in memory now are merged when they come.
+
         Raises: what reading or allocating raised here or on another rank; the weights are then as before, or `broken`
         is set.
         """
@@ -67,25 +72,12 @@ class MergedTree:
 
     def _write(
         self,
-        wanted: dict[str, list[tuple[Update, float]]],
-        names: Iterable[str],
+        wanted: Mapping[str, Addends],
+        names: Set[str],
         on_layer: Callable[[], None] = lambda: None,
     ) -> None:
-        cuts = {name: self.tree.place(name).cut for name in names}
-        whole = {
-            name
-            for name, cut in cuts.items()
-            if cut is not None and cut.dim > 0 and any(update.reads_base for update, _ in wanted.get(name, ()))
-        }
-        for name, pristine in self.tree.pristine(sorted(names), whole):
-            view, updates, cut = self.tree.place(name).view(), wanted.get(name, ()), cuts[name]
-            if cut is None:
-                write(view, pristine, updates)
-            elif name in whole:
-                write(view, pristine, updates, cut.piece(pristine.shape[1]))
-            else:
-                write(view, pristine, [(piece(update, cut), strength) for update, strength in updates])
-            on_layer()
+        recipes = {name: _recipe(updates, self.tree.place(name).cut) for name, updates in wanted.items()}
+        self.tree.rewrite(recipes, names, on_layer)
 
 
 def _failure(work: Callable[[], None]) -> Exception | None:
@@ -96,6 +88,15 @@ def _failure(work: Callable[[], None]) -> Exception | None:
     return None
 
 
+def _recipe(updates: Addends, cut: Cut | None) -> Merge:
+    """For a weight, or the piece of it that a rank holds."""
+    if cut is None:
+        return Merge(tuple(updates))
+    if cut.dim > 0 and any(update.reads_base for update, _ in updates):
+        return Merge(tuple(updates), cut)
+    return Merge(tuple((piece(update, cut), strength) for update, strength in updates))
+
+
 def piece(update: Update, cut: Cut) -> Update:
     """What a rank's piece of a weight gets of an update."""
     if cut.dim == 0:
@@ -103,27 +104,32 @@ def piece(update: Update, cut: Cut) -> Update:
     return update.columns(cut.piece(update.shape[1]))
 
 
-def write(
-    view: Tensor, pristine: Tensor, updates: Sequence[tuple[Update, float]], columns: slice | None = None
-) -> None:
-    """view = round(pristine + Σ strength · Δ), or these columns of it, a block of rows at a time.
+@dataclass(frozen=True)
+class Merge:
+    """The recipe round(pristine + Σ strength · Δ) of one weight."""
 
-    Raises: AdapterError for what overflows.
-    """
-    if not updates:
-        view.copy_(pristine)
-        return
-    ready = stacked([(update.on(view.device), strength) for update, strength in updates])
-    row_bytes = 4 * pristine[:1].numel()
-    step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(0, len(pristine), step):
-        rows = slice(start, min(start + step, len(pristine)))
-        total = _sum(pristine[rows].to(view.device, torch.float32, copy=True), ready, rows)
-        view[rows].copy_(total if columns is None else total[:, columns])
-        if not view[rows].sum(dtype=torch.float32).isfinite():
-            raise AdapterError(
-                "The adapters overflow the model's numbers at these strengths; lower them, or the alpha."
-            )
+    updates: Addends
+    columns: Cut | None = None  # which columns of the result are held, where the updates are for whole rows
+
+    @property
+    def whole(self) -> bool:
+        """Whether it reads whole rows where only some columns of them are held."""
+        return self.columns is not None
+
+    def begin(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """What is returned raises AdapterError for sums that overflow."""
+        ready = stacked([(update.on(device), strength) for update, strength in self.updates])
+
+        def change(rows: slice, pristine: Tensor) -> Tensor:
+            total = _sum(pristine.to(device, torch.float32, copy=True), ready, rows)
+            merged = (total if self.columns is None else total[:, self.columns.piece(total.shape[1])]).to(dtype)
+            if not merged.sum(dtype=torch.float32).isfinite():
+                raise AdapterError(
+                    "The adapters overflow the model's numbers at these strengths; lower them, or the alpha."
+                )
+            return merged
+
+        return change
 
 
 def stacked(updates: Sequence[tuple[Update, float]]) -> list[tuple[Update, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from multimodal_gen.lora.adapter import Adapter
 from multimodal_gen.lora.bind import Spellings
 from multimodal_gen.lora.names import AdapterTarget, TreeLayout
 from multimodal_gen.lora.updates import Update
-from multimodal_gen.weights.loading import Place, WeightTree
+from multimodal_gen.weights.loading import Place, Recipe, WeightTree
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,19 @@ class AdaptedTree:
         try:
             for key, tensor in self.weights.read(wanted, entire):
                 yield wanted[key], tensor
+        except CorruptModel as error:
+            raise _unavailable(error) from error
+
+    def rewrite(self, recipes: Mapping[str, Recipe], names: Set[str], on_weight: Callable[[], None]) -> None:
+        """Make the weights of these canonical names by `recipes`, those without one pristine.
+
+        What is in memory is written now, `on_weight` after each; the rest when it comes. Raises: WeightsUnavailable;
+        what a recipe raised.
+        """
+        keys = {self._keys[name] for name in names}
+        self.weights.alter({self._keys[name]: recipe for name, recipe in recipes.items()}, keys)
+        try:
+            self.weights.fill(keys - self.weights.absent, on_weight)
         except CorruptModel as error:
             raise _unavailable(error) from error
 

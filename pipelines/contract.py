@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from multimodal_gen.memory.residency import Memory
     from multimodal_gen.weights.loading import WeightTree
 
 
@@ -127,6 +128,7 @@ class Pipeline(Protocol):
     card: ModelCard
     info: PipelineInfo
     trees: Mapping[str, WeightTree]  # what adapters can change, by the names of the spec's targets
+    memory: Memory  # where its weights are
 
     def encode(self, rows: Sequence[Row]) -> None:
         """Fill `row.conditions`; rows of one request share the object."""

@@ -28,3 +28,14 @@ def keep_freed_memory() -> bool:
         return False
     mapped = mallopt(M_MMAP_THRESHOLD, KEEP_BYTES) or mallopt(M_MMAP_THRESHOLD, OLD_MMAP_LIMIT)
     return bool(mapped and mallopt(M_TRIM_THRESHOLD, KEEP_BYTES))
+
+
+def release_freed_memory() -> None:
+    """Give what is free inside glibc's heap back to the kernel, after something large was let go of."""
+    if sys.platform != "linux":
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # musl
+        return
+    trim(0)

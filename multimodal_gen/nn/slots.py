@@ -66,10 +66,15 @@ class Slotted(nn.Module):
         """The same of the bias, for layers that have one: [rows]."""
         return self.get_parameter("bias")[self.extent(part).rows]
 
-    @property
-    def padded(self) -> bool:
-        """Whether some of the weight belongs to no part; it must be zero."""
-        return sum(self.slot(part).numel() for part in self.part_names) < self.weight.numel()
+    def padding(self) -> list[Tensor]:
+        """The views of the weight that no part fills; they must be zero."""
+        extents = sorted((self.extent(part) for part in self.part_names), key=lambda extent: extent.rows.start)
+        found, start = [], 0
+        for extent in extents:
+            found.append(self.weight[start : extent.rows.start])
+            start = extent.rows.stop
+        found += [self.weight[start:], self.weight[:, max(extent.columns.stop for extent in extents) :]]
+        return [view for view in found if view.numel()]
 
     def shard_(self, how: How, group: Group, name: str) -> None:
         """Keep this rank's share only; the layer is still on the meta device.

@@ -1,27 +1,28 @@
 """Safetensors shards, read one tensor at a time straight into the places where the model computes with them.
 
 The model is constructed first, in its final dtype on the meta device, shared out among ranks where there are several,
-and given memory; every checkpoint tensor, or the share of it that this rank holds, is then copied (and cast) from the
-memory-mapped file into its slot. Peak memory is the model plus one tensor. The table of places stays: adapters find a
-layer by its checkpoint name through it, and read the pristine weights again from the same files.
+and given memory; every checkpoint tensor, or the share of it that this rank holds, is then read (and cast) from the
+file into its slot. Peak memory is the model plus one block. The table of places stays: adapters find a layer by its
+checkpoint name through it and say how its weight is changed on the way in (`Recipe`), and weights that do not stay in
+memory are read again from the same files.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.nn.slots import Cut, Slotted
-from multimodal_gen.weights.header import read_header
+from multimodal_gen.weights.reader import TensorFile
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,35 @@ class Place:
         share = tuple(self.view().shape)
         return share if self.cut is None else self.cut.whole(share)
 
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter or buffer that holds it, maybe with others."""
+        own = dict(self.layer.named_parameters(recurse=False)) | dict(self.layer.named_buffers(recurse=False))
+        return own[self.name]
+
     def view(self) -> Tensor:
         """The memory that the checkpoint's tensor, or the piece of it, fills, in the checkpoint's layout."""
         if isinstance(self.layer, Slotted) and self.name == "weight":
             return self.layer.slot(self.part)
         if isinstance(self.layer, Slotted) and self.name == "bias":
             return self.layer.bias_slot(self.part)
-        own = dict(self.layer.named_parameters(recurse=False)) | dict(self.layer.named_buffers(recurse=False))
-        return own[self.name].detach()
+        return self.tensor.detach()
+
+
+Change = Callable[
+    [slice, Tensor], Tensor
+]  # which rows of the tensor held here, those rows as the file has them → changed
+
+
+class Recipe(Protocol):
+    """How a tensor is changed on its way from the file into the model; immutable."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it reads whole rows where only some columns of them are held."""
+
+    def begin(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """What makes rows of the model's tensor, on a device and in a dtype."""
 
 
 class WeightTree:
@@ -85,17 +107,20 @@ class WeightTree:
     ) -> None:
         """`ignored` are patterns of checkpoint keys that the model has no use for. Raises: CorruptModel."""
         self.model = model
-        self.files = tuple(files)
+        self.files = {path: TensorFile(path) for path in files}
         self.shapes: dict[str, tuple[int, ...]] = {}  # every tensor of the files, those without use included
         self.places: dict[str, Place] = {}  # every tensor that the model has a place for
-        self._file_of: dict[str, Path] = {}
-        self._stamps = {file: _stamp(file) for file in self.files}
+        self.recipes: Mapping[str, Recipe] = {}  # of the tensors that are changed; filled by `alter`
+        self.absent: frozenset[str] = frozenset()  # keys whose place has no memory of its own now; filled by residency
+        self.uncached: frozenset[str] = frozenset()  # keys that are read around the page cache; filled by residency
+        self.on_alter: Callable[[Set[str]], None] = lambda keys: None  # told of keys whose recipe is another
+        self._file_of: dict[str, TensorFile] = {}
         self._names: dict[str, str] = {}  # checkpoint key → the model's own name
         layers, names = dict(model.named_modules()), set(model.state_dict())
-        for file in self.files:
-            for key, info in read_header(file, str(file)).items():
+        for path, file in self.files.items():
+            for key, info in file.tensors.items():
                 if key in self.shapes:
-                    raise CorruptModel(f"{file}: tensor {key!r} is doubled; {self._file_of[key].name} has it too.")
+                    raise CorruptModel(f"{path}: tensor {key!r} is doubled; {self._file_of[key].path.name} has it too.")
                 self.shapes[key] = info.shape
                 self._file_of[key] = file
                 if any(re.fullmatch(pattern, key) for pattern in ignored):
@@ -103,14 +128,19 @@ class WeightTree:
                 name, part = next(filter(None, (row.apply(key) for row in renames)), (key, None))
                 if name not in names:
                     raise CorruptModel(
-                        f"{file}: tensor {key!r} has no place in {type(model).__name__}; is it another model's?"
+                        f"{path}: tensor {key!r} has no place in {type(model).__name__}; is it another model's?"
                     )
                 self._names[key] = name
                 layer, _, own = name.rpartition(".")
                 self.places[key] = Place(layers[layer], own, part)
 
-    def load(self) -> None:
-        """Fill every parameter of the model.
+    @property
+    def parameters(self) -> int:
+        """Numbers in the checkpoint's tensors that the model uses, whichever rank holds them."""
+        return sum(math.prod(self.shapes[key]) for key in self.places)
+
+    def verify(self) -> None:
+        """Check that the files fill every parameter, whether it has memory or not.
 
         Raises: CorruptModel naming the file and the tensor that is missing, doubled or of the wrong shape.
         """
@@ -121,47 +151,78 @@ class WeightTree:
         for key, place in self.places.items():
             if place.shape != self.shapes[key]:
                 raise CorruptModel(
-                    f"{self._file_of[key]}: tensor {key!r} has shape {self.shapes[key]} and the model's "
+                    f"{self._file_of[key].path}: tensor {key!r} has shape {self.shapes[key]} and the model's "
                     f"configuration wants {place.shape}. The weights and config.json do not belong together."
                 )
-        for key, tensor in self.read(self.places):
-            slot = self.places[key].view()
-            slot.copy_(tensor)
-            missing[self._names[key]] -= slot.numel()
+            missing[self._names[key]] -= place.view().numel()
         wrong = [name for name, count in missing.items() if count]
         if wrong:
-            where = self.files[0].parent if self.files else "the checkpoint"
+            where = next(iter(self.files)).parent if self.files else "the checkpoint"
             raise CorruptModel(f"{where}: {len(wrong)} tensors are missing or doubled, for example {wrong[0]!r}.")
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in the checkpoint's tensors that the model uses, whichever rank holds them."""
-        return sum(math.prod(self.shapes[key]) for key in self.places)
+    def load(self) -> None:
+        """Fill every parameter that has memory. Raises: as `verify` and `fill`."""
+        self.verify()
+        self.fill(self.places.keys() - self.absent)
+
+    def alter(self, recipes: Mapping[str, Recipe], keys: Set[str]) -> None:
+        """From now on fill these keys by `recipes`, those without one as the files hold them."""
+        kept = {key: recipe for key, recipe in self.recipes.items() if key not in keys}
+        self.recipes = {**kept, **{key: recipes[key] for key in keys if key in recipes}}
+        self.on_alter(keys)
+
+    def fill(self, keys: Iterable[str], on_key: Callable[[], None] = lambda: None) -> None:
+        """Read these tensors, or this rank's share of them, into their places, in the order of the files.
+
+        Args:
+            on_key: called after each.
+
+        Raises: CorruptModel naming the file, also for one that was changed since the model was loaded; what a recipe
+        raised.
+        """
+        wanted = set(keys)
+        for file in self.files.values():
+            for key in file.tensors:
+                if key in wanted:
+                    self._fill(file, key)
+                    on_key()
+
+    def _fill(self, file: TensorFile, key: str) -> None:
+        place, recipe = self.places[key], self.recipes.get(key)
+        view, cut, direct = place.view(), place.cut, key in self.uncached
+        view = view[None] if view.dim() == 0 else view
+        rows = cut.piece(self.shapes[key][0]) if cut is not None and cut.dim == 0 else None
+        columns = cut.index_of(self.shapes[key]) if cut is not None and cut.dim > 0 else None
+        as_stored = recipe is None and columns is None and not direct and file.same_dtype(key, view.dtype)
+        if as_stored and view.device.type == "cpu" and view.is_contiguous():
+            file.read_into(key, rows, view)
+            return
+        whole = recipe is not None and recipe.whole
+        change = _unchanged if recipe is None else recipe.begin(view.device, view.dtype)
+        for at, block in file.blocks(key, rows, direct=direct):
+            view[at].copy_(change(at, block if columns is None or whole else block[(slice(None), *columns[1:])]))
 
     def read(self, keys: Iterable[str], whole: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of these keys as the files hold them, file by file; each is mapped only while it is in use.
+        """The tensors of these keys as the files hold them, file by file.
 
         Args:
             whole: keys whose tensor is wanted whole where only a piece of it is held.
 
         Raises: CorruptModel naming the file, also for one that was changed since the model was loaded.
         """
-        wanted: dict[Path, dict[str, tuple[slice, ...] | None]] = {}
-        for key in keys:
+        for key in sorted(keys, key=lambda key: str(self._file_of[key].path)):
             cut = self.places[key].cut if key in self.places and key not in whole else None
-            wanted.setdefault(self._file_of[key], {})[key] = cut.index_of(self.shapes[key]) if cut else None
-        for file, names in wanted.items():
-            self._check(file)
-            yield from _tensors(file, names)
+            tensor = self._file_of[key].tensor(key)
+            yield key, tensor if cut is None else tensor[cut.index_of(self.shapes[key])]
 
     def check(self) -> None:
         """Raises: CorruptModel naming a file that was changed since the model was loaded."""
-        for file in self.files:
-            self._check(file)
+        for file in self.files.values():
+            file.check()
 
-    def _check(self, file: Path) -> None:
-        if _stamp(file) != self._stamps[file]:
-            raise CorruptModel(f"{file} was changed while the model was in use; restart with the right file.")
+
+def _unchanged(_rows: slice, pristine: Tensor) -> Tensor:
+    return pristine
 
 
 @contextmanager
@@ -182,10 +243,15 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     What has memory, buffers that a model computed for itself, moves to `device`.
     """
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    clear_padding(model)
+
+
+def clear_padding(model: nn.Module) -> None:
+    """Zero what no checkpoint tensor fills."""
     for layer in model.modules():
-        if isinstance(layer, Slotted) and layer.padded:
-            for parameter in layer.parameters(recurse=False):
-                parameter.zero_()
+        if isinstance(layer, Slotted):
+            for view in layer.padding():
+                view.zero_()
 
 
 def load_weights(
@@ -195,20 +261,3 @@ def load_weights(
     tree = WeightTree(model, files, renames, ignored)
     tree.load()
     return tree
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise CorruptModel(f"{file} cannot be read: {error.strerror}.") from None
-    return found.st_size, found.st_mtime_ns
-
-
-def _tensors(file: Path, wanted: Mapping[str, tuple[slice, ...] | None]) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as reader:
-            for key, piece in wanted.items():
-                yield key, reader.get_tensor(key) if piece is None else reader.get_slice(key)[piece]
-    except (SafetensorError, OSError) as error:
-        raise CorruptModel(f"{file} cannot be read: {error}. Download it again.") from None

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError, CorruptModel, InvalidValue, UnsupportedParameter
+from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines.contract import Conditions, PipelineInfo, Row
@@ -48,6 +49,7 @@ class DiffusersPipeline:
         self.pipe = _load(checkpoint.folder, checkpoint.pipeline_class, dtype).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call = _signature_of(self.pipe)
+        self.memory = Memory(config, device, checkpoint.folder)
         self.info = PipelineInfo(
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.memory.layers import LayerList, Track
+from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn.foreign import ForeignLinear
 from multimodal_gen.nn.lowrank import Overlay, Update
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
-from multimodal_gen.weights.loading import Rename, allocate, load_weights
+from multimodal_gen.weights.loading import Rename, WeightTree
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +45,26 @@ SHARDING = (
     Rule(r"layers\.\d+\.mlp\.(gate|up)_proj", COLUMN),
     Rule(r"layers\.\d+\.mlp\.down_proj", ROW),
 )
+TRACK = Track("text_encoder", (LayerList("layers"),))
 
 
 class CausalTextEncoder:
     """Tokenizer with chat template and a transformers decoder, cut after its second last layer."""
 
     def __init__(
-        self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype, ranks: Group = SOLO
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        device: torch.device,
+        dtype: torch.dtype,
+        memory: Memory,
+        ranks: Group = SOLO,
     ) -> None:
         """
         Args:
             folder: holds tokenizer/ and text_encoder/.
             files: the encoder's weights.
+            memory: gives it memory, and says when it may be used.
             ranks: share the weights where their number divides the heads; else each has all of them.
 
         Raises: CorruptModel.
@@ -78,11 +88,11 @@ class CausalTextEncoder:
             shard(model, SHARDING, ranks)
         else:
             log.info("the text encoder cannot be shared out over %d ranks: each has all of it", ranks.size)
-        allocate(model, device)
         self.model = model.eval()
         # The last layer, the final norm and an output head are in the files, and nothing here reads them.
         unread = (rf"(model\.)?layers\.{config.num_hidden_layers}\..+", r"(model\.)?norm\.weight", r"lm_head\.weight")
-        self.weights = load_weights(self.model, files, (Rename(r"model\.(.+)", r"\1"),), unread)
+        self.weights = WeightTree(self.model, files, (Rename(r"model\.(.+)", r"\1"),), unread)
+        self._here = memory.add("text_encoder", "encode", self.model, self.weights, (TRACK,))
         self.parameters = self.weights.parameters
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:
@@ -96,7 +106,7 @@ class CausalTextEncoder:
 
     def encode(self, tokens: Tokens, overlay: Overlay | None = None) -> Tensor:
         """[l] tokens → hidden states [l, D], with unmerged adapters."""
-        with _hooked(overlay):
+        with self._here(), _hooked(overlay):
             states: Tensor = self.model(input_ids=tokens.ids[None], use_cache=False).last_hidden_state
         return states[0]
 

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.memory.layers import LayerList, Track
+from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn.precision import compute_dtype
+from multimodal_gen.weights.loading import Rename, WeightTree
+
+TRACK = Track("image_encoder", (LayerList("encoder.layers"),))
 
 
 class ClipVisionEncoder:
     """Image processor and vision tower."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        """`folder` holds image_processor/ and image_encoder/. Raises: CorruptModel."""
-        from transformers import AutoConfig, CLIPImageProcessorPil, CLIPVisionModel
-        from transformers.utils import logging as transformers_logging
+    def __init__(
+        self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype, memory: Memory
+    ) -> None:
+        """
+        Args:
+            folder: holds image_processor/ and image_encoder/.
+            files: the encoder's weights.
+            memory: gives it memory, and says when it may be used.
 
-        verbosity = transformers_logging.get_verbosity()
-        # The last layer and the projection are left in the file on purpose; the loader would report them as unexpected.
-        transformers_logging.set_verbosity(transformers_logging.ERROR)
+        Raises: CorruptModel.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, CLIPImageProcessorPil, CLIPVisionModel
+
         self.device, self.dtype = device, compute_dtype(dtype, device)
         try:
             self.processor = CLIPImageProcessorPil.from_pretrained(folder / "image_processor", local_files_only=True)
             config = AutoConfig.from_pretrained(folder / "image_encoder", local_files_only=True)
             config.num_hidden_layers -= 1
-            model = CLIPVisionModel.from_pretrained(
-                folder / "image_encoder", config=config, dtype=self.dtype, local_files_only=True, use_safetensors=True
-            )
+            with init_empty_weights(include_buffers=False):
+                model = CLIPVisionModel._from_config(config, dtype=self.dtype)
         except (OSError, ValueError, KeyError) as error:
             raise CorruptModel(f"{folder / 'image_encoder'} cannot be loaded: {error}") from None
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        self.model = model.to(device).eval()
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        model.post_layernorm = nn.Identity()  # the reference reads the state before it
+        self.model = model.eval()
+        # The last layer, the final norm and the projection are in the file, and nothing here reads them.
+        unread = (
+            rf"vision_model\.encoder\.layers\.{config.num_hidden_layers}\..+",
+            r"vision_model\.post_layernorm\..+",
+            r"(visual|text)_projection\.weight",
+            r"(.+\.)?position_ids",
+        )
+        self.weights = WeightTree(self.model, files, (Rename(r"vision_model\.(.+)", r"\1"),), unread)
+        self.parameters = self.weights.parameters
+        self._here = memory.add("image_encoder", "encode", self.model, self.weights, (TRACK,))
 
     def encode(self, image: Image.Image) -> Tensor:
         """A picture → tokens [1 + patches, D]."""
         pixels: Tensor = self.processor(images=image, return_tensors="pt").pixel_values
-        states = self.model(pixel_values=pixels.to(self.device, self.dtype), output_hidden_states=True).hidden_states
-        return states[-1][0]
+        with self._here():
+            states: Tensor = self.model(pixel_values=pixels.to(self.device, self.dtype)).last_hidden_state
+        return states[0]

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.memory.layers import LayerList, Track
+from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
 from multimodal_gen.weights.header import read_header
-from multimodal_gen.weights.loading import Rename, allocate, construction, load_weights
+from multimodal_gen.weights.loading import Rename, WeightTree, construction
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +51,26 @@ SHARDING = (
     Rule(r"block\.\d+\.layer\.1\.DenseReluDense\.wo", ROW),
 )
 RENAMES = (Rename(r"encoder\.(.+)", r"\1"), Rename(r"shared\.weight", "embed_tokens.weight"))
+TRACK = Track("text_encoder", (LayerList("block"),))
 
 
 class UMT5Encoder:
     """Tokenizer and encoder stack."""
 
     def __init__(
-        self, folder: Path, files: Sequence[Path], device: torch.device, dtype: torch.dtype, ranks: Group = SOLO
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        device: torch.device,
+        dtype: torch.dtype,
+        memory: Memory,
+        ranks: Group = SOLO,
     ) -> None:
         """
         Args:
             folder: holds tokenizer/ and text_encoder/.
             files: the encoder's weights.
+            memory: gives it memory, and says when it may be used.
             ranks: share the weights where their number divides the heads; else each has all of them.
 
         Raises: CorruptModel.
@@ -84,9 +94,9 @@ class UMT5Encoder:
                 block.layer[0].SelfAttention.n_heads //= ranks.size
         else:
             log.info("the text encoder cannot be shared out over %d ranks: each has all of it", ranks.size)
-        allocate(model, device)
         self.model = model.eval()
-        self.weights = load_weights(model, files, RENAMES, _doubles(files))
+        self.weights = WeightTree(model, files, RENAMES, _doubles(files))
+        self._here = memory.add("text_encoder", "encode", model, self.weights, (TRACK,))
         self.parameters = self.weights.parameters
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:
@@ -98,7 +108,8 @@ class UMT5Encoder:
 
     def encode(self, tokens: Tokens) -> Tensor:
         """[l] tokens → [l, D]."""
-        states: Tensor = self.model(input_ids=tokens.ids[None]).last_hidden_state
+        with self._here():
+            states: Tensor = self.model(input_ids=tokens.ids[None]).last_hidden_state
         return states[0]
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import CorruptModel, Overflowed
+from multimodal_gen.memory.residency import Memory
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.pipelines.vaes.tiles import Tiling
 from multimodal_gen.weights.checkpoint import read_json
-from multimodal_gen.weights.loading import construction, load_weights
+from multimodal_gen.weights.loading import WeightTree, construction
 
 TILE = 256  # pixels of a side
 OVERLAP = 0.25
@@ -23,12 +24,19 @@ class WanVae:
     """One video at a time, in float32: an encoder in half precision shifts the picture that a video starts from."""
 
     def __init__(
-        self, folder: Path, files: Sequence[Path], device: torch.device, tiled: bool = False, group: Group = SOLO
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        device: torch.device,
+        memory: Memory,
+        tiled: bool = False,
+        group: Group = SOLO,
     ) -> None:
         """
         Args:
             folder: the vae/ folder.
             files: its weights.
+            memory: gives it memory, and says when it may be used.
             tiled: decode frames that are larger than a tile by tiles.
             group: the ranks that share the tiles; all of them decode the same latents.
 
@@ -40,9 +48,8 @@ class WanVae:
         self.device = device
         with construction(torch.device("meta"), torch.float32):  # no time spent on random initial weights
             vae = AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-        vae.to_empty(device=device)
-        load_weights(vae, files)
         self.vae = vae.eval()
+        self._here = memory.add("vae", "decode", self.vae, WeightTree(self.vae, files))
         mean, std = vae.config["latents_mean"], vae.config["latents_std"]
         if not len(mean) == len(std) == vae.config["z_dim"]:
             raise CorruptModel(
@@ -58,7 +65,8 @@ class WanVae:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """float32 [3, F, H, W] in -1 … 1 → the most likely latents [C, f, h, w], normalised."""
-        moments: Tensor = self.vae.encode(pixels[None].to(self.device), return_dict=False)[0].mode()
+        with self._here():
+            moments: Tensor = self.vae.encode(pixels[None].to(self.device), return_dict=False)[0].mode()
         return (moments[0] - self.mean) * (1.0 / self.std)
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -70,7 +78,8 @@ class WanVae:
             )
         z = latents.to(self.device, torch.float32) / (1.0 / self.std) + self.mean
         tiled = self.tiled and self.tiling.applies(z)
-        whole = self.tiling.decode(z[None], self._decode, self.group) if tiled else self._decode(z[None])
+        with self._here():
+            whole = self.tiling.decode(z[None], self._decode, self.group) if tiled else self._decode(z[None])
         pixels = (whole[0] * 0.5 + 0.5).clamp_(0, 1).mul_(255).round_()
         return pixels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
 

@@ -12,7 +12,7 @@ Time embedder, modulation and layer norms stay in float32 whatever the dtype of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +43,29 @@ class Seen:
     image: Keys | None  # of models with an image encoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Context:
-    """One prompt, as all layers see it; filled by `WanTransformer.read`."""
+    """One prompt, as all layers see it; made by `WanTransformer.read`.
 
-    layers: tuple[Seen, ...]
+    What a layer makes of it is made when the layer first computes with it, because only then are its weights sure to be
+    there; and kept for the steps that follow.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(seen.text.nbytes + (seen.image.nbytes if seen.image else 0) for seen in self.layers)
+    text: Tensor  # [L, D]
+    pads: int  # how often its last token counts
+    image: Tensor | None  # [I, D], of models with an image encoder
+    overlay: Overlay | None
+    keep: bool
+    layers: dict[int, Seen] = field(default_factory=dict)  # filled by `at`, where they are kept
+
+    def at(self, layer: int, attention: CrossAttention) -> Seen:
+        """What the cross-attention of a layer looks at."""
+        if layer in self.layers:
+            return self.layers[layer]
+        seen = attention.read(self.text, self.pads, self.image, self.overlay)
+        if self.keep:
+            self.layers[layer] = seen
+        return seen
 
 
 @dataclass(frozen=True)
@@ -128,9 +141,9 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention and feed-forward under the timestep, cross-attention between them without it."""
 
-    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: WanConfig, backend: AttentionBackend, index: int) -> None:
         super().__init__()
-        dim, self.eps = config.dim, config.eps
+        dim, self.eps, self.index = config.dim, config.eps, index
         self.attn1 = SelfAttention(config, backend)
         self.norm2 = LayerNorm(dim, config.eps)
         self.attn2 = CrossAttention(config)
@@ -138,12 +151,13 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim, dtype=torch.float32), requires_grad=False)
 
     def forward(
-        self, x: Tensor, folded: Tensor, seen: Sequence[Seen], slice_: Slice, routing: Routing | None
+        self, x: Tensor, folded: Tensor, contexts: Sequence[Context], slice_: Slice, routing: Routing | None
     ) -> Tensor:
-        """x [T, D] → [T, D], overwritten; folded float32 [S, 6, D]; seen per sequence of the slice."""
+        """x [T, D] → [T, D], overwritten; folded float32 [S, 6, D]; contexts per sequence of the slice."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = folded.unbind(1)  # [S, D] each
         h = norm_modulated(x, scale, shift, self.eps, slice_.times)
         x = gate_(x, gate, self.attn1(h, slice_, routing), slice_.times)
+        seen = [context.at(self.index, self.attn2) for context in contexts]
         x += self.attn2(self.norm2(x), seen, slice_.segments.lengths, routing)
         h = norm_modulated(x, ffn_scale, ffn_shift, self.eps, slice_.times)
         return gate_(x, ffn_gate, self.ffn(h, routing), slice_.times)
@@ -179,7 +193,7 @@ class WanTransformer(nn.Module):
         self.text_in = Linear(config.text_dim, dim, bias=True)
         self.text_out = Linear(dim, dim, bias=True)
         self.image_embedder = None if config.image_dim is None else ImageEmbedder(config.image_dim, dim)
-        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, backend, index) for index in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim, dtype=single), requires_grad=False)
         self.proj_out = Linear(dim, self.out_dim, bias=True)
 
@@ -205,16 +219,18 @@ class WanTransformer(nn.Module):
         final[1] += 1
         return Modulation(layers, final)
 
-    def read(self, text: Tensor, pads: int, image: Tensor | None, overlay: Overlay | None) -> Context:
-        """Text features [l, text_dim] followed by `pads` zero vectors, and image features [I, image_dim]."""
+    def read(self, text: Tensor, pads: int, image: Tensor | None, overlay: Overlay | None, *, keep: bool) -> Context:
+        """Text features [l, text_dim] followed by `pads` zero vectors, and image features [I, image_dim].
+
+        `keep`: layers make of it what they look at once, not at every step.
+        """
         if pads:
             text = torch.cat([text, text.new_zeros(1, text.shape[1])])
         routing = Routing.of([len(text)], [overlay])
         text = self.text_out(F.gelu(self.text_in(text, routing), approximate="tanh"), routing)
         if image is not None and self.image_embedder is not None:
             image = self.image_embedder(image, Routing.of([len(image)], [overlay]))
-        layers = (block.attn2.read(text, pads, image, overlay) for block in self.blocks if isinstance(block, Block))
-        return Context(tuple(layers))
+        return Context(text, pads, image, overlay, keep)
 
     def forward(
         self,
@@ -242,7 +258,7 @@ class WanTransformer(nn.Module):
         x = self.patch_embedding(shards.split(torch.cat(list(patches))), routing)
         folded = torch.stack([time.layers for time in times], dim=1)  # [layers, S, 6, D]
         for index, block in enumerate(self.blocks):
-            x = block(x, folded[index], [context.layers[index] for context in contexts], slice_, routing)
+            x = block(x, folded[index], contexts, slice_, routing)
         shift, scale = torch.stack([time.final for time in times], dim=1)  # [S, D] each
         x = norm_modulated(x, scale, shift, self.config.eps, slice_.times)
         return list(shards.gather(self.proj_out(x, routing)).split(layout.segments.lengths))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.memory.layers import LayerList, Track
+from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
@@ -18,6 +20,7 @@ from multimodal_gen.parallel.sequence import choose_attention
 from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.clip_vision import ClipVisionEncoder
+from multimodal_gen.pipelines.encoders.umt5 import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.guidance import extrapolate
@@ -40,7 +43,7 @@ from multimodal_gen.pipelines.wan.spec import EXPERTS, Experts
 from multimodal_gen.pipelines.wan.weights import IGNORED, RENAMES
 from multimodal_gen.request import ModelCard, VideoRequest
 from multimodal_gen.weights.checkpoint import Checkpoint, read_json, verify
-from multimodal_gen.weights.loading import WeightTree, allocate, construction, load_weights
+from multimodal_gen.weights.loading import WeightTree, construction
 
 LAYOUT_BYTES = MODULATION_BYTES = 256 << 20
 
@@ -60,6 +63,7 @@ class WanPipeline:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.experts = Experts.of(checkpoint)
         self.backend = choose_attention(config.attention_backend, self.device, mesh)
+        self.memory = memory = Memory(config, self.device, folder)
         self.trees: dict[str, WeightTree] = {}
         self.transformers: dict[str, WanTransformer] = {}
         for name in self.experts.names:
@@ -67,11 +71,14 @@ class WanPipeline:
         first = self.transformers[EXPERTS[0]].config
         self.rope = Rope(first)
         self.patch = first.patch_size
-        files = checkpoint.components["text_encoder"].files
-        self.text = UMT5Encoder(folder, files, self.device, self.dtype, mesh.tp)
-        self.images = ClipVisionEncoder(folder, self.device, self.dtype) if first.image_dim is not None else None
-        files = checkpoint.components["vae"].files
-        self.vae = WanVae(folder / "vae", files, self.device, config.vae_tiling, mesh.world)
+        files = {name: component.files for name, component in checkpoint.components.items()}
+        self.text = UMT5Encoder(folder, files["text_encoder"], self.device, self.dtype, memory, mesh.tp)
+        self.images: ClipVisionEncoder | None = None
+        if first.image_dim is not None:
+            self.images = ClipVisionEncoder(folder, files["image_encoder"], self.device, self.dtype, memory)
+        self.vae = WanVae(folder / "vae", files["vae"], self.device, memory, config.vae_tiling, mesh.world)
+        memory.follow(TEXT.name, self.experts.names[0])
+        memory.load()
         self.solver = load_solver(folder / "scheduler")
         self.vae_scale = card.size_multiple // self.patch[1]
         self.latent_channels: int = len(self.vae.mean)
@@ -97,8 +104,9 @@ class WanPipeline:
         with construction(torch.device("meta"), self.dtype):
             transformer = WanTransformer(settings, self.backend, self.mesh.sp).eval()
         shard(transformer, sharding(settings), self.mesh.tp)
-        allocate(transformer, self.device)
-        self.trees[name] = load_weights(transformer, checkpoint.components[name].files, RENAMES, IGNORED)
+        tree = self.trees[name] = WeightTree(transformer, checkpoint.components[name].files, RENAMES, IGNORED)
+        track = Track(name, (LayerList("blocks", (r"scale_shift_table",)),))  # the table is read once per timestep
+        self.memory.add(name, "denoise", transformer, tree, (track,))
         self.transformers[name] = transformer
 
     def _count(self) -> int:
@@ -179,9 +187,10 @@ class WanPipeline:
     def denoise(self, rows: Sequence[Row]) -> None:
         """One step for every row; rows of one expert share a forward, with `deterministic` every row has its own."""
         batches = [[row] for row in rows] if self.deterministic else self._by_expert(rows)
-        found = {
-            id(row): velocity for batch in batches for row, velocity in zip(batch, self._velocities(batch), strict=True)
-        }
+        found: dict[int, Tensor] = {}
+        for index, batch in enumerate(batches):
+            self._foresee(batch, batches[index + 1 :], rows)
+            found |= {id(row): velocity for row, velocity in zip(batch, self._velocities(batch), strict=True)}
         advanced = [_state(row).advance(_latents(row), found[id(row)], row.step) for row in rows]
         for row, (latents, sampler) in zip(rows, advanced, strict=True):
             row.latents, row.sampler = latents, sampler
@@ -195,6 +204,15 @@ class WanPipeline:
 
     def _expert(self, row: Row) -> str:
         return self.experts.at(_time(row))
+
+    def _foresee(self, batch: Sequence[Row], later: Sequence[Sequence[Row]], rows: Sequence[Row]) -> None:
+        """What is fetched while this batch's last layers compute: the forward that follows, maybe of the other expert."""
+        if later:
+            following = self._expert(later[0][0])
+        else:
+            ahead = {self.experts.at(_time(row, 1)) for row in rows if row.step + 1 < row.request.num_inference_steps}
+            following = next((name for name in self.experts.names if name in ahead), self.experts.names[0])
+        self.memory.follow(self._expert(batch[0]), following)
 
     def _velocities(self, rows: Sequence[Row]) -> list[Tensor]:
         """Guided dx/dσ of each row of one expert, float32 [C, f, h, w]."""
@@ -225,13 +243,14 @@ class WanPipeline:
         if not wanted:
             return {}
         layout = self._layout([(shapes[row], row, branch) for row, branch in wanted])
-        outputs = self.transformers[name](
-            [patches[s.row] for s in layout.sequences],
-            [self._modulation(name, rows[layout.sequences[i].row], still) for i, _, still in layout.pieces],
-            [self._context(name, rows[s.row], s.branch) for s in layout.sequences],
-            layout,
-            [rows[s.row].adapters.overlay(name) for s in layout.sequences],
-        )
+        with self.memory.at(name):
+            outputs = self.transformers[name](
+                [patches[s.row] for s in layout.sequences],
+                [self._modulation(name, rows[layout.sequences[i].row], still) for i, _, still in layout.pieces],
+                [self._context(name, rows[s.row], s.branch) for s in layout.sequences],
+                layout,
+                [rows[s.row].adapters.overlay(name) for s in layout.sequences],
+            )
         return {(s.row, s.branch): out for s, out in zip(layout.sequences, outputs, strict=True)}
 
     def _shape(self, row: Row) -> Shape:
@@ -270,8 +289,8 @@ class WanPipeline:
         prompt, start = conditions.branches[branch], conditions.start
         image = None if start is None else start.tokens
         key = (name, row.adapters.key(name), branch)
-        read, overlay = self.transformers[name].read, row.adapters.overlay(name)
-        return conditions.context(key, lambda: read(prompt.features, prompt.pads, image, overlay), keep=self.keep_text)
+        read, overlay, keep = self.transformers[name].read, row.adapters.overlay(name), self.keep_text
+        return conditions.context(key, lambda: read(prompt.features, prompt.pads, image, overlay, keep=keep), keep=keep)
 
     def _guidance(self, row: Row, name: str) -> float:
         request = _request(row)
@@ -325,6 +344,6 @@ def _state(row: Row) -> State:
     return state
 
 
-def _time(row: Row) -> float:
-    """Timestep of the row's next step: 1000 noise … 0 clean."""
-    return float(_state(row).timesteps[row.step])
+def _time(row: Row, ahead: int = 0) -> float:
+    """Timestep of the row's next step, or of one after it: 1000 noise … 0 clean."""
+    return float(_state(row).timesteps[row.step + ahead])

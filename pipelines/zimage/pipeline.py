@@ -14,12 +14,15 @@ from torch import Tensor
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.lora.applied import Applied
+from multimodal_gen.memory.layers import LayerList, Track
+from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.sequence import choose_attention
 from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
+from multimodal_gen.pipelines.encoders.causal_text import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.flow_match import SCHEDULER_CLASS, FlowMatchEuler, FlowMatchState
@@ -32,9 +35,13 @@ from multimodal_gen.pipelines.zimage.sharding import SHARDING
 from multimodal_gen.pipelines.zimage.weights import RENAMES
 from multimodal_gen.request import ImageRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
-from multimodal_gen.weights.loading import allocate, construction, load_weights
+from multimodal_gen.weights.loading import WeightTree, construction
 
 TRAIN_STEPS = 1000.0
+# Modulation and norms are folded into one table per timestep, apart from the layers' forwards (`Block.fold`).
+_FOLDED = (r"modulation\..+", r".+_norm[12]\.weight")
+CAPTIONS = Track("captions", (LayerList("context_refiner"),))
+STEPS = Track("steps", (LayerList("noise_refiner", _FOLDED), LayerList("layers", _FOLDED)))
 LAYOUT_BYTES = MODULATION_BYTES = 64 << 20
 
 
@@ -82,13 +89,18 @@ class ZImagePipeline:
         with construction(torch.device("meta"), self.dtype):
             self.transformer = ZImageTransformer(settings, backend, mesh.sp).eval()
         shard(self.transformer, SHARDING, mesh.tp)
-        allocate(self.transformer, self.device)
-        weights = load_weights(self.transformer, components["transformer"].files, RENAMES)
-        self.text = CausalTextEncoder(folder, components["text_encoder"].files, self.device, self.dtype, mesh.tp)
+        weights = WeightTree(self.transformer, components["transformer"].files, RENAMES)
+        self.memory = memory = Memory(config, self.device, folder)
+        self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS))
+        files = {name: component.files for name, component in components.items()}
+        self.text = CausalTextEncoder(folder, files["text_encoder"], self.device, self.dtype, memory, mesh.tp)
         self.trees = {"transformer": weights, "text_encoder": self.text.weights}
         self.vae = KLDecoder(
-            folder / "vae", components["vae"].files, self.device, self.dtype, config.vae_tiling, mesh.world
+            folder / "vae", files["vae"], self.device, self.dtype, memory, config.vae_tiling, mesh.world
         )
+        memory.follow(TEXT.name, CAPTIONS.name)
+        memory.follow(CAPTIONS.name, STEPS.name)
+        memory.load()
         self.scheduler = _scheduler(folder)
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
         self.vae_scale = card.size_multiple // settings.patch_size
@@ -143,7 +155,8 @@ class ZImagePipeline:
         features = self.text.encode(tokens, adapters.overlay("text_encoder")).to(self.dtype)
         length = len(features) + pad_count(len(features))
         frequencies = self.rope.caption(length).to(self.device)
-        refined = self.transformer.refine_caption(features, frequencies, adapters.overlay("transformer"))
+        with self._here():
+            refined = self.transformer.refine_caption(features, frequencies, adapters.overlay("transformer"))
         return Caption(refined, len(features), tokens.dropped)
 
     @torch.inference_mode()
@@ -205,13 +218,14 @@ class ZImagePipeline:
         )
         layout = self.layouts.get(shapes, lambda: make_layout(shapes, self.rope, self.device))
         joints = [pairs[joint.row][joint.branch] for joint in layout.joints]
-        outputs = self.transformer(
-            [patches[row] for row in here],
-            [self._modulation(self._time(rows[row]), rows[row].adapters) for row in here],
-            [captions[row][branch] for row, branch in joints],
-            layout,
-            [rows[row].adapters.overlay("transformer") for row in here],
-        )
+        with self._here():
+            outputs = self.transformer(
+                [patches[row] for row in here],
+                [self._modulation(self._time(rows[row]), rows[row].adapters) for row in here],
+                [captions[row][branch] for row, branch in joints],
+                layout,
+                [rows[row].adapters.overlay("transformer") for row in here],
+            )
         return dict(zip(joints, outputs, strict=True))
 
     def _time(self, row: Row) -> float:

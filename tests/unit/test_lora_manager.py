@@ -310,7 +310,8 @@ def test_a_checkpoint_that_changed_on_disk_is_not_merged_into(tmp_path: Path, fi
     folder = make_z_image(tmp_path / "own", seed=31)
     with load(folder) as gen:
         weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-        weights.write_bytes(weights.read_bytes())
+        data = weights.read_bytes()
+        weights.write_bytes(data[:-4096] + bytes(4096))
         before = checksum(gen)
         with pytest.raises(WeightsUnavailable) as caught:
             gen.set_lora("a", file("a"), merge_mode="merge")
@@ -319,6 +320,9 @@ def test_a_checkpoint_that_changed_on_disk_is_not_merged_into(tmp_path: Path, fi
         assert not gen._engine.core.sick, "nothing had been written, so nothing is in doubt"
         gen.set_lora("a", file("a"), merge_mode="dynamic")
         latents(gen)
+        weights.write_bytes(data)
+        gen.set_lora("a", file("a"), merge_mode="merge")
+        assert checksum(gen) != before, "the file is back"
 
 
 def test_limits(folder: Path, file: Callable[..., str]) -> None:

@@ -1,0 +1,261 @@
+"""Where the weights of a pipeline's components are, and how they come to be where they are computed with.
+
+A pipeline constructs its components on the meta device and adds them here; `load` plans, gives memory and reads. After
+that a component is *resident*, *parked* (its weights are on the device only while its stage runs, one parked component
+at a time), or *streamed* (its layers take turns in the slots of one ring, which all streamed components share; what it
+has besides layers is resident).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import CorruptModel, WeightsUnavailable
+from multimodal_gen.memory.file_mover import FileMover
+from multimodal_gen.memory.free import free_bytes
+from multimodal_gen.memory.host import release_freed_memory
+from multimodal_gen.memory.layers import Layer, Track, find_layers, make_slots
+from multimodal_gen.memory.plan import MemoryPlan, Residency, Share, Sizes, Wishes, plan
+from multimodal_gen.memory.ring import Ring
+from multimodal_gen.memory.use import MemoryUse
+from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Component:
+    """One model of a pipeline; filled by `Memory`."""
+
+    name: str
+    stage: str
+    model: nn.Module
+    weights: WeightTree
+    tracks: dict[str, list[Layer]]  # every layer that could be streamed, in the order of use
+    share: Share = field(default_factory=lambda: Share("resident"))
+    streamed: frozenset[str] = frozenset()  # checkpoint keys that pass through slots
+    present: bool = False  # whether what is not streamed is on the device
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Of all tracks."""
+        return [layer for layers in self.tracks.values() for layer in layers]
+
+    @property
+    def sizes(self) -> Sizes:
+        """For the plan, before anything has memory."""
+        moving = sum(spot.like.nbytes for layer in self.layers for spot in layer.spots)
+        own = sum(tensor.nbytes for tensor in self._tensors())
+        return Sizes(self.name, self.stage, own - moving, tuple(layer.nbytes for layer in self.layers))
+
+    def own_tensors(self) -> list[Tensor]:
+        """What the checkpoint fills and no slot holds; each storage once."""
+        return self._tensors(self.streamed)
+
+    def _tensors(self, without: Set[str] = frozenset()) -> list[Tensor]:
+        places = [place for key, place in self.weights.places.items() if key not in without]
+        return list({(place.layer, place.name): place.tensor for place in places}.values())
+
+
+class Memory:
+    """All components of one pipeline on one rank. Everything belongs to the engine's thread."""
+
+    def __init__(self, config: EngineConfig, device: torch.device, folder: Path) -> None:
+        """`folder`: of the model; messages name its files relative to it."""
+        self.plan: MemoryPlan | None = None  # filled by load
+        self.use = MemoryUse()
+        self.asleep = False
+        self._config, self._device, self._folder = config, device, folder
+        self._following: dict[str, str] = {}
+        self._components: dict[str, Component] = {}
+        self._ring: Ring | None = None
+        self._slots: list[Tensor] = []
+        self._slot_bytes = 0
+        self._layers: dict[int, Layer] = {}
+
+    # --- construction -------------------------------------------------------------------------------------------
+
+    def add(
+        self, name: str, stage: str, model: nn.Module, weights: WeightTree, tracks: Sequence[Track] = ()
+    ) -> Callable[[], AbstractContextManager[None]]:
+        """A component on the meta device.
+
+        Args:
+            stage: "encode", "denoise" or "decode": when it is needed.
+            tracks: its layers, where they can be streamed.
+
+        Returns: what to compute inside of: `with here(): ...`.
+        """
+        weights.verify()
+        found: dict[str, list[Layer]] = {}
+        for track in tracks:
+            found[track.name] = find_layers(model, weights, track.lists, len(self._layers))
+            self._layers |= {layer.number: layer for layer in found[track.name]}
+        self._components[name] = Component(name, stage, model, weights, found)
+        return partial(self.at, name)
+
+    def sizes(self) -> list[Sizes]:
+        """Of all components, before anything has memory."""
+        return [component.sizes for component in self._components.values()]
+
+    def load(self, working: Mapping[str, int] | None = None) -> None:
+        """Plan, give memory, read.
+
+        Args:
+            working: stage → bytes of activations that it needs at its worst.
+
+        Raises: ConfigError for what cannot fit, CorruptModel.
+        """
+        free = free_bytes(self._device)
+        self.plan = plan(self.sizes(), Wishes.of(self._config), working or {}, free, self._device.type)
+        for name, share in self.plan.shares.items():
+            self._components[name].share = share
+        self._make_ring(self.plan)
+        for component in self._components.values():
+            allocate(component.model, self._device)
+            if component.share.residency == "parked":
+                self._take_out(component)
+            else:
+                self._bring(component)
+            component.weights.on_alter = partial(self._altered, component)
+
+    def _make_ring(self, plan: MemoryPlan) -> None:
+        tracks: dict[str, list[int]] = {}
+        for component in self._components.values():
+            if component.share.residency != "streamed":
+                continue
+            stay = set(component.share.resident_layers)
+            moving = [layer for index, layer in enumerate(component.layers) if index not in stay]
+            component.streamed = frozenset(key for layer in moving for key in layer.keys)
+            for name, layers in component.tracks.items():
+                tracks[name] = [layer.number for layer in layers if layer in moving]
+        moving = [self._layers[number] for numbers in tracks.values() for number in numbers]
+        if not moving:
+            return
+        mover = FileMover(self._layers, self.use)
+        ring = self._ring = Ring(tracks, plan.slots, mover)
+        for track, by in self._following.items():
+            ring.follow(track, by)
+        self._slots = make_slots(moving, plan.slots, self._device)
+        self._slot_bytes = self._slots[0].nbytes
+        for layer in moving:
+            layer.put(self._slots[ring.slot_of(layer.number)])
+            layer.module.register_forward_pre_hook(partial(self._enter, ring, layer.number))
+            layer.module.register_forward_hook(partial(_leave, ring, layer.number))
+
+    # --- use ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """While inside, a component can be computed with. Raises: CorruptModel, for files that cannot be read."""
+        component = self._components[name]
+        if not component.present:
+            for other in self._components.values():
+                if other.share.residency == "parked" and other.present:
+                    self._take_out(other)
+            with self._reading():
+                self._bring(component)
+        yield
+
+    def follow(self, track: str, by: str) -> None:
+        """Which track runs after the last layer of another one; at first, the same again."""
+        self._following[track] = by
+        if self._ring is not None:
+            self._ring.follow(track, by)
+
+    def residency(self, name: str) -> Residency:
+        """How a component is kept."""
+        return self._components[name].share.residency
+
+    def sleep(self) -> None:
+        """Free all that weights occupy on the device; addresses of tensors are others after `wake`."""
+        if self._ring is not None:
+            self._ring.clear()
+        for slot in self._slots:
+            slot.untyped_storage().resize_(0)
+        for component in self._components.values():
+            self._take_out(component)
+        self.asleep = True
+        self._count()
+
+    def wake(self) -> None:
+        """Bring back what `sleep` freed, adapters included. Raises: CorruptModel; it may be called again then."""
+        for slot in self._slots:
+            slot.untyped_storage().resize_(self._slot_bytes)
+        for component in self._components.values():
+            if component.share.residency != "parked" and not component.present:
+                self._bring(component)
+        self.asleep = False
+        self._count()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What is wrong with a file while the model is in use ends a request, not the model."""
+        try:
+            yield
+        except CorruptModel as error:
+            log.error("weights cannot be read: %s", error.message)
+            message = error.message.replace(f"{self._folder}/", "")
+            raise WeightsUnavailable(f"{message} The model's files must stay where they are while it runs.") from error
+
+    def _enter(self, ring: Ring, number: int, *_: object) -> None:
+        with self._reading():
+            ring.enter(number)
+
+    # --- the parts ----------------------------------------------------------------------------------------------
+
+    def _bring(self, component: Component) -> None:
+        tensors = component.own_tensors()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() == 0:
+                storage.resize_(_span(tensor))
+        clear_padding(component.model)
+        component.weights.fill(component.weights.places.keys() - component.streamed)
+        component.weights.absent = component.streamed
+        component.present = True
+        self.use.moved_bytes += sum(tensor.nbytes for tensor in tensors)
+        self._count()
+
+    def _take_out(self, component: Component) -> None:
+        component.present = False
+        component.weights.absent = frozenset(component.weights.places)
+        for tensor in component.own_tensors():
+            tensor.untyped_storage().resize_(0)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            release_freed_memory()
+        self._count()
+
+    def _altered(self, component: Component, keys: Set[str]) -> None:
+        if self._ring is not None and keys & component.streamed:
+            self._ring.invalidate(layer.number for layer in component.layers if keys & set(layer.keys))
+
+    def _count(self) -> None:
+        slots = sum(slot.untyped_storage().nbytes() for slot in self._slots)
+        own = sum(
+            tensor.untyped_storage().nbytes()
+            for component in self._components.values()
+            for tensor in component.own_tensors()
+        )
+        self.use.device_bytes = slots + own
+
+
+def _leave(ring: Ring, number: int, *_: object) -> None:
+    ring.leave(number)
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes of a storage that holds the tensor, whatever its order in memory."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
