@@ -55,7 +55,9 @@ class Component:
         """For the plan, before anything has memory."""
         moving = sum(spot.like.nbytes for layer in self.layers for spot in layer.spots)
         own = sum(tensor.nbytes for tensor in self._tensors())
-        return Sizes(self.name, self.stage, own - moving, tuple(layer.nbytes for layer in self.layers))
+        # Of several tracks the last is the one of every step.
+        once = sum(len(layers) for layers in list(self.tracks.values())[:-1])
+        return Sizes(self.name, self.stage, own - moving, tuple(layer.nbytes for layer in self.layers), once)
 
     def own_tensors(self) -> list[Tensor]:
         """What the checkpoint fills and no slot holds; each storage once."""
