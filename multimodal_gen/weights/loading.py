@@ -139,6 +139,11 @@ class WeightTree:
         """Numbers in the checkpoint's tensors that the model uses, whichever rank holds them."""
         return sum(math.prod(self.shapes[key]) for key in self.places)
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Key → bytes in its file, of what the model has a place for, in the order of the files."""
+        found = ((key, info) for file in self.files.values() for key, info in file.tensors.items())
+        return {key: info.end - info.begin for key, info in found if key in self.places}
+
     def verify(self) -> None:
         """Check that the files fill every parameter, whether it has memory or not.
 
@@ -201,6 +206,18 @@ class WeightTree:
         change = _unchanged if recipe is None else recipe.begin(view.device, view.dtype)
         for at, block in file.blocks(key, rows, direct=direct):
             view[at].copy_(change(at, block if columns is None or whole else block[(slice(None), *columns[1:])]))
+
+    def rows(self, key: str, indices: Sequence[int]) -> Tensor:
+        """Some rows of a tensor, in the order asked for, as `fill` would write them. Raises: as `fill`."""
+        place, file, recipe = self.places[key], self._file_of[key], self.recipes.get(key)
+        assert place.cut is None, f"{key}: ranks that share a tensor hold its rows"
+        found = torch.empty(len(indices), *self.shapes[key][1:], dtype=place.tensor.dtype)
+        change = _unchanged if recipe is None else recipe.begin(found.device, found.dtype)
+        for position, index in enumerate(indices):
+            row = slice(index, index + 1)
+            for _, block in file.blocks(key, row):
+                found[position : position + 1].copy_(change(row, block))
+        return found
 
     def read(self, keys: Iterable[str], whole: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these keys as the files hold them, file by file.

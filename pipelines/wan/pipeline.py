@@ -63,7 +63,7 @@ class WanPipeline:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.experts = Experts.of(checkpoint)
         self.backend = choose_attention(config.attention_backend, self.device, mesh)
-        self.memory = memory = Memory(config, self.device, folder)
+        self.memory = memory = Memory(config, self.device, folder, mesh)
         self.trees: dict[str, WeightTree] = {}
         self.transformers: dict[str, WanTransformer] = {}
         for name in self.experts.names:
@@ -206,7 +206,7 @@ class WanPipeline:
         return self.experts.at(_time(row))
 
     def _foresee(self, batch: Sequence[Row], later: Sequence[Sequence[Row]], rows: Sequence[Row]) -> None:
-        """What is fetched while this batch's last layers compute: the forward that follows, maybe of the other expert."""
+        """What is fetched while this batch's last layers compute: the next forward, maybe of the other expert."""
         if later:
             following = self._expert(later[0][0])
         else:

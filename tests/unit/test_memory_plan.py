@@ -51,7 +51,7 @@ def peak(made: MemoryPlan, sizes: Sequence[Sizes], working: Mapping[str, int]) -
     for part in sizes:
         share = made.shares[part.name]
         if share.residency == "resident":
-            always += part.rest + sum(part.layers)
+            always += part.rest + part.tables + sum(part.layers)
         elif share.residency == "streamed":
             always += part.rest
             for index, layer in enumerate(part.layers):
@@ -62,7 +62,9 @@ def peak(made: MemoryPlan, sizes: Sequence[Sizes], working: Mapping[str, int]) -
     worst = 0
     for stage in {part.stage for part in sizes} | set(working):
         guests = [
-            p.rest + sum(p.layers) for p in sizes if p.stage == stage and made.shares[p.name].residency == "parked"
+            p.rest + p.tables + sum(p.layers)
+            for p in sizes
+            if p.stage == stage and made.shares[p.name].residency == "parked"
         ]
         worst = max(worst, max(guests, default=0) + working.get(stage, 0))
     return always + made.slots * ring + worst
@@ -325,11 +327,11 @@ def random_model(rng: random.Random) -> list[Sizes]:
         return tuple(usual if rng.random() < 0.8 else rng.randint(1, 60) for _ in range(rng.randint(1, most)))
 
     front = layers(3) if rng.random() < 0.3 else ()
-    parts = [Sizes("transformer", "denoise", rng.randint(0, 40), front + layers(12), len(front))]
+    parts = [Sizes("transformer", "denoise", rng.randint(0, 40), front + layers(12), once=len(front))]
     if rng.random() < 0.4:
         parts.append(Sizes("transformer_2", "denoise", rng.randint(0, 40), layers(12)))
     if rng.random() < 0.8:
-        parts.insert(0, Sizes("text_encoder", "encode", rng.randint(0, 200), layers(8)))
+        parts.insert(0, Sizes("text_encoder", "encode", rng.randint(0, 50), layers(8), tables=rng.randint(0, 150)))
     if rng.random() < 0.3:
         parts.insert(0, Sizes("image_encoder", "encode", rng.randint(0, 100), layers(4) if rng.random() < 0.5 else ()))
     parts.append(Sizes("vae", "decode", rng.randint(1, 60)))
