@@ -229,6 +229,12 @@ class Memory:
 
     # --- use ----------------------------------------------------------------------------------------------------
 
+    def begin(self, stage: str) -> None:
+        """A stage begins: parked components of other stages leave."""
+        for component in self._components.values():
+            if component.share.residency == "parked" and component.present and component.stage != stage:
+                self._take_out(component)
+
     @contextmanager
     def at(self, name: str) -> Iterator[None]:
         """While inside, a component can be computed with. Raises: CorruptModel, for files that cannot be read."""
