@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,18 @@ from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
 
 log = logging.getLogger(__name__)
+
+_without_weights = ContextVar("_without_weights", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Pipelines that are constructed inside stay on the meta device: for those who want to know their sizes."""
+    token = _without_weights.set(True)
+    try:
+        yield
+    finally:
+        _without_weights.reset(token)
 
 
 @dataclass(eq=False)
@@ -63,7 +76,9 @@ class Component:
         own = sum(tensor.nbytes for tensor in self._tensors())
         tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
         layers = tuple(layer.nbytes for layer in self.layers)
-        return Sizes(self.name, self.stage, own - moving - tables, layers, tables)
+        # Of several tracks the last is the one of every step.
+        once = sum(len(track) for track in list(self.tracks.values())[:-1])
+        return Sizes(self.name, self.stage, own - moving - tables, layers, tables, once)
 
     def own_tensors(self) -> list[Tensor]:
         """What the checkpoint fills and no slot holds; each storage once."""
@@ -84,6 +99,7 @@ class Memory:
             mesh: the ranks that load at the same time, maybe from the same memory.
         """
         self.plan: MemoryPlan | None = None  # filled by load
+        self.working: dict[str, int] = {}  # stage → bytes of its activations; filled by load
         self.use = MemoryUse()
         self.asleep = False
         self._config, self._device, self._folder, self._mesh = config, device, folder, mesh
@@ -135,8 +151,11 @@ class Memory:
 
         Raises: ConfigError for what cannot fit, CorruptModel.
         """
+        self.working = dict(working or {})
+        if _without_weights.get():
+            return
         free, host = self._free()
-        self.plan = plan(self.sizes(), Wishes.of(self._config), working or {}, free, self._device.type, host)
+        self.plan = plan(self.sizes(), Wishes.of(self._config), self.working, free, self._device.type, host)
         for name, share in self.plan.shares.items():
             self._components[name].share = share
         self._make_ring(self.plan)
