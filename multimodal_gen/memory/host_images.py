@@ -40,7 +40,7 @@ class Image:
     memory: Tensor  # uint8, whole pages
     pinned: bool
     nbytes: int  # of the layer
-    edition: int | None = None  # of the layer; None: neither one nor another
+    edition: int | None = None  # of the layer in it; None: no layer
     copied: Event | None = None  # the end of the last copy from it; filled by the mover
 
 
@@ -98,7 +98,6 @@ class HostImages:
         if image.edition != edition:
             if image.copied is not None:
                 self._streams.host_after(image.copied)
-            image.edition = None
             layer.fill(image.memory[: layer.nbytes])
             image.edition = edition
         return image

@@ -200,7 +200,7 @@ class SlowCourier(Executor):
             return
         try:
             errand.set_result(work())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits for the errand gets it
             errand.set_exception(error)
 
 

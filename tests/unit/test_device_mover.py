@@ -85,13 +85,13 @@ class Scene:
 
     def _sleep(self) -> None:
         self.ring.clear()
-        self.images.drop()
         self.streams.host_after(self.streams.computed())  # as freeing memory of a device does
         for slot in self.slots:
             slot.fill_(0x55)
         self.streams.finish()
         if any((slot != 0x55).any() for slot in self.slots):
             self.streams.faults.append("a copy came after its slot was given away")
+        self.images.drop()
 
     def _wake(self) -> None:
         # Whoever had the slots' memory meanwhile still computes in it.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
+from multimodal_gen.errors import AdapterError
 from multimodal_gen.memory.file_mover import FileMover
 from multimodal_gen.memory.ring import Ring
 from multimodal_gen.memory.use import MemoryUse
+from multimodal_gen.weights.loading import Change
 from tests.support.streaming import Accidents, Stack
 
 pytestmark = [pytest.mark.unit]
@@ -65,3 +69,47 @@ def test_computing_sees_every_layer_whole_and_as_it_is_now(tmp_path, moody_disk,
     scene.accidents.run(12, scene.sleep, scene.wake)
     assert not scene.faults
     assert scene.use.loads > 0
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A recipe that takes its time."""
+
+    whole: bool = False
+
+    def begin(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """See `Recipe`."""
+
+        def change(rows: slice, pristine: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return pristine + 100
+
+        return change
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A recipe that cannot be followed."""
+
+    whole: bool = False
+
+    def begin(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """See `Recipe`."""
+        raise AdapterError("The adapters overflow.")
+
+
+def test_what_half_failed_has_ended_before_its_slot_is_filled_again(tmp_path):
+    scene = Scene(1, tmp_path)
+    stack, mover = scene.stack, FileMover(scene.stack.layers, scene.use)
+    for layer in stack.layers.values():
+        layer.put(scene.slots[0])
+    first, second = stack.layers[0], stack.layers[1]
+    stack.weights.alter({first.keys[0]: Failing(), first.keys[1]: Slow()}, {*first.keys[:2]})
+    mover.load(0, 0)
+    with pytest.raises(AdapterError):
+        mover.wait(0)
+    mover.load(0, 1)
+    mover.wait(0)
+    time.sleep(0.1)
+    assert second.number == 1
+    assert stack.check(1)() is None
