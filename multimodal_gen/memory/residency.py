@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import CorruptModel, WeightsUnavailable
+from multimodal_gen.errors import CorruptModel, PeerLost, WeightsUnavailable
 from multimodal_gen.memory.cuda_streams import CudaStreams
 from multimodal_gen.memory.device_mover import DeviceMover
 from multimodal_gen.memory.file_mover import FileMover
@@ -33,10 +34,23 @@ from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wish
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
 from multimodal_gen.offload import Residency
+from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
 
 log = logging.getLogger(__name__)
+
+_without_weights = ContextVar("_without_weights", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Pipelines that are constructed inside stay on the meta device: for those who want to know their sizes."""
+    token = _without_weights.set(True)
+    try:
+        yield
+    finally:
+        _without_weights.reset(token)
 
 
 @dataclass(eq=False)
@@ -65,7 +79,9 @@ class Component:
         own = sum(tensor.nbytes for tensor in self._tensors())
         tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
         layers = tuple(layer.nbytes for layer in self.layers)
-        return Sizes(self.name, self.stage, own - moving - tables, layers, tables)
+        # Of several tracks the last is the one of every step.
+        once = sum(len(track) for track in list(self.tracks.values())[:-1])
+        return Sizes(self.name, self.stage, own - moving - tables, layers, tables, once)
 
     def own_tensors(self) -> list[Tensor]:
         """What the checkpoint fills and no slot holds; each storage once."""
@@ -86,6 +102,7 @@ class Memory:
             mesh: the ranks that load at the same time, maybe from the same memory.
         """
         self.plan: MemoryPlan | None = None  # filled by load
+        self.working: dict[str, int] = {}  # stage → bytes of its activations; filled by load
         self.use = MemoryUse()
         self.asleep = False
         self._config, self._device, self._folder, self._mesh = config, device, folder, mesh
@@ -139,8 +156,11 @@ class Memory:
 
         Raises: ConfigError for what cannot fit, CorruptModel.
         """
+        self.working = dict(working or {})
+        if _without_weights.get():
+            return
         free, host = self._free()
-        self.plan = plan(self.sizes(), Wishes.of(self._config), working or {}, free, self._device.type, host)
+        self.plan = plan(self.sizes(), Wishes.of(self._config), self.working, free, self._device.type, host)
         for name, share in self.plan.shares.items():
             self._components[name].share = share
         self._make_ring(self.plan)
@@ -231,6 +251,12 @@ class Memory:
 
     # --- use ----------------------------------------------------------------------------------------------------
 
+    def begin(self, stage: str) -> None:
+        """A stage begins: parked components of other stages leave."""
+        for component in self._components.values():
+            if component.share.residency == "parked" and component.present and component.stage != stage:
+                self._take_out(component)
+
     @contextmanager
     def at(self, name: str) -> Iterator[None]:
         """While inside, a component can be computed with. Raises: CorruptModel, for files that cannot be read."""
@@ -239,8 +265,7 @@ class Memory:
             for other in self._components.values():
                 if other.share.residency == "parked" and other.present:
                     self._take_out(other)
-            with self._reading():
-                self._bring(component)
+            self._together(lambda: self._bring(component))
         yield
 
     def follow(self, track: str, by: str) -> None:
@@ -288,8 +313,29 @@ class Memory:
             raise WeightsUnavailable(f"{message} The model's files must stay where they are while it runs.") from error
 
     def _enter(self, ring: Ring, number: int, *_: object) -> None:
-        with self._reading():
-            ring.enter(number)
+        self._together(lambda: ring.enter(number))
+
+    def _together(self, work: Callable[[], object]) -> None:
+        """Do it on all ranks of a forward, or raise on all: for one that failed alone, others would wait in vain.
+
+        On a CPU, where every layer comes from a file and the vote takes a thousandth of that time. A device would stand
+        still for it.
+        """
+        failure: Exception | None = None
+        try:
+            with self._reading():
+                work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, every rank has to learn of it
+            failure = error
+        for group in (self._mesh.tp, self._mesh.sp) if self._device.type == "cpu" else ():
+            try:
+                agree(group, failure)
+            except PeerLost:
+                raise
+            except Exception as error:  # noqa: BLE001 - told on
+                failure = error
+        if failure is not None:
+            raise failure
 
     # --- the parts ----------------------------------------------------------------------------------------------
 

@@ -145,7 +145,7 @@ def test_many_threads_read_one_file_at_a_time_in_both_ways(path, monkeypatch):
     assert all(same_bytes(tensor, wanted[key]) for key, tensor in zip(keys, found, strict=True))
 
 
-# --- what happens to files ----------------------------------------------------------------------------------------------
+# --- what happens to files ------------------------------------------------------------------------------------------
 
 
 def everything(file: TensorFile, direct: bool) -> None:
