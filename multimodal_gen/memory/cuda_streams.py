@@ -12,8 +12,8 @@ class CudaStreams:
     """See `Streams`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._copies = torch.cuda.Stream(device)
+        self._device = self._copies.device  # with its index: what is current differs from thread to thread
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """From pageable memory the driver copies in pieces through its own buffer, and the caller waits for it."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
@@ -137,6 +138,8 @@ class HostImages:
     def _room(self, nbytes: int, pin: bool) -> Image:
         # Of its own pages, which pinning asks for, and which go back to the system when it is freed.
         pages = mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if sys.platform == "linux":
+            pages.madvise(mmap.MADV_DONTFORK)  # a child must not make the parent copy what the device reads
         memory = torch.frombuffer(pages, dtype=torch.uint8)
         pinned = pin and not self._refused and self._streams.pin(memory)
         if pin and not pinned and not self._refused:

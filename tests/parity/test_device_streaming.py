@@ -18,7 +18,7 @@ from multimodal_gen.memory.host_images import HostImages
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.memory.ring import Mover
 from multimodal_gen.memory.shares import MemoryPlan
-from tests.support.adapters import linear_shapes, peft_tensors
+from tests.support.adapters import peft_tensors
 from tests.support.fake_streams import HostComputes
 
 pytestmark = [pytest.mark.parity]
@@ -70,7 +70,6 @@ def test_adapters_and_sleep_change_nothing(
     ) as streamed:
         memory = device.memory
         assert memory is not None
-        shapes = linear_shapes(memory._components["transformer"].model)
         shapes = {"layers.0.attention.to_q": _square(memory), "layers.1.attention.to_q": _square(memory)}
         save_file(peft_tensors(shapes), tmp_path / "one.safetensors")
         save_file(peft_tensors(shapes, seed=1), tmp_path / "two.safetensors")
