@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,19 @@ class Layer:
         for layer in self.padded:
             for view in layer.padding():
                 view.zero_()
+
+    def fill(self, image: Tensor) -> None:
+        """Read it into `image` (uint8 [nbytes]), which is laid out like its slot. Raises: as `WeightTree.fill`."""
+        into = partial(_same_part, image)
+        for layer in self.padded:
+            for view in layer.padding():
+                into(view).zero_()
+        self.weights.fill(self.keys, into=into)
+
+
+def _same_part(image: Tensor, view: Tensor) -> Tensor:
+    """The part of `image` that a view of the slot's parameters is of the slot."""
+    return image.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 def find_layers(model: nn.Module, weights: WeightTree, lists: Sequence[LayerList], first: int) -> list[Layer]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,22 +20,43 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import CorruptModel, PeerLost, WeightsUnavailable
+from multimodal_gen.errors import ConfigError, CorruptModel, PeerLost, WeightsUnavailable
+from multimodal_gen.memory.cuda_streams import CudaStreams
+from multimodal_gen.memory.device_mover import DeviceMover
+from multimodal_gen.memory.estimate import Load, StepCost
 from multimodal_gen.memory.file_mover import FileMover
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.memory.host import release_freed_memory
+from multimodal_gen.memory.host_images import HostImages
 from multimodal_gen.memory.layers import Layer, Track, find_layers, make_slots
+from multimodal_gen.memory.measure import preflight
 from multimodal_gen.memory.plan import plan
-from multimodal_gen.memory.ring import Ring
+from multimodal_gen.memory.ring import Mover, Ring
 from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wishes
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
 from multimodal_gen.offload import Residency
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
+from multimodal_gen.request import ModelCard
 from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
 
 log = logging.getLogger(__name__)
+
+_without_weights = ContextVar("_without_weights", default=False)
+
+
+Working = Mapping[str, int]  # stage → bytes that it needs beside the weights
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Pipelines that are constructed inside stay on the meta device: for those who want to know their sizes."""
+    token = _without_weights.set(True)
+    try:
+        yield
+    finally:
+        _without_weights.reset(token)
 
 
 @dataclass(eq=False)
@@ -63,7 +85,9 @@ class Component:
         own = sum(tensor.nbytes for tensor in self._tensors())
         tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
         layers = tuple(layer.nbytes for layer in self.layers)
-        return Sizes(self.name, self.stage, own - moving - tables, layers, tables)
+        # Of several tracks the last is the one of every step.
+        once = sum(len(track) for track in list(self.tracks.values())[:-1])
+        return Sizes(self.name, self.stage, own - moving - tables, layers, tables, once)
 
     def own_tensors(self) -> list[Tensor]:
         """What the checkpoint fills and no slot holds; each storage once."""
@@ -84,15 +108,19 @@ class Memory:
             mesh: the ranks that load at the same time, maybe from the same memory.
         """
         self.plan: MemoryPlan | None = None  # filled by load
+        self.working: Working = {}  # of a request of the default size; filled by load
+        self.cost: StepCost | None = None  # of a step where layers stream; filled by load
         self.use = MemoryUse()
         self.asleep = False
         self._config, self._device, self._folder, self._mesh = config, device, folder, mesh
         self._following: dict[str, str] = {}
         self._components: dict[str, Component] = {}
         self._ring: Ring | None = None
+        self._images: HostImages | None = None  # where a device has layers streamed from the host
         self._slots: list[Tensor] = []
         self._slot_bytes = 0
         self._layers: dict[int, Layer] = {}
+        self._moving: list[Layer] = []  # of these, those that the ring brings
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -127,20 +155,27 @@ class Memory:
         """Of all components, before anything has memory."""
         return [component.sizes for component in self._components.values()]
 
-    def load(self, working: Mapping[str, int] | None = None) -> None:
-        """Plan, give memory, read.
+    def load(self, card: ModelCard, dtype: torch.dtype, working: Callable[[int, int, int], Working]) -> None:
+        """Plan for requests of the default size, or for the smallest where that cannot be; give memory; read.
 
         Args:
-            working: stage → bytes of activations that it needs at its worst.
+            dtype: that steps compute in.
+            working: (width, height, frames) of a request → what its stages work with.
 
         Raises: ConfigError for what cannot fit, CorruptModel.
         """
-        free, host = self._free()
-        self.plan = plan(self.sizes(), Wishes.of(self._config), working or {}, free, self._device.type, host)
+        usual = card.defaults
+        self.working = working(usual.width, usual.height, usual.num_frames)
+        if _without_weights.get():
+            return
+        self.plan = self._planned(working(card.min_side, card.min_side, 1))
+        self._preflight(card, dtype)
         for name, share in self.plan.shares.items():
             self._components[name].share = share
         self._make_ring(self.plan)
-        self._share_page_cache(self.plan.host_bytes)
+        kept = self._kept_in_host_memory()
+        self._share_page_cache(self.plan.host_bytes - sum(layer.nbytes for layer in kept), kept)
+        self._make_images()
         for component in self._components.values():
             allocate(component.model, self._device)
             if component.share.residency == "parked":
@@ -148,6 +183,24 @@ class Memory:
             else:
                 self._bring(component)
             component.weights.on_alter = partial(self._altered, component)
+
+    def _planned(self, least: Working) -> MemoryPlan:
+        sizes, wishes, kind = self.sizes(), Wishes.of(self._config), self._device.type
+        free, host = self._free()
+        try:
+            return plan(sizes, wishes, self.working, free, kind, host)
+        except ConfigError as error:
+            made = plan(sizes, wishes, least, free, kind, host)  # or raises in the same words with other numbers
+            log.warning("Requests of the default size may run out of memory, smaller ones fit. %s", error.message)
+            return made
+
+    def _preflight(self, card: ModelCard, dtype: torch.dtype) -> None:
+        """Say the plan, before minutes of reading."""
+        assert self.plan is not None
+        files = [path for component in self._components.values() for path in component.weights.files]
+        lines, self.cost = preflight(self.plan, self.sizes(), Load.of(card), files, self._device, dtype)
+        for line in lines:
+            log.info("memory: %s", line)
 
     def _free(self) -> tuple[int, int]:
         """On the device, and of the machine where the device is another: the least that any rank finds."""
@@ -169,27 +222,41 @@ class Memory:
             self._leave_in_file(component)
             for name, layers in component.tracks.items():
                 tracks[name] = [layer.number for layer in layers if layer in moving]
-        moving = [self._layers[number] for numbers in tracks.values() for number in numbers]
+        moving = self._moving = [self._layers[number] for numbers in tracks.values() for number in numbers]
         if not moving:
             return
-        mover = FileMover(self._layers, self.use)
-        ring = self._ring = Ring(tracks, plan.slots, mover)
-        for track, by in self._following.items():
-            ring.follow(track, by)
         self._slots = make_slots(moving, plan.slots, self._device)
         self._slot_bytes = self._slots[0].nbytes
+        ring = self._ring = Ring(tracks, plan.slots, self._make_mover(plan))
+        for track, by in self._following.items():
+            ring.follow(track, by)
         for layer in moving:
             layer.put(self._slots[ring.slot_of(layer.number)])
             layer.module.register_forward_pre_hook(partial(self._enter, ring, layer.number))
             layer.module.register_forward_hook(partial(_leave, ring, layer.number))
 
-    def _share_page_cache(self, budget: int) -> None:
+    def _make_mover(self, plan: MemoryPlan) -> Mover:
+        if self._device.type == "cpu":
+            return FileMover(self._layers, self.use)
+        streams = CudaStreams(self._device)
+        self._images = HostImages(self._moving, plan.pinned_bytes, plan.host_bytes, streams)
+        return DeviceMover(self._slots, self._images, streams, self.use)
+
+    def _kept_in_host_memory(self) -> list[Layer]:
+        return [] if self._images is None else [layer for layer in self._moving if self._images.kept(layer)]
+
+    def _make_images(self) -> None:
+        if self._images is not None:
+            self._images.make()
+
+    def _share_page_cache(self, budget: int, kept: Sequence[Layer]) -> None:
         """Say what is read through the page cache: first what every step needs, as far as the budget goes. What is read
-        once, at the start, goes around it where not everything has room."""
+        once, at the start or to be `kept`, goes around it where not everything has room."""
         sizes = {name: c.weights.stored_bytes() for name, c in self._components.items()}
         all_fits = sum(sum(found.values()) for found in sizes.values()) <= budget
         for component in sorted(self._components.values(), key=lambda c: c.stage != DENOISE):
-            away = component.weights.places if component.share.residency == "parked" else component.streamed
+            once = {key for layer in kept if layer.weights is component.weights for key in layer.keys}
+            away = component.weights.places if component.share.residency == "parked" else component.streamed - once
             around = set()
             for key, nbytes in sizes[component.name].items():
                 if key in away and nbytes <= budget:
@@ -244,6 +311,8 @@ class Memory:
             self._ring.clear()
         for slot in self._slots:
             slot.untyped_storage().resize_(0)
+        if self._images is not None:
+            self._images.drop()
         for component in self._components.values():
             self._take_out(component)
         self.asleep = True
@@ -253,6 +322,7 @@ class Memory:
         """Bring back what `sleep` freed, adapters included. Raises: CorruptModel; it may be called again then."""
         for slot in self._slots:
             slot.untyped_storage().resize_(self._slot_bytes)
+        self._make_images()
         for component in self._components.values():
             if component.share.residency != "parked" and not component.present:
                 self._bring(component)
@@ -322,16 +392,21 @@ class Memory:
 
     def _altered(self, component: Component, keys: Set[str]) -> None:
         if self._ring is not None and keys & component.streamed:
-            self._ring.invalidate(layer.number for layer in component.layers if keys & set(layer.keys))
+            numbers = [layer.number for layer in component.layers if keys & set(layer.keys)]
+            self._ring.invalidate(numbers)
+            if self._images is not None:
+                self._images.stale(numbers)
 
     def _count(self) -> None:
         slots = sum(slot.untyped_storage().nbytes() for slot in self._slots)
-        own = sum(
-            tensor.untyped_storage().nbytes()
-            for component in self._components.values()
-            for tensor in component.own_tensors()
-        )
-        self.use.device_bytes = slots + own
+        tensors = [tensor for component in self._components.values() for tensor in component.own_tensors()]
+        self.use.device_bytes = slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        kept = self._kept_in_host_memory()
+        moving = sum(layer.nbytes for layer in self._moving) - sum(layer.nbytes for layer in kept)
+        away = sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage().nbytes() == 0)
+        self.use.tiers = {"device": self.use.device_bytes, "file": moving + away}
+        if self._images is not None:
+            self.use.tiers |= self._images.used_bytes()
 
 
 def _leave(ring: Ring, number: int, *_: object) -> None:
