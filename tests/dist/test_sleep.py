@@ -132,7 +132,7 @@ def test_waking_has_the_time_of_loading_and_no_more(folder: Path) -> None:
         began = time.monotonic()
         with pytest.raises(WorkerCrashed):
             wake(engine)
-        assert time.monotonic() - began >= 4.0
+        assert time.monotonic() - began > 2.9, "a look at it may be almost due"
         assert_asleep(engine)
         replica._config = patient
         wake(engine)
