@@ -16,21 +16,23 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from multimodal_gen.memory.layers import Layer
+from multimodal_gen.memory.readers import Readers
 from multimodal_gen.memory.streams import Event, Streams
 
 log = logging.getLogger(__name__)
 
 Tier = Literal["pinned", "pageable", "file"]
 BUFFERS = 2
-READERS = 4  # that make all images
+READERS = 4
 GOLDEN = 0.6180339887  # multiples of it, without their whole part, fill the unit interval evenly, however many
 
 
@@ -67,6 +69,7 @@ class HostImages:
         self._buffer_bytes = max(in_file, default=0)
         self._pin_buffers = BUFFERS * self._buffer_bytes <= pinned_bytes
         self._refused = False
+        self._readers = Readers(READERS)
         # Memory that is freed while it is pinned would stay in use until the process ends.
         weakref.finalize(self, _release, self._images, self._buffers, streams).atexit = False
 
@@ -76,16 +79,9 @@ class HostImages:
 
     def make(self) -> None:
         """Make all that is missing. Raises: as `WeightTree.fill`; it may be called again then."""
-        numbers = [number for number, tier in self.tiers.items() if tier != "file"]
-        with ThreadPoolExecutor(READERS, "weights") as threads:
-            jobs: list[Future[Image]] = [threads.submit(self.get, number) for number in numbers]
-            if len(numbers) < len(self.tiers):
-                jobs.append(threads.submit(self._buffer, 0))
-            try:
-                for job in jobs:
-                    job.result()
-            finally:
-                threads.shutdown(cancel_futures=True)
+        for number, layer in self._layers.items():
+            if self.kept(layer):
+                self.get(number)
 
     def get(self, number: int) -> Image:
         """A layer as its recipes are now, or as they were when a change came meanwhile.
@@ -99,7 +95,7 @@ class HostImages:
         if image.edition != edition:
             if image.copied is not None:
                 self._streams.host_after(image.copied)
-            layer.fill(image.memory[: layer.nbytes])
+            self._fill(image.memory[: layer.nbytes], layer)
             image.edition = edition
         return image
 
@@ -121,6 +117,13 @@ class HostImages:
             "pageable": sum(image.memory.nbytes for image in images if not image.pinned),
         }
 
+    def _fill(self, memory: Tensor, layer: Layer) -> None:
+        layer.clear_padding(memory)
+        jobs = self._readers.submit(partial(layer.fill, memory), layer.keys)
+        wait(jobs)  # all: nobody writes there any more when this raises
+        for job in jobs:
+            job.result()
+
     def _image(self, layer: Layer) -> Image:
         if layer.number not in self._images:
             self._images[layer.number] = self._room(layer.nbytes, self.tiers[layer.number] == "pinned")
@@ -141,7 +144,7 @@ class HostImages:
         if sys.platform == "linux":
             pages.madvise(mmap.MADV_DONTFORK)  # a child must not make the parent copy what the device reads
         memory = torch.frombuffer(pages, dtype=torch.uint8)
-        pinned = pin and not self._refused and self._streams.pin(memory)
+        pinned = pin and not self._refused and self._readers.threads.submit(self._streams.pin, memory).result()
         if pin and not pinned and not self._refused:
             self._refused = True
             log.warning("the system page-locks no more memory for this process; the rest is copied more slowly")
