@@ -99,7 +99,7 @@ def _sizes(
     with without_weights():
         memory = registry.load(card, config, mesh).memory
     files = [file for part in verify(Path(card.path)).components.values() for file in part.files]
-    return memory.sizes(), memory.working, files
+    return memory.sizes(), dict(memory.working), files
 
 
 def _cost(

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import CorruptModel, PeerLost, WeightsUnavailable
+from multimodal_gen.errors import ConfigError, CorruptModel, PeerLost, WeightsUnavailable
 from multimodal_gen.memory.cuda_streams import CudaStreams
 from multimodal_gen.memory.device_mover import DeviceMover
+from multimodal_gen.memory.estimate import Load, StepCost
 from multimodal_gen.memory.file_mover import FileMover
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.memory.host_images import HostImages
 from multimodal_gen.memory.layers import Layer, Track, find_layers, make_slots
+from multimodal_gen.memory.measure import preflight
 from multimodal_gen.memory.plan import plan
 from multimodal_gen.memory.ring import Mover, Ring
 from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wishes
@@ -36,11 +38,15 @@ from multimodal_gen.memory.use import MemoryUse
 from multimodal_gen.offload import Residency
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
+from multimodal_gen.request import ModelCard
 from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
 
 log = logging.getLogger(__name__)
 
 _without_weights = ContextVar("_without_weights", default=False)
+
+
+Working = Mapping[str, int]  # stage → bytes that it needs beside the weights
 
 
 @contextmanager
@@ -102,7 +108,8 @@ class Memory:
             mesh: the ranks that load at the same time, maybe from the same memory.
         """
         self.plan: MemoryPlan | None = None  # filled by load
-        self.working: dict[str, int] = {}  # stage → bytes of its activations; filled by load
+        self.working: Working = {}  # of a request of the default size; filled by load
+        self.cost: StepCost | None = None  # of a step where layers stream; filled by load
         self.use = MemoryUse()
         self.asleep = False
         self._config, self._device, self._folder, self._mesh = config, device, folder, mesh
@@ -148,19 +155,21 @@ class Memory:
         """Of all components, before anything has memory."""
         return [component.sizes for component in self._components.values()]
 
-    def load(self, working: Mapping[str, int] | None = None) -> None:
-        """Plan, give memory, read.
+    def load(self, card: ModelCard, dtype: torch.dtype, working: Callable[[int, int, int], Working]) -> None:
+        """Plan for requests of the default size, or for the smallest where that cannot be; give memory; read.
 
         Args:
-            working: stage → bytes of activations that it needs at its worst.
+            dtype: that steps compute in.
+            working: (width, height, frames) of a request → what its stages work with.
 
         Raises: ConfigError for what cannot fit, CorruptModel.
         """
-        self.working = dict(working or {})
+        usual = card.defaults
+        self.working = working(usual.width, usual.height, usual.num_frames)
         if _without_weights.get():
             return
-        free, host = self._free()
-        self.plan = plan(self.sizes(), Wishes.of(self._config), self.working, free, self._device.type, host)
+        self.plan = self._planned(working(card.min_side, card.min_side, 1))
+        self._preflight(card, dtype)
         for name, share in self.plan.shares.items():
             self._components[name].share = share
         self._make_ring(self.plan)
@@ -174,6 +183,24 @@ class Memory:
             else:
                 self._bring(component)
             component.weights.on_alter = partial(self._altered, component)
+
+    def _planned(self, least: Working) -> MemoryPlan:
+        sizes, wishes, kind = self.sizes(), Wishes.of(self._config), self._device.type
+        free, host = self._free()
+        try:
+            return plan(sizes, wishes, self.working, free, kind, host)
+        except ConfigError as error:
+            made = plan(sizes, wishes, least, free, kind, host)  # or raises in the same words with other numbers
+            log.warning("Requests of the default size may run out of memory, smaller ones fit. %s", error.message)
+            return made
+
+    def _preflight(self, card: ModelCard, dtype: torch.dtype) -> None:
+        """Say the plan, before minutes of reading."""
+        assert self.plan is not None
+        files = [path for component in self._components.values() for path in component.weights.files]
+        lines, self.cost = preflight(self.plan, self.sizes(), Load.of(card), files, self._device, dtype)
+        for line in lines:
+            log.info("memory: %s", line)
 
     def _free(self) -> tuple[int, int]:
         """On the device, and of the machine where the device is another: the least that any rank finds."""
