@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError, CorruptModel, PeerLost, WeightsUnavailable
+from multimodal_gen.memory.component import Component
 from multimodal_gen.memory.cuda_streams import CudaStreams
 from multimodal_gen.memory.device_mover import DeviceMover
 from multimodal_gen.memory.estimate import Load, StepCost
@@ -32,7 +32,7 @@ from multimodal_gen.memory.layers import Layer, Track, find_layers, make_slots
 from multimodal_gen.memory.measure import preflight
 from multimodal_gen.memory.plan import plan
 from multimodal_gen.memory.ring import Mover, Ring
-from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wishes
+from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Sizes, Wishes
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
 from multimodal_gen.offload import Residency
@@ -57,45 +57,6 @@ def without_weights() -> Iterator[None]:
         yield
     finally:
         _without_weights.reset(token)
-
-
-@dataclass(eq=False)
-class Component:
-    """One model of a pipeline; filled by `Memory`."""
-
-    name: str
-    stage: str
-    model: nn.Module
-    weights: WeightTree
-    tracks: dict[str, list[Layer]]  # every layer that could be streamed, in the order of use
-    tables: dict[str, str]  # path of an embedding that could stay in its file → its checkpoint key
-    share: Share = field(default_factory=lambda: Share("resident"))
-    streamed: frozenset[str] = frozenset()  # checkpoint keys that pass through slots
-    present: bool = False  # whether what is not streamed is on the device
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Of all tracks."""
-        return [layer for layers in self.tracks.values() for layer in layers]
-
-    @property
-    def sizes(self) -> Sizes:
-        """For the plan, before anything has memory."""
-        moving = sum(spot.like.nbytes for layer in self.layers for spot in layer.spots)
-        own = sum(tensor.nbytes for tensor in self._tensors())
-        tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
-        layers = tuple(layer.nbytes for layer in self.layers)
-        # Of several tracks the last is the one of every step.
-        once = sum(len(track) for track in list(self.tracks.values())[:-1])
-        return Sizes(self.name, self.stage, own - moving - tables, layers, tables, once)
-
-    def own_tensors(self) -> list[Tensor]:
-        """What the checkpoint fills and no slot holds; each storage once."""
-        return self._tensors(self.streamed)
-
-    def _tensors(self, without: Set[str] = frozenset()) -> list[Tensor]:
-        places = [place for key, place in self.weights.places.items() if key not in without]
-        return list({(place.layer, place.name): place.tensor for place in places}.values())
 
 
 class Memory:
