@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from multimodal_gen.memory.layers import Layer
-from multimodal_gen.memory.shares import Share, Sizes
+from multimodal_gen.memory.shares import DENOISE, Share, Sizes
 from multimodal_gen.weights.loading import WeightTree
 
 
@@ -30,6 +30,11 @@ class Component:
     def layers(self) -> list[Layer]:
         """Of all tracks."""
         return [layer for layers in self.tracks.values() for layer in layers]
+
+    @property
+    def every_step(self) -> list[Layer]:
+        """Those that every step needs: of several tracks, the last."""
+        return list(self.tracks.values())[-1] if self.stage == DENOISE and self.tracks else []
 
     @property
     def sizes(self) -> Sizes:

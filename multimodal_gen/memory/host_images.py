@@ -15,7 +15,7 @@ import mmap
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Container, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
@@ -53,13 +53,21 @@ class HostImages:
     `get` belongs to the courier's thread, everything else to the engine's; `make` and `drop` while the courier rests.
     """
 
-    def __init__(self, layers: Sequence[Layer], pinned_bytes: int, host_bytes: int, streams: Streams) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        pinned_bytes: int,
+        host_bytes: int,
+        streams: Streams,
+        often: Container[int] = (),
+    ) -> None:
         """
         Args:
             host_bytes: for all of this; the two buffers are made in any case.
             pinned_bytes: of `host_bytes`.
+            often: layers that every step needs; they get the fastest tiers.
         """
-        self.tiers = share_out({layer.number: layer.nbytes for layer in layers}, pinned_bytes, host_bytes)
+        self.tiers = share_out({layer.number: layer.nbytes for layer in layers}, pinned_bytes, host_bytes, often)
         self._layers = {layer.number: layer for layer in layers}
         self._streams = streams
         self._editions = dict.fromkeys(self._layers, 0)
@@ -151,18 +159,20 @@ class HostImages:
         return Image(memory, pinned, nbytes)
 
 
-def share_out(sizes: Mapping[int, int], pinned_bytes: int, host_bytes: int) -> dict[int, Tier]:
-    """Layer → its tier.
+def share_out(
+    sizes: Mapping[int, int], pinned_bytes: int, host_bytes: int, often: Container[int] = ()
+) -> dict[int, Tier]:
+    """Layer → its tier, those that are used `often` first.
 
-    Those in slower tiers are spread evenly among the others, so that there is time for them; `sizes` is in the order of
-    use.
+    Layers in slower tiers are spread evenly among the others, so that there is time for them; `sizes` is in the order
+    of use.
     """
     if sum(sizes.values()) > host_bytes:
         buffers = BUFFERS * max(sizes.values())
         pinned_bytes, host_bytes = pinned_bytes - buffers, host_bytes - buffers
     found: dict[int, Tier] = {}
     numbers = list(sizes)
-    for index in sorted(range(len(numbers)), key=lambda index: index * GOLDEN % 1):
+    for index in sorted(range(len(numbers)), key=lambda index: (numbers[index] not in often, index * GOLDEN % 1)):
         size = sizes[numbers[index]]
         fits = size <= host_bytes
         found[numbers[index]] = "file" if not fits else "pinned" if size <= pinned_bytes else "pageable"

@@ -200,7 +200,8 @@ class Memory:
         if self._device.type == "cpu":
             return FileMover(self._layers, self.use)
         streams = CudaStreams(self._device)
-        self._images = HostImages(self._moving, plan.pinned_bytes, plan.host_bytes, streams)
+        often = {layer.number for component in self._components.values() for layer in component.every_step}
+        self._images = HostImages(self._moving, plan.pinned_bytes, plan.host_bytes, streams, often)
         return DeviceMover(self._slots, self._images, streams, self.use)
 
     def _kept_in_host_memory(self) -> list[Layer]:

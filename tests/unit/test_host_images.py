@@ -75,6 +75,12 @@ def test_slow_layers_are_spread_among_the_others(in_file):
     assert longest <= 2 * -(-in_file // (40 - in_file)), tiers
 
 
+def test_what_every_step_needs_has_the_fastest_tiers():
+    tiers = share_out(dict.fromkeys(range(30), 10), 120, 220, often=range(20, 30))
+    assert {tiers[number] for number in range(20, 30)} == {"pinned"}
+    assert list(tiers.values()).count("pageable") == 10
+
+
 def runs(tiers: list[str]) -> Iterator[list[str]]:
     """Stretches of layers in a row that stay in the file."""
     found: list[str] = []
