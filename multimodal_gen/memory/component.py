@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from multimodal_gen.memory.layers import Layer
-from multimodal_gen.memory.shares import Share, Sizes
+from multimodal_gen.memory.shares import DENOISE, Share, Sizes
 from multimodal_gen.weights.loading import WeightTree, clear_padding
 
 RESIDENT = Share("resident")
@@ -40,13 +40,17 @@ class Component:
         return [layer for layers in self.tracks.values() for layer in layers]
 
     @property
+    def every_step(self) -> list[Layer]:
+        """Those that every step needs: of several tracks, the last."""
+        return list(self.tracks.values())[-1] if self.stage == DENOISE and self.tracks else []
+
+    @property
     def sizes(self) -> Sizes:
         """For the plan, before anything has memory."""
         moving = sum(spot.like.nbytes for layer in self.layers for spot in layer.spots)
         own = sum(tensor.nbytes for tensor in self._tensors())
         tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
         layers = tuple(layer.nbytes for layer in self.layers)
-        # Of several tracks the last is the one of every step.
         once = sum(len(track) for track in list(self.tracks.values())[:-1])
         return Sizes(self.name, self.stage, own - moving - tables, layers, tables, once)
 

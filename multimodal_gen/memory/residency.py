@@ -171,9 +171,10 @@ class Memory:
                     key for layers in moving.values() for layer in layers for key in layer.keys
                 )
                 self._leave_in_file(component)
+        often = {layer for component in self._components.values() for layer in component.every_step}
         kept: list[Layer] = []
         if any(tracks.values()):
-            stream = self._stream = Stream(self._device, plan, tracks, self.use)
+            stream = self._stream = Stream(self._device, plan, tracks, often, self.use)
             stream.hook(self._together)
             for track, by in self._following.items():
                 stream.follow(track, by)

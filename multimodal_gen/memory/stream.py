@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from functools import partial
 
 import torch
@@ -24,13 +24,22 @@ class Stream:
     """One for all tracks of a pipeline, so that no more slots are held than one pass needs."""
 
     def __init__(
-        self, device: torch.device, plan: MemoryPlan, tracks: Mapping[str, Sequence[Layer]], use: MemoryUse
+        self,
+        device: torch.device,
+        plan: MemoryPlan,
+        tracks: Mapping[str, Sequence[Layer]],
+        often: Container[Layer],
+        use: MemoryUse,
     ) -> None:
-        """`tracks`: name → its streamed layers in the order of use, on the meta device; they get their slots here."""
+        """
+        Args:
+            tracks: name → its streamed layers in the order of use, on the meta device; they get their slots here.
+            often: layers that every step needs; they get the fastest memory of the host.
+        """
         self.layers = [layer for layers in tracks.values() for layer in layers]
         self._slots = make_slots(self.layers, plan.slots, device)
         self._slot_bytes = self._slots[0].nbytes
-        mover, self._images = make_mover(device, plan, self.layers, self._slots, use)
+        mover, self._images = make_mover(device, plan, self.layers, often, self._slots, use)
         numbers = {name: [layer.number for layer in layers] for name, layers in tracks.items()}
         self._ring = Ring(numbers, plan.slots, mover)
         for layer in self.layers:
@@ -90,13 +99,19 @@ class Stream:
 
 
 def make_mover(
-    device: torch.device, plan: MemoryPlan, layers: Sequence[Layer], slots: Sequence[Tensor], use: MemoryUse
+    device: torch.device,
+    plan: MemoryPlan,
+    layers: Sequence[Layer],
+    often: Container[Layer],
+    slots: Sequence[Tensor],
+    use: MemoryUse,
 ) -> tuple[Mover, HostImages | None]:
     """What fills slots on a device, and from which host memory, where that is not the device's own."""
     if device.type == "cpu":
         return FileMover({layer.number: layer for layer in layers}, use), None
     streams = CudaStreams(device)
-    images = HostImages(layers, plan.pinned_bytes, plan.host_bytes, streams)
+    numbers = {layer.number for layer in layers if layer in often}
+    images = HostImages(layers, plan.pinned_bytes, plan.host_bytes, streams, numbers)
     return DeviceMover(slots, images, streams, use), images
 
 

@@ -5,7 +5,7 @@ The device is a fake: its memory is the host's, its copies come late and in piec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -41,11 +41,23 @@ class Device:
         self.streams = HostComputes(0)
 
     def mover(
-        self, _: torch.device, plan: MemoryPlan, layers: Sequence[Layer], slots: Sequence[Tensor], use: MemoryUse
+        self,
+        _: torch.device,
+        plan: MemoryPlan,
+        layers: Sequence[Layer],
+        often: Container[Layer],
+        slots: Sequence[Tensor],
+        use: MemoryUse,
     ) -> tuple[Mover, HostImages]:
         """Instead of `make_mover`, which takes a mover of files on a CPU."""
         total = sum(layer.nbytes for layer in layers)
-        images = HostImages(layers, int(self.pinned * total), int(self.host * total), self.streams)
+        images = HostImages(
+            layers,
+            int(self.pinned * total),
+            int(self.host * total),
+            self.streams,
+            [layer.number for layer in layers if layer in often],
+        )
         self.loaded = True
         return DeviceMover(slots, images, self.streams, use), images
 
