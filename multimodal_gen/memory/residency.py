@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import ConfigError, CorruptModel, PeerLost, WeightsUnavailable
+from multimodal_gen.errors import CorruptModel, PeerLost, WeightsUnavailable
 from multimodal_gen.memory.component import Component
 from multimodal_gen.memory.estimate import Load, StepCost
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.memory.layers import Layer, Track, find_layers
 from multimodal_gen.memory.measure import preflight
-from multimodal_gen.memory.plan import plan
+from multimodal_gen.memory.plan import plan_usual
 from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Sizes, Wishes
 from multimodal_gen.memory.stream import Stream
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
@@ -64,7 +64,8 @@ class Memory:
             mesh: the ranks that load at the same time, maybe from the same memory.
         """
         self.plan: MemoryPlan | None = None  # filled by load
-        self.working: Working = {}  # of a request of the default size; filled by load
+        self.usual: Working = {}  # for a request of the default size; filled by load
+        self.least: Working = {}  # for the smallest request; filled by load
         self.cost: StepCost | None = None  # of a step where layers stream; filled by load
         self.use = MemoryUse()
         self.asleep = False
@@ -117,10 +118,11 @@ class Memory:
         Raises: ConfigError for what cannot fit, CorruptModel.
         """
         usual = card.defaults
-        self.working = working(usual.width, usual.height, usual.num_frames)
+        self.usual = working(usual.width, usual.height, usual.num_frames)
+        self.least = working(card.min_side, card.min_side, 1)
         if _without_weights.get():
             return
-        self.plan = self._planned(working(card.min_side, card.min_side, 1))
+        self.plan = self._planned()
         self._preflight(card, dtype)
         for name, share in self.plan.shares.items():
             self._components[name].share = share
@@ -134,15 +136,12 @@ class Memory:
                 self._bring(component)
             component.weights.on_alter = partial(self._altered, component)
 
-    def _planned(self, least: Working) -> MemoryPlan:
-        sizes, wishes, kind = self.sizes(), Wishes.of(self._config), self._device.type
-        free, host = self._free()
-        try:
-            return plan(sizes, wishes, self.working, free, kind, host)
-        except ConfigError as error:
-            made = plan(sizes, wishes, least, free, kind, host)  # or raises in the same words with other numbers
-            log.warning("Requests of the default size may run out of memory, smaller ones fit. %s", error.message)
-            return made
+    def _planned(self) -> MemoryPlan:
+        wishes, (free, host) = Wishes.of(self._config), self._free()
+        made, warning = plan_usual(self.sizes(), wishes, self.usual, self.least, free, self._device.type, host)
+        if warning is not None:
+            log.warning("%s", warning)
+        return made
 
     def _preflight(self, card: ModelCard, dtype: torch.dtype) -> None:
         """Say the plan, before minutes of reading."""

@@ -51,13 +51,8 @@ class Device:
     ) -> tuple[Mover, HostImages]:
         """Instead of `make_mover`, which takes a mover of files on a CPU."""
         total = sum(layer.nbytes for layer in layers)
-        images = HostImages(
-            layers,
-            int(self.pinned * total),
-            int(self.host * total),
-            self.streams,
-            [layer.number for layer in layers if layer in often],
-        )
+        every_step = [layer.number for layer in layers if layer in often]
+        images = HostImages(layers, int(self.pinned * total), int(self.host * total), self.streams, every_step)
         self.loaded = True
         return DeviceMover(slots, images, self.streams, use), images
 
