@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -27,11 +28,11 @@ class Watched(Layer):
 
     streams: FakeStreams
 
-    def fill(self, image: Tensor) -> None:
+    def fill(self, image: Tensor, keys: Sequence[str]) -> None:
         """See `Layer`."""
         if self.streams.reads(image):
             self.streams.faults.append(f"an image of layer {self.number} was overwritten while a copy read it")
-        super().fill(image)
+        super().fill(image, keys)
 
 
 class Scene:
