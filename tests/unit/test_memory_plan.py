@@ -322,10 +322,13 @@ def test_the_plan_is_for_the_default_size_or_for_the_smallest_with_a_warning() -
     usual, least = {"denoise": 100}, {"denoise": 10}
     made, warning = plan_usual(MODEL, limited(280), usual, least, 10_000, "cuda")
     assert (made.peak_bytes, warning) == (280, None)
+    # All that the weights can leave is for requests, though layers would fit beside the smallest one.
     made, warning = plan_usual(MODEL, limited(100), usual, least, 10_000, "cuda")
-    assert made.peak_bytes <= 100
+    assert summary(made) == {"text_encoder": "streamed 0", "transformer": "streamed 0", "vae": "parked"}
+    assert (made.peak_bytes, made.limit_bytes) == (60, 100)
     assert warning is not None
-    assert "needs 125 B at the least" in warning
+    assert "default size needs 125 B at the least, and 100 B are available" in warning
+    assert "Weights take 60 B of them" in warning
     with pytest.raises(ConfigError, match="needs 60 B at the least"):
         plan_usual(MODEL, limited(50), usual, least, 10_000, "cuda")
 
