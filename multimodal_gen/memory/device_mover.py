@@ -16,8 +16,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from torch import Tensor
 
+from multimodal_gen.memory.device_streams import Event, Streams
 from multimodal_gen.memory.host_images import HostImages
-from multimodal_gen.memory.streams import Event, Streams
 from multimodal_gen.memory.use import MemoryUse
 
 
