@@ -137,4 +137,5 @@ def _model_rows(model: dict[str, Any], dtype: str) -> list[tuple[str, str]]:
 def _plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     each = f", on each of {plan['ranks']} ranks" if plan["ranks"] > 1 else ""
     first = f"{plan['dtype']} on {plan['place']}{each}:"
-    return [("plan", first), *(("", line) for line in plan["lines"])]
+    note = [] if plan["warning"] is None else [("note", plan["warning"])]
+    return [("plan", first), *(("", line) for line in plan["lines"]), *note]

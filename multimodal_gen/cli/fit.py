@@ -14,12 +14,14 @@ from multimodal_gen.errors import ConfigError
 from multimodal_gen.memory.describe import describe
 from multimodal_gen.memory.estimate import Load, Rates, StepCost, moved_per_step, step_cost
 from multimodal_gen.memory.gpus import Gpu, find_gpu
-from multimodal_gen.memory.plan import MemoryPlan, Sizes, Wishes, plan
+from multimodal_gen.memory.plan import MemoryPlan, Sizes, Wishes, plan_usual
 from multimodal_gen.request import ModelCard
+from multimodal_gen.weights.checkpoint import verify
 
 if TYPE_CHECKING:
     import torch
 
+    from multimodal_gen.memory.residency import Memory
     from multimodal_gen.parallel.degrees import Degrees
 
 
@@ -61,8 +63,10 @@ def fit(card: ModelCard, config: EngineConfig, gpu: str | None) -> dict[str, Any
 
     degrees = share_out(config, card).degrees
     where = place(config, degrees, gpu)
-    sizes, working, files = _sizes(card, config, degrees, where)
-    made = plan(sizes, Wishes.of(config), working, where.free, where.kind, where.host)
+    memory = _without_weights(card, config, degrees, where)
+    sizes, wishes = memory.sizes(), Wishes.of(config)
+    made, warning = plan_usual(sizes, wishes, memory.usual, memory.least, where.free, where.kind, where.host)
+    files = [file for part in verify(Path(card.path)).components.values() for file in part.files]
     cost = _cost(made, sizes, card, where, files)
     return {
         "place": where.name,
@@ -71,7 +75,8 @@ def fit(card: ModelCard, config: EngineConfig, gpu: str | None) -> dict[str, Any
         "free_bytes": where.free,
         "limit_bytes": made.limit_bytes,
         "peak_bytes": made.peak_bytes,
-        "working_bytes": working,
+        "working_bytes": {"usual": dict(memory.usual), "least": dict(memory.least)},
+        "warning": warning,
         "slots": made.slots,
         "slot_bytes": made.slot_bytes,
         "host_bytes": made.host_bytes,
@@ -83,23 +88,18 @@ def fit(card: ModelCard, config: EngineConfig, gpu: str | None) -> dict[str, Any
     }
 
 
-def _sizes(
-    card: ModelCard, config: EngineConfig, degrees: Degrees, where: Place
-) -> tuple[list[Sizes], dict[str, int], list[Path]]:
-    """Of the components on one rank, the work of their stages, and their files; no weight is read."""
+def _without_weights(card: ModelCard, config: EngineConfig, degrees: Degrees, where: Place) -> Memory:
+    """Of one rank: it knows its components' sizes and what their stages work with."""
     from multimodal_gen.memory.residency import without_weights
     from multimodal_gen.parallel.mesh import Mesh
     from multimodal_gen.pipelines import registry
-    from multimodal_gen.weights.checkpoint import verify
 
     dtype = str(where.dtype).removeprefix("torch.")
     if not where.here:  # nothing computes: what the model looks like does not depend on the device
         config = msgspec.structs.replace(config, device="cpu", dtype=dtype, attention_backend="auto")
     mesh = Mesh.solo() if degrees.world == 1 else Mesh.imagined(degrees)
     with without_weights():
-        memory = registry.load(card, config, mesh).memory
-    files = [file for part in verify(Path(card.path)).components.values() for file in part.files]
-    return memory.sizes(), dict(memory.working), files
+        return registry.load(card, config, mesh).memory
 
 
 def _cost(

@@ -49,7 +49,7 @@ class CudaStreams:
         return first.elapsed_time(last) / 1000 if last.query() else None
 
     def pin(self, memory: Tensor) -> bool:
-        """A refusal stays behind as this thread's last CUDA error, so the thread must launch no kernels."""
+        """A refusal stays behind as this thread's last CUDA error, for the next kernel to stumble over."""
         with torch.cuda.device(self._device):  # other threads begin on device 0, and would make a context there
             return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)) == 0
 

@@ -15,22 +15,24 @@ import mmap
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from multimodal_gen.memory.device_streams import Event, Streams
 from multimodal_gen.memory.layers import Layer
-from multimodal_gen.memory.streams import Event, Streams
+from multimodal_gen.memory.readers import Readers
 
 log = logging.getLogger(__name__)
 
 Tier = Literal["pinned", "pageable", "file"]
 BUFFERS = 2
-READERS = 4  # that make all images
+READERS = 4
 GOLDEN = 0.6180339887  # multiples of it, without their whole part, fill the unit interval evenly, however many
 
 
@@ -51,13 +53,21 @@ class HostImages:
     `get` belongs to the courier's thread, everything else to the engine's; `make` and `drop` while the courier rests.
     """
 
-    def __init__(self, layers: Sequence[Layer], pinned_bytes: int, host_bytes: int, streams: Streams) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        pinned_bytes: int,
+        host_bytes: int,
+        streams: Streams,
+        often: Container[int] = (),
+    ) -> None:
         """
         Args:
             host_bytes: for all of this; the two buffers are made in any case.
             pinned_bytes: of `host_bytes`.
+            often: layers that every step needs; they get the fastest tiers.
         """
-        self.tiers = share_out({layer.number: layer.nbytes for layer in layers}, pinned_bytes, host_bytes)
+        self.tiers = share_out({layer.number: layer.nbytes for layer in layers}, pinned_bytes, host_bytes, often)
         self._layers = {layer.number: layer for layer in layers}
         self._streams = streams
         self._editions = dict.fromkeys(self._layers, 0)
@@ -67,6 +77,7 @@ class HostImages:
         self._buffer_bytes = max(in_file, default=0)
         self._pin_buffers = BUFFERS * self._buffer_bytes <= pinned_bytes
         self._refused = False
+        self._readers = Readers(READERS)
         # Memory that is freed while it is pinned would stay in use until the process ends.
         weakref.finalize(self, _release, self._images, self._buffers, streams).atexit = False
 
@@ -76,16 +87,9 @@ class HostImages:
 
     def make(self) -> None:
         """Make all that is missing. Raises: as `WeightTree.fill`; it may be called again then."""
-        numbers = [number for number, tier in self.tiers.items() if tier != "file"]
-        with ThreadPoolExecutor(READERS, "weights") as threads:
-            jobs: list[Future[Image]] = [threads.submit(self.get, number) for number in numbers]
-            if len(numbers) < len(self.tiers):
-                jobs.append(threads.submit(self._buffer, 0))
-            try:
-                for job in jobs:
-                    job.result()
-            finally:
-                threads.shutdown(cancel_futures=True)
+        for number, layer in self._layers.items():
+            if self.kept(layer):
+                self.get(number)
 
     def get(self, number: int) -> Image:
         """A layer as its recipes are now, or as they were when a change came meanwhile.
@@ -99,7 +103,7 @@ class HostImages:
         if image.edition != edition:
             if image.copied is not None:
                 self._streams.host_after(image.copied)
-            layer.fill(image.memory[: layer.nbytes])
+            self._fill(image.memory[: layer.nbytes], layer)
             image.edition = edition
         return image
 
@@ -121,6 +125,13 @@ class HostImages:
             "pageable": sum(image.memory.nbytes for image in images if not image.pinned),
         }
 
+    def _fill(self, memory: Tensor, layer: Layer) -> None:
+        layer.clear_padding(memory)
+        jobs = self._readers.submit(partial(layer.fill, memory), layer.keys)
+        wait(jobs)  # all: nobody writes there any more when this raises
+        for job in jobs:
+            job.result()
+
     def _image(self, layer: Layer) -> Image:
         if layer.number not in self._images:
             self._images[layer.number] = self._room(layer.nbytes, self.tiers[layer.number] == "pinned")
@@ -141,25 +152,27 @@ class HostImages:
         if sys.platform == "linux":
             pages.madvise(mmap.MADV_DONTFORK)  # a child must not make the parent copy what the device reads
         memory = torch.frombuffer(pages, dtype=torch.uint8)
-        pinned = pin and not self._refused and self._streams.pin(memory)
+        pinned = pin and not self._refused and self._readers.threads.submit(self._streams.pin, memory).result()
         if pin and not pinned and not self._refused:
             self._refused = True
             log.warning("the system page-locks no more memory for this process; the rest is copied more slowly")
         return Image(memory, pinned, nbytes)
 
 
-def share_out(sizes: Mapping[int, int], pinned_bytes: int, host_bytes: int) -> dict[int, Tier]:
-    """Layer → its tier.
+def share_out(
+    sizes: Mapping[int, int], pinned_bytes: int, host_bytes: int, often: Container[int] = ()
+) -> dict[int, Tier]:
+    """Layer → its tier, those that are used `often` first.
 
-    Those in slower tiers are spread evenly among the others, so that there is time for them; `sizes` is in the order of
-    use.
+    Layers in slower tiers are spread evenly among the others, so that there is time for them; `sizes` is in the order
+    of use.
     """
     if sum(sizes.values()) > host_bytes:
         buffers = BUFFERS * max(sizes.values())
         pinned_bytes, host_bytes = pinned_bytes - buffers, host_bytes - buffers
     found: dict[int, Tier] = {}
     numbers = list(sizes)
-    for index in sorted(range(len(numbers)), key=lambda index: index * GOLDEN % 1):
+    for index in sorted(range(len(numbers)), key=lambda index: (numbers[index] not in often, index * GOLDEN % 1)):
         size = sizes[numbers[index]]
         fits = size <= host_bytes
         found[numbers[index]] = "file" if not fits else "pinned" if size <= pinned_bytes else "pageable"

@@ -66,19 +66,18 @@ class Layer:
         for spot in self.spots:
             spot.put(slot)
 
-    def clear_padding(self) -> None:
-        """What the checkpoint does not fill is zero again, after another layer used the slot."""
+    def clear_padding(self, image: Tensor | None = None) -> None:
+        """What the checkpoint does not fill is zero again, after another layer used the slot, or `image`."""
         for layer in self.padded:
             for view in layer.padding():
-                view.zero_()
+                (view if image is None else _same_part(image, view)).zero_()
 
-    def fill(self, image: Tensor) -> None:
-        """Read it into `image` (uint8 [nbytes]), which is laid out like its slot. Raises: as `WeightTree.fill`."""
-        into = partial(_same_part, image)
-        for layer in self.padded:
-            for view in layer.padding():
-                into(view).zero_()
-        self.weights.fill(self.keys, into=into)
+    def fill(self, image: Tensor, keys: Sequence[str]) -> None:
+        """Read some of its tensors into `image` (uint8 [nbytes]), which is laid out like its slot.
+
+        Raises: as `WeightTree.fill`.
+        """
+        self.weights.fill(keys, into=partial(_same_part, image))
 
 
 def _same_part(image: Tensor, view: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wish
 from multimodal_gen.offload import Residency
 from multimodal_gen.units import size
 
-__all__ = ["MemoryPlan", "Residency", "Share", "Sizes", "Wishes", "allowance", "plan"]
+__all__ = ["MemoryPlan", "Residency", "Share", "Sizes", "Wishes", "allowance", "plan", "plan_usual"]
 
 RESERVE = 20  # one part in so many of the free memory is left alone where no limit says how much may be used
 
@@ -34,14 +34,55 @@ def plan(
 
     Raises: ConfigError (`param` is the setting) naming both numbers and the flag that would make it fit.
     """
-    kind = "cpu" if device.partition(":")[0] == "cpu" else "cuda"
-    _check(sizes, wishes, kind)
+    _check(sizes, wishes, _kind(device))
     limit = allowance(wishes.device_limit, free_bytes)
-    search = Search(sizes, wishes, working, kind)
+    search = Search(sizes, wishes, working, _kind(device))
     way = search.best(limit)
     if way is None:
         raise refusal(search, limit, allowance(None, free_bytes), device)
-    host, pinned = _on_cpu(way, wishes, free_bytes) if kind == "cpu" else _on_host(way, sizes, wishes, host_free)
+    return _made(search, way, free_bytes, host_free)
+
+
+def plan_usual(
+    sizes: Sequence[Sizes],
+    wishes: Wishes,
+    usual: Mapping[str, int],
+    least: Mapping[str, int],
+    free_bytes: int,
+    device: str,
+    host_free: int = 0,
+) -> tuple[MemoryPlan, str | None]:
+    """(plan, what to warn of): for requests of the default size, or with all room that there can be for smaller ones.
+
+    Args:
+        usual: what stages work with for a request of the default size.
+        least: for the smallest request that the model takes. The other arguments are those of `plan`.
+
+    Raises: as `plan`, where not even the smallest request would fit.
+    """
+    try:
+        return plan(sizes, wishes, usual, free_bytes, device, host_free), None
+    except ConfigError:
+        plan(sizes, wishes, least, free_bytes, device, host_free)  # raises in the same words with other numbers
+    search = Search(sizes, wishes, least, _kind(device))
+    way = search.smallest()
+    need = Search(sizes, wishes, usual, _kind(device)).smallest().peak
+    limit = allowance(wishes.device_limit, free_bytes)
+    warning = (
+        f"A request of the model's default size needs {size(need)} at the least, and {size(limit)} are available: it "
+        f"may run out of memory. Weights take {size(way.weights)} of them, so that smaller requests fit."
+    )
+    return _made(search, way, free_bytes, host_free), warning
+
+
+def _kind(device: str) -> str:
+    return "cpu" if device.partition(":")[0] == "cpu" else "cuda"
+
+
+def _made(search: Search, way: Way, free_bytes: int, host_free: int) -> MemoryPlan:
+    wishes, on_cpu = search.wishes, search.kind == "cpu"
+    host, pinned = _on_cpu(way, wishes, free_bytes) if on_cpu else _on_host(way, search.sizes, wishes, host_free)
+    limit = allowance(wishes.device_limit, free_bytes)
     return MemoryPlan(way.shares, way.slots, way.slot_bytes, way.peak, limit, host, pinned)
 
 

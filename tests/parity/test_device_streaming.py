@@ -5,19 +5,24 @@ The device is a fake: its memory is the host's, its copies come late and in piec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from multimodal_gen import DiffGenerator
+from multimodal_gen.engine.local import LocalEngine
+from multimodal_gen.memory import stream
 from multimodal_gen.memory.device_mover import DeviceMover
 from multimodal_gen.memory.host_images import HostImages
+from multimodal_gen.memory.layers import Layer
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.memory.ring import Mover
 from multimodal_gen.memory.shares import MemoryPlan
+from multimodal_gen.memory.use import MemoryUse
 from tests.support.adapters import peft_tensors
 from tests.support.fake_streams import HostComputes
 
@@ -32,25 +37,32 @@ class Device:
 
     def __init__(self, pinned: float, host: float) -> None:
         self.pinned, self.host = pinned, host
-        self.memory: Memory | None = None
+        self.loaded = False
         self.streams = HostComputes(0)
 
-    def mover(self, memory: Memory, plan: MemoryPlan) -> Mover:
-        """Instead of `Memory._make_mover`, which takes a mover of files on a CPU."""
-        self.memory = memory
-        total = sum(layer.nbytes for layer in memory._moving)
-        images = memory._images = HostImages(
-            memory._moving, int(self.pinned * total), int(self.host * total), self.streams
-        )
-        return DeviceMover(memory._slots, images, self.streams, memory.use)
+    def mover(
+        self,
+        _: torch.device,
+        plan: MemoryPlan,
+        layers: Sequence[Layer],
+        often: Container[Layer],
+        slots: Sequence[Tensor],
+        use: MemoryUse,
+    ) -> tuple[Mover, HostImages]:
+        """Instead of `make_mover`, which takes a mover of files on a CPU."""
+        total = sum(layer.nbytes for layer in layers)
+        every_step = [layer.number for layer in layers if layer in often]
+        images = HostImages(layers, int(self.pinned * total), int(self.host * total), self.streams, every_step)
+        self.loaded = True
+        return DeviceMover(slots, images, self.streams, use), images
 
 
 @pytest.fixture(params=TIERS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     made = Device(*TIERS[request.param])
-    monkeypatch.setattr(Memory, "_make_mover", lambda memory, plan: made.mover(memory, plan))
+    monkeypatch.setattr(stream, "make_mover", made.mover)
     yield made
-    assert made.memory is not None
+    assert made.loaded
     assert not made.streams.faults
 
 
@@ -68,8 +80,8 @@ def test_adapters_and_sleep_change_nothing(
     with DiffGenerator.from_pretrained(
         str(folder), device="cpu", dtype="float32", offload="layerwise", prefetch_layers="2"
     ) as streamed:
-        memory = device.memory
-        assert memory is not None
+        assert isinstance(streamed._engine, LocalEngine)
+        memory = streamed._engine.core.pipeline.memory
         shapes = {"layers.0.attention.to_q": _square(memory), "layers.1.attention.to_q": _square(memory)}
         save_file(peft_tensors(shapes), tmp_path / "one.safetensors")
         save_file(peft_tensors(shapes, seed=1), tmp_path / "two.safetensors")

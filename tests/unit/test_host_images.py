@@ -17,7 +17,7 @@ from multimodal_gen.errors import CorruptModel
 from multimodal_gen.memory.device_mover import DeviceMover
 from multimodal_gen.memory.host_images import HostImages, share_out
 from multimodal_gen.memory.use import MemoryUse
-from multimodal_gen.weights.loading import Change
+from multimodal_gen.weights.loading import Change, WeightTree
 from tests.support.fake_streams import FakeStreams
 from tests.support.streaming import Shift, Stack
 
@@ -73,6 +73,12 @@ def test_slow_layers_are_spread_among_the_others(in_file):
     assert tiers.count("file") == in_file
     longest = max(len(run) for run in runs(tiers))
     assert longest <= 2 * -(-in_file // (40 - in_file)), tiers
+
+
+def test_what_every_step_needs_has_the_fastest_tiers():
+    tiers = share_out(dict.fromkeys(range(30), 10), 120, 220, often=range(20, 30))
+    assert {tiers[number] for number in range(20, 30)} == {"pinned"}
+    assert list(tiers.values()).count("pageable") == 10
 
 
 def runs(tiers: list[str]) -> Iterator[list[str]]:
@@ -131,21 +137,24 @@ def test_an_image_is_byte_for_byte_what_reading_into_the_slot_gives(stack, strea
 
 
 def test_an_image_is_read_once_and_again_in_place_after_a_change(stack, streams, monkeypatch):
-    fills: list[int] = []
-    kind = type(stack.layers[0])
-    monkeypatch.setattr(
-        kind, "fill", lambda self, image, fill=kind.fill: (fills.append(self.number), fill(self, image))
-    )
+    reads: list[str] = []
+    fill = WeightTree.fill
+
+    def noted(self, keys, **options):
+        reads.extend(keys)
+        fill(self, keys, **options)
+
+    monkeypatch.setattr(WeightTree, "fill", noted)
     images = images_of(stack, streams, 0, total(stack))
     stack.told(images.stale)
     images.make()
     before = {number: images.get(number).memory.data_ptr() for number in stack.layers}
-    assert sorted(fills) == list(stack.layers)
+    assert sorted(reads) == sorted(stack.pristine)
     keys = set(stack.layers[1].keys)
     stack.weights.alter(dict.fromkeys(keys, Shift(5)), keys)
     images.make()
     assert {number: images.get(number).memory.data_ptr() for number in stack.layers} == before
-    assert fills[len(stack.layers) :] == [1]
+    assert sorted(reads[len(stack.pristine) :]) == sorted(keys), "the layer that was altered, once"
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,21 @@ def test_memory_is_unpinned_after_the_last_copy_even_when_nobody_drops_it(stack)
     gc.collect()
     assert not streams.pinned
     assert not streams.faults
+
+
+def test_a_load_that_another_one_follows_into_its_slot_is_given_up(stack):
+    streams, use, go = FakeStreams(0), MemoryUse(), threading.Event()
+    images = images_of(stack, streams, 0, total(stack))
+    with ThreadPoolExecutor(1) as courier:
+        courier.submit(go.wait)
+        mover = DeviceMover(stack.slots(2), images, streams, use, courier)
+        for number in range(4):
+            mover.load(0, number)
+        mover.load(1, 4)
+        go.set()
+        mover.wait(0)
+        mover.wait(1)
+    assert use.loads == 2
 
 
 def test_draining_gives_up_what_has_not_begun(stack):

@@ -38,7 +38,10 @@ class Streams(Protocol):
         """Between two events of the stream of computing; None while the last is still to come."""
 
     def pin(self, memory: Tensor) -> bool:
-        """Page-lock host memory (whole pages), so that copies run beside the processor; False: the system refuses."""
+        """Page-lock host memory (whole pages), so that copies run beside the processor; False: the system refuses.
+
+        Called in a thread that never computes on the device.
+        """
 
     def unpin(self, memory: Tensor) -> None:
         """Before pinned memory is freed; no copy from it may be left."""
