@@ -99,8 +99,6 @@ class Sleeper:
 
     def _wake(self) -> None:
         try:
-            for tree in self._pipeline.trees.values():  # not all of it is read now where layers are streamed
-                tree.check()
             self._pipeline.memory.wake()
             self._on_wake()
         except CorruptModel as error:  # it was whole when the model was loaded

@@ -9,6 +9,7 @@ has besides layers is resident).
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -226,7 +227,10 @@ class Memory:
             for other in self._components.values():
                 if other.parked and other.present:
                     self._take_out(other)
+            begin = time.monotonic()
             self._together(lambda: self._bring(component))
+            self.use.loads += 1
+            self.use.stall_seconds += time.monotonic() - begin
         yield
 
     def follow(self, track: str, by: str) -> None:
@@ -245,7 +249,10 @@ class Memory:
         self._count()
 
     def wake(self) -> None:
-        """Bring back what `sleep` freed, adapters included. Raises: CorruptModel; it may be called again then."""
+        """Bring back what `sleep` freed, adapters included. Raises: CorruptModel, also for files that are needed later
+        only; it may be called again then."""
+        for component in self._components.values():
+            component.weights.check()
         if self._stream is not None:
             self._stream.wake()
         for component in self._components.values():
