@@ -24,9 +24,13 @@ from multimodal_gen.memory.file_mover import FileMover
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.memory.layers import Layer, Track, find_layers, make_slots
-from multimodal_gen.memory.plan import MemoryPlan, Residency, Share, Sizes, plan, wishes_of
+from multimodal_gen.memory.plan import plan
 from multimodal_gen.memory.ring import Ring
+from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wishes
+from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
+from multimodal_gen.offload import Residency
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,7 @@ class Component:
     model: nn.Module
     weights: WeightTree
     tracks: dict[str, list[Layer]]  # every layer that could be streamed, in the order of use
+    tables: dict[str, str]  # path of an embedding that could stay in its file → its checkpoint key
     share: Share = field(default_factory=lambda: Share("resident"))
     streamed: frozenset[str] = frozenset()  # checkpoint keys that pass through slots
     present: bool = False  # whether what is not streamed is on the device
@@ -55,7 +60,9 @@ class Component:
         """For the plan, before anything has memory."""
         moving = sum(spot.like.nbytes for layer in self.layers for spot in layer.spots)
         own = sum(tensor.nbytes for tensor in self._tensors())
-        return Sizes(self.name, self.stage, own - moving, tuple(layer.nbytes for layer in self.layers))
+        tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
+        layers = tuple(layer.nbytes for layer in self.layers)
+        return Sizes(self.name, self.stage, own - moving - tables, layers, tables)
 
     def own_tensors(self) -> list[Tensor]:
         """What the checkpoint fills and no slot holds; each storage once."""
@@ -69,12 +76,16 @@ class Component:
 class Memory:
     """All components of one pipeline on one rank. Everything belongs to the engine's thread."""
 
-    def __init__(self, config: EngineConfig, device: torch.device, folder: Path) -> None:
-        """`folder`: of the model; messages name its files relative to it."""
+    def __init__(self, config: EngineConfig, device: torch.device, folder: Path, mesh: Mesh) -> None:
+        """
+        Args:
+            folder: of the model; messages name its files relative to it.
+            mesh: the ranks that load at the same time, maybe from the same memory.
+        """
         self.plan: MemoryPlan | None = None  # filled by load
         self.use = MemoryUse()
         self.asleep = False
-        self._config, self._device, self._folder = config, device, folder
+        self._config, self._device, self._folder, self._mesh = config, device, folder, mesh
         self._following: dict[str, str] = {}
         self._components: dict[str, Component] = {}
         self._ring: Ring | None = None
@@ -85,13 +96,20 @@ class Memory:
     # --- construction -------------------------------------------------------------------------------------------
 
     def add(
-        self, name: str, stage: str, model: nn.Module, weights: WeightTree, tracks: Sequence[Track] = ()
+        self,
+        name: str,
+        stage: str,
+        model: nn.Module,
+        weights: WeightTree,
+        tracks: Sequence[Track] = (),
+        tables: Sequence[str] = (),
     ) -> Callable[[], AbstractContextManager[None]]:
         """A component on the meta device.
 
         Args:
             stage: "encode", "denoise" or "decode": when it is needed.
             tracks: its layers, where they can be streamed.
+            tables: paths of embeddings whose rows can be read from the file.
 
         Returns: what to compute inside of: `with here(): ...`.
         """
@@ -100,7 +118,8 @@ class Memory:
         for track in tracks:
             found[track.name] = find_layers(model, weights, track.lists, len(self._layers))
             self._layers |= {layer.number: layer for layer in found[track.name]}
-        self._components[name] = Component(name, stage, model, weights, found)
+        rows = find_tables(model, weights, tables)
+        self._components[name] = Component(name, stage, model, weights, found, rows)
         return partial(self.at, name)
 
     def sizes(self) -> list[Sizes]:
@@ -115,11 +134,12 @@ class Memory:
 
         Raises: ConfigError for what cannot fit, CorruptModel.
         """
-        free = free_bytes(self._device)
-        self.plan = plan(self.sizes(), wishes_of(self._config), working or {}, free, self._device.type)
+        free, host = self._free()
+        self.plan = plan(self.sizes(), Wishes.of(self._config), working or {}, free, self._device.type, host)
         for name, share in self.plan.shares.items():
             self._components[name].share = share
         self._make_ring(self.plan)
+        self._share_page_cache(self.plan.host_bytes)
         for component in self._components.values():
             allocate(component.model, self._device)
             if component.share.residency == "parked":
@@ -127,6 +147,15 @@ class Memory:
             else:
                 self._bring(component)
             component.weights.on_alter = partial(self._altered, component)
+
+    def _free(self) -> tuple[int, int]:
+        """On the device, and of the machine where the device is another: the least that any rank finds."""
+        sharing = self._mesh.degrees.world * self._config.dp_size
+        on_cpu = self._device.type == "cpu"
+        found = (free_bytes(self._device, sharing if on_cpu else 1), 0 if on_cpu else free_bytes("cpu", sharing))
+        everyone = self._mesh.control.all_gather_bytes("{} {}".format(*found).encode())
+        device, host = zip(*(map(int, numbers.split()) for numbers in everyone), strict=True)
+        return min(device), min(host)
 
     def _make_ring(self, plan: MemoryPlan) -> None:
         tracks: dict[str, list[int]] = {}
@@ -136,6 +165,7 @@ class Memory:
             stay = set(component.share.resident_layers)
             moving = [layer for index, layer in enumerate(component.layers) if index not in stay]
             component.streamed = frozenset(key for layer in moving for key in layer.keys)
+            self._leave_in_file(component)
             for name, layers in component.tracks.items():
                 tracks[name] = [layer.number for layer in layers if layer in moving]
         moving = [self._layers[number] for numbers in tracks.values() for number in numbers]
@@ -151,6 +181,32 @@ class Memory:
             layer.put(self._slots[ring.slot_of(layer.number)])
             layer.module.register_forward_pre_hook(partial(self._enter, ring, layer.number))
             layer.module.register_forward_hook(partial(_leave, ring, layer.number))
+
+    def _share_page_cache(self, budget: int) -> None:
+        """Say what is read through the page cache: first what every step needs, as far as the budget goes. What is read
+        once, at the start, goes around it where not everything has room."""
+        sizes = {name: c.weights.stored_bytes() for name, c in self._components.items()}
+        all_fits = sum(sum(found.values()) for found in sizes.values()) <= budget
+        for component in sorted(self._components.values(), key=lambda c: c.stage != DENOISE):
+            away = component.weights.places if component.share.residency == "parked" else component.streamed
+            around = set()
+            for key, nbytes in sizes[component.name].items():
+                if key in away and nbytes <= budget:
+                    budget -= nbytes
+                elif key in away or not all_fits:
+                    around.add(key)
+            component.weights.uncached = frozenset(around)
+
+    def _leave_in_file(self, component: Component) -> None:
+        for path, key in component.tables.items():
+            component.model.set_submodule(path, RowsFromFile(partial(self._rows, component.weights, key), self._device))
+        component.streamed |= frozenset(component.tables.values())
+
+    def _rows(self, weights: WeightTree, key: str, indices: Sequence[int]) -> Tensor:
+        with self._reading():
+            found = weights.rows(key, indices)
+        self.use.moved_bytes += found.nbytes
+        return found
 
     # --- use ----------------------------------------------------------------------------------------------------
 

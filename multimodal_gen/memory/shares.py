@@ -25,11 +25,12 @@ class Sizes:
     stage: str  # "encode", "denoise", "decode": when it is needed
     rest: int  # bytes outside its layers, and of layers' parameters that stay
     layers: tuple[int, ...] = ()  # bytes of each layer in the order of use; () where it has none
+    tables: int = 0  # bytes of embeddings, whose rows are read from the file one by one where the component streams
 
     @cached_property
     def total(self) -> int:
         """All of it."""
-        return self.rest + sum(self.layers)
+        return self.rest + self.tables + sum(self.layers)
 
 
 @dataclass(frozen=True)

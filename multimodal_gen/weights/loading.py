@@ -139,6 +139,11 @@ class WeightTree:
         """Numbers in the checkpoint's tensors that the model uses, whichever rank holds them."""
         return sum(math.prod(self.shapes[key]) for key in self.places)
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Key → bytes in its file, of what the model has a place for, in the order of the files."""
+        found = ((key, info) for file in self.files.values() for key, info in file.tensors.items())
+        return {key: info.end - info.begin for key, info in found if key in self.places}
+
     def verify(self) -> None:
         """Check that the files fill every parameter, whether it has memory or not.
 

@@ -49,7 +49,7 @@ class DiffusersPipeline:
         self.pipe = _load(checkpoint.folder, checkpoint.pipeline_class, dtype).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call = _signature_of(self.pipe)
-        self.memory = Memory(config, device, checkpoint.folder)
+        self.memory = Memory(config, device, checkpoint.folder, mesh)
         self.info = PipelineInfo(
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),

@@ -92,7 +92,7 @@ class CausalTextEncoder:
         # The last layer, the final norm and an output head are in the files, and nothing here reads them.
         unread = (rf"(model\.)?layers\.{config.num_hidden_layers}\..+", r"(model\.)?norm\.weight", r"lm_head\.weight")
         self.weights = WeightTree(self.model, files, (Rename(r"model\.(.+)", r"\1"),), unread)
-        self._here = memory.add("text_encoder", "encode", self.model, self.weights, (TRACK,))
+        self._here = memory.add("text_encoder", "encode", self.model, self.weights, (TRACK,), ("embed_tokens",))
         self.parameters = self.weights.parameters
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:

@@ -96,7 +96,7 @@ class UMT5Encoder:
             log.info("the text encoder cannot be shared out over %d ranks: each has all of it", ranks.size)
         self.model = model.eval()
         self.weights = WeightTree(model, files, RENAMES, _doubles(files))
-        self._here = memory.add("text_encoder", "encode", model, self.weights, (TRACK,))
+        self._here = memory.add("text_encoder", "encode", model, self.weights, (TRACK,), ("embed_tokens",))
         self.parameters = self.weights.parameters
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:

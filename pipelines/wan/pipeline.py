@@ -63,7 +63,7 @@ class WanPipeline:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.experts = Experts.of(checkpoint)
         self.backend = choose_attention(config.attention_backend, self.device, mesh)
-        self.memory = memory = Memory(config, self.device, folder)
+        self.memory = memory = Memory(config, self.device, folder, mesh)
         self.trees: dict[str, WeightTree] = {}
         self.transformers: dict[str, WanTransformer] = {}
         for name in self.experts.names:

@@ -90,7 +90,7 @@ class ZImagePipeline:
             self.transformer = ZImageTransformer(settings, backend, mesh.sp).eval()
         shard(self.transformer, SHARDING, mesh.tp)
         weights = WeightTree(self.transformer, components["transformer"].files, RENAMES)
-        self.memory = memory = Memory(config, self.device, folder)
+        self.memory = memory = Memory(config, self.device, folder, mesh)
         self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS))
         files = {name: component.files for name, component in components.items()}
         self.text = CausalTextEncoder(folder, files["text_encoder"], self.device, self.dtype, memory, mesh.tp)

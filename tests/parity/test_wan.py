@@ -15,6 +15,7 @@ from PIL import Image
 from multimodal_gen import DiffGenerator
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.memory.residency import Memory
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines.vaes.wan import WanVae
 from tests.support.checkpoints import NEGATIVE, PROMPT
 from tests.support.wan_checkpoints import VARIANTS
@@ -230,7 +231,7 @@ def test_every_input_moves_the_latents(
 def test_tiles_are_those_of_diffusers(wan_folder: Callable[..., Path], variant: str) -> None:
     """Frames larger than a tile. The 5B model's tiles fade in pixels here, in patches of 2 x 2 pixels there."""
     folder = wan_folder(variant=variant) / "vae"
-    memory = Memory(EngineConfig(), torch.device("cpu"), folder)
+    memory = Memory(EngineConfig(), torch.device("cpu"), folder, Mesh.solo())
     vae = WanVae(folder, [folder / "diffusion_pytorch_model.safetensors"], torch.device("cpu"), memory, tiled=True)
     memory.load()
     side = vae.vae.spatial_compression_ratio
