@@ -110,12 +110,18 @@ class Imports:
     """What a process needs before it has a model: the same imports as ours."""
 
     def __init__(self, model: str, **_: Any) -> None:
+        from accelerate import init_empty_weights
+        from diffusers import AutoencoderKL
+        from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen3Model
+
         from multimodal_gen.config import EngineConfig
         from multimodal_gen.engine import core, local
         from multimodal_gen.pipelines import registry
         from multimodal_gen.pipelines.zimage import pipeline
 
-        self.used = core, local, pipeline, registry.describe(EngineConfig(model_path=model))
+        card = registry.describe(EngineConfig(model_path=model))
+        self.used = core, local, pipeline, card
+        self.libraries = init_empty_weights, AutoencoderKL, AutoConfig, AutoModel, AutoTokenizer, Qwen3Model
 
     def facts(self) -> Numbers:
         status = Path("/proc/self/status").read_text().splitlines()

@@ -17,8 +17,8 @@ from types import TracebackType
 
 from _common import Numbers, rounded
 
-ANON_SECONDS = 0.005
-ROLLUP_EVERY = 40  # samples
+ANON_SECONDS = 0.01
+ROLLUP_EVERY = 50  # samples
 
 
 class Watch:
