@@ -34,6 +34,7 @@ from multimodal_gen.errors import (
     Overflowed,
     PeerLost,
     UserError,
+    WeightsUnavailable,
 )
 from multimodal_gen.lora.applied import WeightsKey
 from multimodal_gen.lora.manager import LoraManager
@@ -360,8 +361,10 @@ class EngineCore:
         error = self._attempt(f"{what} of request {active.request.id}", work, rows)
         if error is None:
             return True
-        # Numbers that overflow under adapters say nothing of the process's health.
-        excused = isinstance(error, UserError) or (isinstance(error, Overflowed) and active.request.loras)
+        # Numbers that overflow under adapters say nothing of the process's health, and files may come back.
+        excused = isinstance(error, (UserError, WeightsUnavailable)) or (
+            isinstance(error, Overflowed) and active.request.loras
+        )
         self._failures += not excused
         events.append(self._drop(active.request.id, error))
         return False

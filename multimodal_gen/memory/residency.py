@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import CorruptModel, WeightsUnavailable
+from multimodal_gen.errors import CorruptModel, PeerLost, WeightsUnavailable
 from multimodal_gen.memory.file_mover import FileMover
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.memory.host import release_freed_memory
@@ -30,6 +30,7 @@ from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wish
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
 from multimodal_gen.offload import Residency
+from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
 
@@ -210,6 +211,12 @@ class Memory:
 
     # --- use ----------------------------------------------------------------------------------------------------
 
+    def begin(self, stage: str) -> None:
+        """A stage begins: parked components of other stages leave."""
+        for component in self._components.values():
+            if component.share.residency == "parked" and component.present and component.stage != stage:
+                self._take_out(component)
+
     @contextmanager
     def at(self, name: str) -> Iterator[None]:
         """While inside, a component can be computed with. Raises: CorruptModel, for files that cannot be read."""
@@ -218,8 +225,7 @@ class Memory:
             for other in self._components.values():
                 if other.share.residency == "parked" and other.present:
                     self._take_out(other)
-            with self._reading():
-                self._bring(component)
+            self._together(lambda: self._bring(component))
         yield
 
     def follow(self, track: str, by: str) -> None:
@@ -264,8 +270,29 @@ class Memory:
             raise WeightsUnavailable(f"{message} The model's files must stay where they are while it runs.") from error
 
     def _enter(self, ring: Ring, number: int, *_: object) -> None:
-        with self._reading():
-            ring.enter(number)
+        self._together(lambda: ring.enter(number))
+
+    def _together(self, work: Callable[[], object]) -> None:
+        """Do it on all ranks of a forward, or raise on all: for one that failed alone, others would wait in vain.
+
+        On a CPU, where every layer comes from a file and the vote takes a thousandth of that time. A device would stand
+        still for it.
+        """
+        failure: Exception | None = None
+        try:
+            with self._reading():
+                work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, every rank has to learn of it
+            failure = error
+        for group in (self._mesh.tp, self._mesh.sp) if self._device.type == "cpu" else ():
+            try:
+                agree(group, failure)
+            except PeerLost:
+                raise
+            except Exception as error:  # noqa: BLE001 - told on
+                failure = error
+        if failure is not None:
+            raise failure
 
     # --- the parts ----------------------------------------------------------------------------------------------
 

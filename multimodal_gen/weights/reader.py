@@ -108,7 +108,7 @@ class TensorFile:
         shape = info.shape or (1,)
         first, last, _ = (rows or slice(None)).indices(shape[0])
         row_bytes = (info.end - info.begin) // max(1, shape[0])
-        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        step = self.rows_of_a_block(key)
         if not info.elements:
             return
         with self._reading(direct) as file:
@@ -118,6 +118,12 @@ class TensorFile:
                 data = self._staged(file, begin, (stop - start) * row_bytes, direct)
                 block = torch.frombuffer(data, dtype=_dtype(info, self.path)).view(stop - start, *shape[1:])
                 yield slice(start - first, stop - first), block
+
+    def rows_of_a_block(self, key: str) -> int:
+        """Of all blocks of a tensor but the last."""
+        info = self.tensors[key]
+        row_bytes = (info.end - info.begin) // max(1, (info.shape or (1,))[0])
+        return max(1, BLOCK_BYTES // max(1, row_bytes))
 
     def tensor(self, key: str) -> Tensor:
         """All of it, in memory of its own. Raises: CorruptModel naming the file."""

@@ -186,6 +186,7 @@ class WanPipeline:
     @torch.inference_mode()
     def denoise(self, rows: Sequence[Row]) -> None:
         """One step for every row; rows of one expert share a forward, with `deterministic` every row has its own."""
+        self.memory.begin("denoise")
         batches = [[row] for row in rows] if self.deterministic else self._by_expert(rows)
         found: dict[int, Tensor] = {}
         for index, batch in enumerate(batches):
@@ -302,6 +303,7 @@ class WanPipeline:
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Final latents → uint8 [F, H, W, 3]."""
+        self.memory.begin("decode")
         return [self.vae.decode(_latents(row)) for row in rows]
 
     def preview(self, row: Row) -> np.ndarray:

@@ -174,6 +174,7 @@ class ZImagePipeline:
     @torch.inference_mode()
     def denoise(self, rows: Sequence[Row]) -> None:
         """One step for every row; with `deterministic`, every row in a forward of its own."""
+        self.memory.begin("denoise")
         batches = [[row] for row in rows] if self.deterministic else [list(rows)]
         velocities = [v for batch in batches for v in self._velocities(batch)]
         for row, velocity in zip(rows, velocities, strict=True):
@@ -245,6 +246,7 @@ class ZImagePipeline:
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Final latents → uint8 [H, W, 3]."""
+        self.memory.begin("decode")
         return [self.vae.decode(_state(row)[1]) for row in rows]
 
     @torch.inference_mode()

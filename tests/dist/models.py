@@ -163,6 +163,34 @@ def whole_runs(mesh: Mesh, folder: str, zoo: str, plain: str, too_much: str) -> 
     return found
 
 
+def under_offload(mesh: Mesh, folder: str, zoo: str, plain: str, **options: Any) -> dict[str, Tensor]:
+    """Latents and pixels without adapters, with sets that are swapped in and out, beside the weights and mixed.
+
+    Args:
+        zoo, plain: as `whole_runs` takes them.
+        options: settings of the engine.
+    """
+    model = Model.load(mesh, folder, **options)
+    found = model.batch("base")
+    model.set("merge", zoo=zoo)
+    found |= model.batch("zoo")
+    model.set("merge", plain=plain, zoo=zoo)
+    found |= model.batch("both")
+    model.set("dynamic", plain=plain)
+    found |= model.batch("beside")
+    model.set("merge")
+    mixed = [model.own(r, "plain") if i % 2 else r for i, r in enumerate(model.requests("mixed"))]
+    found |= model.run(mixed)
+    again = model.batch("base")
+    assert all(torch.equal(found[name], latents) for name, latents in again.items()), "unmerging is not exact"
+    row = Row(model.requests("pixels")[0], 0)
+    model.pipeline.prepare(row)
+    row.latents = found["base-0/0"]
+    found["pixels"] = torch.from_numpy(model.pipeline.decode([row])[0])
+    found["held"] = torch.tensor(model.pipeline.memory.use.device_bytes)
+    return found
+
+
 def encoder_of(model: Model) -> UMT5Encoder | CausalTextEncoder:
     """The text encoder, whose weights adapters may not reach."""
     assert isinstance(model.pipeline, (WanPipeline, ZImagePipeline))

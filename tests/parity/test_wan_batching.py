@@ -104,7 +104,7 @@ def test_a_text_is_read_once_for_all_videos_of_a_request(
     core = engine(wan_folder(variant="t2v"), max_batch_tokens=1)  # one row at a time
     reads = []
     read = WanTransformer.read
-    monkeypatch.setattr(WanTransformer, "read", lambda *given: reads.append(1) or read(*given))
+    monkeypatch.setattr(WanTransformer, "read", lambda *given, keep: reads.append(1) or read(*given, keep=keep))
     _, rows = run(core, [(0, request(core, "three", num_outputs_per_prompt=3, **TARGET))])
     assert max(rows) == 1
     assert len(reads) == 2  # the prompt and the negative prompt
