@@ -34,6 +34,8 @@ MODES: dict[str, tuple[str, Numbers]] = {
     "diffusers_block_disk": ("diffusers", {**BLOCK, "disk": True}),
 }
 STREAMS: Numbers = {**LEAF, "use_stream": True}
+STATES = ("base", "adapter")  # what a process does first, loading included, and after the switch
+MEMORY = ("anon_mb", "file_mb", "pss_mb")
 WITH_ADAPTER_BOUND = 0.1  # relative; diffusers runs adapters beside the weights, we may merge: bf16 rounds elsewhere
 
 
@@ -58,7 +60,7 @@ def _run(name: str, options: Numbers, flags: argparse.Namespace, folder: Path, n
     kind, mode = MODES[name]
     place = folder / "groups"
     place.mkdir()
-    found: Numbers = {"errors": {}, "step_s": [], "swapped_step_s": []}
+    found: Numbers = {"errors": {}, "memory": {}, "step_s": [], "swapped_step_s": []}
     request = {"width": flags.side, "height": flags.side, "num_inference_steps": flags.steps, "guidance_scale": 3.0}
 
     def ask(what: str, side: Side, **command: Any) -> Numbers:
@@ -76,7 +78,7 @@ def _run(name: str, options: Numbers, flags: argparse.Namespace, folder: Path, n
         ):
             if "error" in side.hello:
                 return {**found, "errors": {"load": side.hello["error"]}}
-            for state in ("base", "adapter"):
+            for state in STATES:
                 if state == "adapter":
                     found["swap_s"] = ask("swap", side, do="swap").get("seconds")
                 if found["errors"]:
@@ -89,8 +91,8 @@ def _run(name: str, options: Numbers, flags: argparse.Namespace, folder: Path, n
                 if ends and state == "base":
                     found["first_step_s"] = ends[0] - side.started
                 found["step_s" if state == "base" else "swapped_step_s"] = [b - a for a, b in pairwise(ends)][:-1]
+                found["memory"][state] = watch.since()
             found["written_mb"] = rounded(sum(file.stat().st_size for file in place.rglob("*.safetensors")) / 1e6)
-            found["memory"] = watch.since()
     except SideEnded as ended:
         found["errors"]["process"] = str(ended)
     finally:
@@ -111,15 +113,14 @@ def _summary(name: str, answers: list[Numbers], folder: Path) -> Numbers:
     for part in ("step_s", "swapped_step_s"):
         values = [value for answer in answers for value in answer[part]]
         found |= {part: spread(values)} if values else {}
-    peaks = [answer["memory"] for answer in answers if "memory" in answer]
-    found |= {
-        f"peak_{part}": spread([peak[part] for peak in peaks]) for part in ("anon_mb", "file_mb", "pss_mb") if peaks
-    }
+    for state in STATES:
+        peaks = [answer["memory"][state] for answer in answers if state in answer["memory"]]
+        found |= {f"peak_{state}": {part: spread([peak[part] for peak in peaks]) for part in MEMORY}} if peaks else {}
     written = max((answer.get("written_mb", 0) for answer in answers), default=0)
     found |= {"written_mb": written} if written else {}
     errors = {what: text for answer in answers for what, text in answer["errors"].items()}
     found |= {"failed": errors} if errors else {}
-    found["right"] = {state: _right(name, state, folder) for state in ("base", "adapter")}
+    found["right"] = {state: _right(name, state, folder) for state in STATES}
     return found
 
 
@@ -160,9 +161,13 @@ def _over(theirs: list[Numbers], ours: list[Numbers]) -> Numbers:
     for part in ("step_s", "swapped_step_s"):
         both = [pair for a, b in pairs for pair in zip(a[part], b[part], strict=False)]
         found |= {part: _ratio(both)} if both else {}
-    for part in ("anon_mb", "pss_mb"):
-        both = [(a["memory"][part], b["memory"][part]) for a, b in pairs if "memory" in a and "memory" in b]
-        found |= {f"peak_{part}": _ratio(both)} if both else {}
+    for state in STATES:
+        peaks = [(a["memory"][state], b["memory"][state]) for a, b in pairs if state in a["memory"]]
+        found |= (
+            {f"peak_{state}": {part: _ratio([(a[part], b[part]) for a, b in peaks]) for part in ("anon_mb", "pss_mb")}}
+            if peaks
+            else {}
+        )
     return found
 
 

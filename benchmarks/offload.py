@@ -44,8 +44,10 @@ def main() -> None:
                 adapter = make_adapters(Path(medium), folder)[0]
                 found = compare(medium, adapter, flags, folder)
             elif part == "larger":
-                say(f"making a checkpoint of {flags.layers} layers")
-                found = larger(make_deep(folder / "deep", layers=flags.layers), flags, folder)
+                if flags.deep_model is None:
+                    say(f"making a checkpoint of {flags.layers} layers")
+                    make_deep(folder / "deep", layers=flags.layers)
+                found = larger(Path(flags.deep_model or folder / "deep"), flags, folder)
             else:
                 found = fits(medium, flags)
             finish("offload", environment, {"part": part, **found})
@@ -57,6 +59,7 @@ def _flags() -> argparse.Namespace:
     made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s")
     made.add_argument("--side", type=int, default=256, help="pixels, of peers; default %(default)s")
     made.add_argument("--steps", type=int, default=5, help="of a measurement, at least 3; default %(default)s")
+    made.add_argument("--deep-model", help="a folder made before, instead of a new one")
     made.add_argument("--layers", type=int, default=30, help="of the large model, 61 MB each; default %(default)s")
     made.add_argument(
         "--small", type=int, default=256, help="pixels, of larger, bound by the disk; default %(default)s"
