@@ -226,6 +226,10 @@ class LoraManager:
                 merged.set(self._members(key))
                 self._weights[tree] = key
 
+    def forget_overlays(self) -> None:
+        """Let go of what runs beside the weights; overlays are made again when they are asked for."""
+        self._overlays.clear()
+
     def _members(self, key: SetKey) -> Members:
         return [(self.store.find(digest), strength) for digest, strength in key]
 

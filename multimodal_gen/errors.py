@@ -13,10 +13,10 @@
     │   │       └── TooManyImages           400 too_many_images
     │   ├── InvalidJson                     400 invalid_json
     │   ├── InvalidMultipart                400 invalid_multipart
-    │   ├── UrlNotAllowed                   400 url_not_allowed
+    │   ├── UrlNotAllowed                   400 url_not_allowed: this server fetches nothing from elsewhere
     │   ├── UnknownParameter                400 unknown_parameter
     │   ├── UnsupportedParameter            400 unsupported_parameter
-    │   ├── UnsupportedEndpoint             400 unsupported_endpoint
+    │   ├── UnsupportedEndpoint             400 unsupported_endpoint: the model makes something else
     │   ├── RemoteCodeRefused               400 remote_code_refused
     │   ├── AuthenticationFailed            401 invalid_api_key
     │   ├── HostNotAllowed                  403 host_not_allowed
@@ -27,7 +27,7 @@
     │   ├── BodyTooLarge                    413 body_too_large
     │   ├── RequestTimeout                  408 request_timeout
     │   ├── VideoNotReady                   409 video_not_ready
-    │   ├── IdempotencyMismatch             409 idempotency_mismatch
+    │   ├── IdempotencyMismatch             409 idempotency_mismatch: the same key with another request
     │   ├── InvalidRange                    416 invalid_range
     │   ├── UnsupportedMediaType            415 unsupported_media_type
     │   ├── ConfigError                     400 invalid_config
@@ -45,6 +45,7 @@
     ├── CapacityError                       try again later
     │   ├── QueueFull                       429 queue_full
     │   ├── ModelLoading                    503 model_loading
+    │   ├── Asleep                          503 asleep
     │   └── ShuttingDown                    503 shutting_down
     └── EngineError                         ours to mend
         ├── GenerationFailed                500 generation_failed
@@ -142,8 +143,6 @@ class InvalidMultipart(UserError):
 
 
 class UrlNotAllowed(UserError):
-    """This server fetches nothing from elsewhere."""
-
     code = "url_not_allowed"
 
 
@@ -156,8 +155,6 @@ class UnsupportedParameter(UserError):
 
 
 class UnsupportedEndpoint(UserError):
-    """The model that is served makes something else."""
-
     code = "unsupported_endpoint"
 
 
@@ -209,8 +206,6 @@ class VideoNotReady(UserError):
 
 
 class IdempotencyMismatch(UserError):
-    """The same Idempotency-Key came with another request."""
-
     status = 409
     code = "idempotency_mismatch"
 
@@ -314,6 +309,11 @@ class QueueFull(CapacityError):
 
 class ModelLoading(CapacityError):
     code = "model_loading"
+
+
+class Asleep(CapacityError):
+    code = "asleep"
+    retryable = False  # it does not wake by itself
 
 
 class ShuttingDown(CapacityError):

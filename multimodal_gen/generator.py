@@ -254,6 +254,22 @@ class DiffGenerator:
         engine.refresh()
         return engine.change(change)
 
+    # --- memory -------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> int:
+        """Give the memory of weights and caches back, on all ranks; returns the bytes that it was.
+
+        Until `wake`, `generate` and changes of adapters raise Asleep. What is loaded and active stays so.
+        """
+        return self._engine.sleep().freed_bytes
+
+    def wake(self) -> None:
+        """Bring the weights back, with the adapters in them: the same seed gives the same bytes as before.
+
+        Raises: WeightsUnavailable where the checkpoint's files are gone, OutOfMemory; it can be tried again.
+        """
+        self._engine.wake()
+
     def close(self) -> None:
         """Free the model and end its workers; the object cannot generate any more."""
         if not self._closed:

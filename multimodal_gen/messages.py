@@ -1,9 +1,9 @@
 """Everything that crosses a process border, as typed msgspec structs. Nothing here is ever unpickled.
 
-front → worker: `Load`, `Generate`, `Cancel`, `ChangeLoras`, `Shutdown`.
+front → worker: `Load`, `Generate`, `Cancel`, `ChangeLoras`, `Sleep`, `Wake`, `Shutdown`.
 rank 0 → all ranks of its replica: `Turn`; each rank → all: `Outcome`, `Staging`.
 worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Checkpoint`, `Preview`, `Finished`, `Failed`,
-`LorasChanged`, `LorasRefused`, `Gauges`.
+`LorasChanged`, `LorasRefused`, `MemoryChanged`, `Gauges`.
 
 The in-process engine yields the same events (`Event`), so both faces of the engine speak one language.
 """
@@ -97,6 +97,18 @@ class ChangeLoras(Message, frozen=True):
     change: Change
 
 
+class Sleep(Message, frozen=True):
+    """Give the memory of weights and caches back; nothing waits or runs by then. Answered by `MemoryChanged`."""
+
+    id: str
+
+
+class Wake(Message, frozen=True):
+    """Bring the weights back, adapters included. Answered by `MemoryChanged`."""
+
+    id: str
+
+
 class Shutdown(Message, frozen=True):
     """Exit once nothing runs any more."""
 
@@ -105,7 +117,7 @@ class Turn(Message, frozen=True):
     """From rank 0 to all ranks before every step: what has arrived, and what time it is. All else follows from it."""
 
     clock: float
-    messages: list[Generate | Cancel | ChangeLoras | Shutdown]
+    messages: list[Generate | Cancel | ChangeLoras | Sleep | Wake | Shutdown]
 
 
 class Staging(Message, frozen=True):
@@ -128,6 +140,50 @@ class Outcome(Message, frozen=True):
 # --- worker → front ---------------------------------------------------------------------------------------------
 
 
+class WeightsPlan(msgspec.Struct, frozen=True):
+    """How the weights share the memory of rank 0; settled when the model is loaded."""
+
+    residency: dict[str, str]
+    """by component: resident, streamed or parked"""
+    resident_layers: dict[str, int]
+    """by streamed component: layers that stay on the device"""
+    slots: int
+    """of the ring that streamed layers pass through; 0 where nothing is streamed"""
+    slot_bytes: int
+    peak_bytes: int
+    """weights of the worst stage and working memory"""
+    limit_bytes: int | None
+    host_bytes: int
+    pinned_bytes: int
+    """of host_bytes, page-locked"""
+
+
+class WeightsUse(msgspec.Struct, frozen=True):
+    """Where the weights of rank 0 are, and what bringing them has cost since its process started."""
+
+    device_bytes: int = 0
+    pinned_bytes: int = 0
+    pageable_bytes: int = 0
+    file_bytes: int = 0
+    """that are only in the checkpoint's files, or in the kernel's cache of them"""
+    moved_bytes: int = 0
+    """onto the device"""
+    loads: int = 0
+    """layers and components brought there"""
+    stall_seconds: float = 0.0
+    """that compute waited for them"""
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Bytes by where they are."""
+        return {
+            "device": self.device_bytes,
+            "pinned": self.pinned_bytes,
+            "pageable": self.pageable_bytes,
+            "file": self.file_bytes,
+        }
+
+
 class Ready(Message, frozen=True):
     device: str
     dtype: str
@@ -143,6 +199,9 @@ class Ready(Message, frozen=True):
     loras: LoraState = LoraState()
     lora_error: ErrorInfo | None = None
     """why the adapters of the worker before this one could not be brought back"""
+    plan: WeightsPlan | None = None
+    """None: weights of the fallback family are not planned"""
+    weights: WeightsUse = WeightsUse()
 
 
 class LoadFailed(Message, frozen=True):
@@ -213,6 +272,17 @@ class LorasRefused(Message, frozen=True):
     error: ErrorInfo
 
 
+class MemoryChanged(Message, frozen=True):
+    """What came of `Sleep` or `Wake`. After an error the worker sleeps."""
+
+    id: str
+    seconds: float
+    freed_bytes: int = 0
+    """weights and caches, of all ranks"""
+    weights: WeightsUse = WeightsUse()
+    error: ErrorInfo | None = None
+
+
 class Gauges(Message, frozen=True):
     """The worker's state, sent when it changes by a step; feeds /metrics and the stall watchdog."""
 
@@ -224,10 +294,14 @@ class Gauges(Message, frozen=True):
     cache_bytes: int
     cache_hits: int
     cache_misses: int
+    step_stall_seconds: float = 0.0
+    """of the step, waiting for weights"""
+    weights: WeightsUse = WeightsUse()
 
 
-ToWorker = Load | Generate | Cancel | ChangeLoras | Shutdown
-Event = Started | Progress | Checkpoint | Preview | Finished | Failed | LorasChanged | LorasRefused | Gauges
+ToWorker = Load | Generate | Cancel | ChangeLoras | Sleep | Wake | Shutdown
+OfARequest = Started | Progress | Checkpoint | Preview | Finished | Failed
+Event = OfARequest | LorasChanged | LorasRefused | MemoryChanged | Gauges
 FromWorker = Ready | LoadFailed | Event
 
 _encoder = msgspec.msgpack.Encoder()

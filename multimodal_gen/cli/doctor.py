@@ -17,18 +17,23 @@ def add_arguments(parser: Parser) -> None:
     """Flags of `mmgen doctor`."""
     parser.usage = "mmgen doctor [flags]"
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--gpu", metavar="GPU", help="plan for this GPU instead: a size (24GB) or a name (rtx-4090)")
     add_settings(parser, EngineConfig)
 
 
 def run(arguments: Arguments) -> int:
     """Print the report; the exit code is 1 when something would keep the model from running."""
+    from multimodal_gen.memory.gpus import find_gpu
+
     config = read_settings(arguments, EngineConfig)
-    report = examine(config)
+    if arguments.gpu is not None:
+        find_gpu(arguments.gpu)  # a name that is not known is told at once
+    report = examine(config, arguments.gpu)
     print(as_json(report) if arguments.json else _text(report))
     return 1 if report["problems"] else 0
 
 
-def examine(config: EngineConfig) -> dict[str, Any]:
+def examine(config: EngineConfig, gpu: str | None = None) -> dict[str, Any]:
     """All facts as plain data; `problems` lists what would keep the model from running with these settings."""
     from multimodal_gen.cli import hardware
 
@@ -41,36 +46,47 @@ def examine(config: EngineConfig) -> dict[str, Any]:
     }
     try:
         report["settings"] = hardware.chosen(config)
-        report["model"] = _model(config, report)
+        _add_model(config, gpu, report)
     except MmgenError as error:
         report["problems"].append(error.message)
     return report
 
 
-def _model(config: EngineConfig, report: dict[str, Any]) -> dict[str, Any]:
-    from multimodal_gen.cli import hardware
+def _add_model(config: EngineConfig, gpu: str | None, report: dict[str, Any]) -> None:
+    """The model, and where it would be: a plan, or for families that diffusers computes, an estimate."""
+    from multimodal_gen.cli.fit import fit
     from multimodal_gen.cli.models import card_facts
     from multimodal_gen.pipelines import registry
 
     # A report must not start a download of many gigabytes.
-    card = card_facts(registry.describe(msgspec.structs.replace(config, local_files_only=True)))
+    config = msgspec.structs.replace(config, local_files_only=True)
+    card = registry.describe(config)
+    facts = card_facts(card)
+    named = {name: facts[name] for name in ("name", "family", "pipeline_class")}
+    model = report["model"] = {**named, **facts["weights"], "fits": False}
+    if card.family == registry.fallback().family:
+        _estimate(model, gpu, report)
+        return
+    report["plan"] = fit(card, config, gpu)
+    model["fits"] = True
+
+
+def _estimate(model: dict[str, Any], gpu: str | None, report: dict[str, Any]) -> None:
+    from multimodal_gen.cli import hardware
+    from multimodal_gen.memory.free import free_bytes
+    from multimodal_gen.memory.gpus import find_gpu
+
     chosen = report["settings"]
-    needed = hardware.estimate(card["weights"]["parameters"], chosen["dtype"])
-    free = hardware.free_bytes(chosen["device"])
+    place, free = chosen["device"], free_bytes(chosen["device"])
+    if gpu is not None:
+        place, _, free = find_gpu(gpu)
+    needed = hardware.estimate(model["parameters"], chosen["dtype"])
+    model |= {"needed_bytes": needed, "free_bytes": free, "fits": needed <= free}
     if needed > free:
         report["problems"].append(
-            f"{card['name']} needs about {size(needed)} on {chosen['device']} and {size(free)} are free. Close other "
-            "programs, or choose a smaller model or a --dtype of two bytes."
+            f"{model['name']} needs about {size(needed)} on {place} and {size(free)} are free. Close other programs, "
+            "or choose a smaller model or a --dtype of two bytes."
         )
-    return {
-        "name": card["name"],
-        "family": card["family"],
-        "pipeline_class": card["pipeline_class"],
-        **card["weights"],
-        "needed_bytes": needed,
-        "free_bytes": free,
-        "fits": needed <= free,
-    }
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -91,6 +107,8 @@ def _text(report: dict[str, Any]) -> str:
         rows += _settings_rows(report["settings"])
     if "model" in report:
         rows += _model_rows(report["model"], report["settings"]["dtype"])
+    if "plan" in report:
+        rows += _plan_rows(report["plan"])
     lines = [columns(rows), "", *(f"problem: {problem}" for problem in report["problems"])]
     return "\n".join(lines if report["problems"] else [*lines, "No problems found."])
 
@@ -106,9 +124,18 @@ def _settings_rows(chosen: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _model_rows(model: dict[str, Any], dtype: str) -> list[tuple[str, str]]:
     stored = f"{size(model['bytes'])} of {', '.join(model['dtypes'])} on disk"
-    verdict = "fits" if model["fits"] else "does NOT fit"
-    return [
+    rows = [
         ("model", f"{model['name']} ({model['family']}, {model['pipeline_class']})"),
         ("weights", f"{model['parameters']:,} parameters, {stored}"),
-        ("as " + dtype, f"about {size(model['needed_bytes'])} with working memory: {verdict}"),
     ]
+    if "needed_bytes" in model:
+        verdict = "fits" if model["fits"] else "does NOT fit"
+        rows.append(("as " + dtype, f"about {size(model['needed_bytes'])} with working memory: {verdict}"))
+    return rows
+
+
+def _plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    each = f", on each of {plan['ranks']} ranks" if plan["ranks"] > 1 else ""
+    first = f"{plan['dtype']} on {plan['place']}{each}:"
+    note = [] if plan["warning"] is None else [("note", plan["warning"])]
+    return [("plan", first), *(("", line) for line in plan["lines"]), *note]

@@ -13,10 +13,11 @@ import torch
 
 from multimodal_gen.attention import registry as attention
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.memory.free import host_memory
 from multimodal_gen.nn.precision import DTYPES, native_bf16, resolve_device, resolve_dtype
 from multimodal_gen.version import __version__
 
-# Weights and what surrounds them: activations, the decoder's peak, allocator slack.
+# Weights and what surrounds them, for families that are not planned: activations, the decoder's peak, allocator slack.
 HEADROOM = 1.2
 
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
@@ -55,16 +56,8 @@ def devices() -> list[dict[str, Any]]:
 
 def memory() -> dict[str, int]:
     """RAM in bytes, as this process may use it: a container's limit counts."""
-    ram = psutil.virtual_memory()
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit is None or used is None:
-        return {"total_bytes": ram.total, "free_bytes": ram.available}
-    return {"total_bytes": min(ram.total, limit), "free_bytes": max(0, min(ram.available, limit - used))}
-
-
-def free_bytes(device: str) -> int:
-    """Free memory where weights would go."""
-    return memory()["free_bytes"] if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
+    found = host_memory()
+    return {"total_bytes": found.total, "free_bytes": found.free}
 
 
 def chosen(config: EngineConfig) -> dict[str, Any]:
@@ -99,13 +92,6 @@ def _cpu_model() -> str:
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
-
-
-def _cgroup(name: str) -> int | None:
-    """A number from the container's memory controller; None without a container or without a limit."""
-    path = Path("/sys/fs/cgroup") / name
-    text = path.read_text(encoding="ascii").strip() if path.exists() else "max"
-    return int(text) if text.isdigit() else None
 
 
 def _version(name: str) -> str:

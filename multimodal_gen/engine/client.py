@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -18,11 +18,13 @@ from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig, ServerConfig, engine_part
 from multimodal_gen.engine.group import Place
 from multimodal_gen.engine.process import LocalProcesses
+from multimodal_gen.engine.readings import total, total_use
 from multimodal_gen.engine.replica import STOP_SECONDS, Replica
 from multimodal_gen.engine.ticket import Ticket
-from multimodal_gen.engine.transaction import change_all
+from multimodal_gen.engine.transaction import change_all, sleep_all, wake_all
 from multimodal_gen.environment import worker_threads
 from multimodal_gen.errors import (
+    Asleep,
     Cancelled,
     GenerationFailed,
     MmgenError,
@@ -32,14 +34,15 @@ from multimodal_gen.errors import (
     WorkerCrashed,
 )
 from multimodal_gen.lora.sources import start_change
-from multimodal_gen.messages import Finished, Gauges, LorasChanged, Ready, RowState
+from multimodal_gen.messages import Finished, Gauges, LorasChanged, MemoryChanged, Ready, RowState, WeightsUse
 from multimodal_gen.parallel.plan import plan
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import AnyRequest, ModelCard
 
 MAX_RETRY_AFTER = 60.0
 
-State = Literal["loading", "ready", "restarting", "draining", "failed", "stopped"]
+State = Literal["loading", "ready", "restarting", "asleep", "waking", "draining", "failed", "stopped"]
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,8 @@ class EngineClient:
         self._nothing_left.set()
         self.replicas = [Replica(number, *self._placed(number), self) for number in range(self.plan.dp)]
         self._supervisors: list[asyncio.Task[None]] = []
-        self._changing = asyncio.Lock()
+        self._changing = asyncio.Lock()  # of adapters, to sleep or to wake: one after another
+        self._rest: Literal["awake", "asleep", "waking"] = "awake"  # asleep: as soon as it is asked for
         self._loras: LoraState | None = None  # before the change of adapters that is under way
 
     def _placed(self, number: int) -> tuple[ModelCard, EngineConfig, Place]:
@@ -111,8 +115,7 @@ class EngineClient:
             message = "The server shut down before this request was finished."
             self.answered(ticket, GenerationFailed(message) if ticket.started else ShuttingDown(message))
         for replica in self.replicas:
-            replica.state = "stopped"  # nothing is brought back any more
-            replica.fail_change(ShuttingDown("The server shut down before this change was done."))
+            replica.close("stopped", ShuttingDown("The server shut down before this was done."))
         await asyncio.gather(*(replica.stop(patience_s) for replica in self.replicas))
         self._phase = "stopped"
 
@@ -120,7 +123,7 @@ class EngineClient:
 
     @property
     def state(self) -> State:
-        """Of the whole engine: `ready` once every replica has been, and then while any is."""
+        """Of the whole engine: `ready` once every replica has been, and then while any is, but for sleep."""
         if self._phase == "stopped":
             return "stopped"
         if self.failure is not None:
@@ -129,6 +132,8 @@ class EngineClient:
             return "draining"
         if self.ready is None:
             return "loading"
+        if self._rest != "awake":
+            return self._rest
         return "ready" if any(replica.state == "ready" for replica in self.replicas) else "restarting"
 
     @property
@@ -139,7 +144,13 @@ class EngineClient:
     @property
     def gauges(self) -> Gauges | None:
         """The latest of all replicas together: sums, and of steps the longest."""
-        return total([replica.gauges for replica in self.replicas if replica.gauges is not None])
+        found = [replica.readings.gauges for replica in self.replicas]
+        return total([gauges for gauges in found if gauges is not None])
+
+    @property
+    def weights(self) -> WeightsUse:
+        """Where the weights are, of all replicas together."""
+        return total_use([replica.readings.weights for replica in self.replicas])
 
     @property
     def loras(self) -> LoraState:
@@ -174,9 +185,9 @@ class EngineClient:
     def submit(self, request: AnyRequest, resume: Sequence[RowState] = ()) -> Ticket:
         """Admit a request, whose rows go on where `resume` says.
 
-        Raises: ModelLoading, ShuttingDown, QueueFull with an estimate of when to come back.
+        Raises: ModelLoading, Asleep, ShuttingDown, QueueFull with an estimate of when to come back.
         """
-        self._check_open()
+        self.check_open()
         waiting = self.outstanding_cost
         if waiting and waiting + request.cost > self.config.max_queue_cost:
             raise QueueFull(
@@ -200,7 +211,15 @@ class EngineClient:
         else:  # it waits for the next group of workers
             self.answered(ticket, Cancelled("The request was cancelled."))
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises: ModelLoading, Asleep, ShuttingDown."""
+        self._check_up()
+        if self.state == "asleep":
+            raise Asleep("The model is asleep: its memory is given back. POST /v1/wake brings it back.")
+        if self.state == "waking":
+            raise ModelLoading("The model is waking up; try again in a few seconds.", retry_after=5.0)
+
+    def _check_up(self) -> None:
         if self.ready is None and self.state == "loading":
             raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
         if self.state in ("draining", "stopped", "failed"):
@@ -213,7 +232,7 @@ class EngineClient:
                 ticket.replica.take(ticket)
 
     def _retry_after(self, tokens: int) -> float:
-        rate = sum(replica.tokens_per_second for replica in self.replicas if replica.state == "ready")
+        rate = sum(r.readings.tokens_per_second for r in self.replicas if r.state == "ready")
         return min(MAX_RETRY_AFTER, max(1.0, tokens / rate if rate else 5.0))
 
     # --- adapters -------------------------------------------------------------------------------------------------
@@ -221,15 +240,14 @@ class EngineClient:
     async def change_loras(self, change: Change) -> LorasChanged:
         """A transaction on the adapters of all replicas; changes are made one after another.
 
-        Raises: ModelLoading, ShuttingDown, WorkerCrashed; the change's own error. The adapters are then as before.
+        Raises: ModelLoading, Asleep, ShuttingDown, WorkerCrashed; the change's own error. The adapters are then as
+            before.
         """
-        task = asyncio.create_task(self._change_loras(change))
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to be told
-        return await asyncio.shield(task)  # whoever asked may leave; half a transaction must not stay behind
+        return await _to_its_end(self._change_loras(change))
 
     async def _change_loras(self, change: Change) -> LorasChanged:
         async with self._changing:
-            self._check_open()
+            self.check_open()
             if any(replica.state != "ready" for replica in self.replicas):
                 raise ModelLoading("A worker is restarting; try again in a few seconds.", retry_after=5.0)
             self._loras = self.replicas[0].loras
@@ -237,6 +255,46 @@ class EngineClient:
                 return await change_all(self.replicas, change, self._loras)
             finally:
                 self._loras = None
+
+    # --- sleep ----------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> Awaitable[MemoryChanged]:
+        """Give the memory of all replicas back, once the requests that were admitted are answered.
+
+        New ones are refused as soon as this returns; the awaitable tells what was freed.
+        Raises: ModelLoading, ShuttingDown.
+        """
+        self._check_up()
+        self._rest = "asleep"
+        return _to_its_end(self._sleep())
+
+    async def _sleep(self) -> MemoryChanged:
+        async with self._changing:
+            self._rest = "asleep"  # it may have been woken a moment ago
+            await self._nothing_left.wait()
+            self._check_up()
+            return await sleep_all(self.replicas)
+
+    def wake(self) -> Awaitable[MemoryChanged]:
+        """Bring all replicas back; nothing is done where they are.
+
+        Raises: ModelLoading, ShuttingDown; WeightsUnavailable, OutOfMemory, WorkerCrashed, after which they sleep on.
+        """
+        return _to_its_end(self._wake())
+
+    async def _wake(self) -> MemoryChanged:
+        async with self._changing:
+            self._check_up()
+            if self._rest == "awake":
+                return MemoryChanged("", 0.0)
+            self._rest = "waking"
+            try:
+                done = await wake_all(self.replicas)
+            except BaseException:
+                self._rest = "asleep"
+                raise
+            self._rest = "awake"
+            return done
 
     # --- what replicas tell ---------------------------------------------------------------------------------------
 
@@ -277,10 +335,8 @@ def least_loaded(replicas: Sequence[Replica]) -> Replica | None:
     return min((r for r in replicas if r.state == "ready"), key=lambda replica: replica.cost, default=None)
 
 
-def total(parts: Sequence[Gauges]) -> Gauges | None:
-    """Gauges of several replicas as one: the longest of the latest steps, sums of the rest."""
-    if not parts:
-        return None
-    values = [msgspec.structs.asdict(part) for part in parts]
-    sums = {name: sum(each[name] for each in values) for name in Gauges.__struct_fields__}
-    return Gauges(**{**sums, "step_seconds": max(part.step_seconds for part in parts)})
+def _to_its_end(work: Coroutine[Any, Any, Result]) -> Awaitable[Result]:
+    """Whoever asked for the work may leave; half of it must not stay behind."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to be told
+    return asyncio.shield(task)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,19 +19,20 @@ import torch
 
 from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.active import Active, preview_steps, resume, state_of, way_back
+from multimodal_gen.engine.active import Active, preview_steps, resume, state_of
+from multimodal_gen.engine.attempt import Attempts
 from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.failures import as_ours, info_of
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.engine.scheduler import Scheduler, Slot
+from multimodal_gen.engine.sleep import Sleeper
 from multimodal_gen.errors import (
     Cancelled,
     DeadlineExceeded,
     MmgenError,
     OutOfMemory,
     Overflowed,
-    PeerLost,
     UserError,
     WeightsUnavailable,
 )
@@ -49,10 +49,13 @@ from multimodal_gen.messages import (
     Finished,
     Gauges,
     LorasChanged,
+    MemoryChanged,
     Preview,
     Progress,
     RowState,
+    Sleep,
     Started,
+    Wake,
 )
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
@@ -97,6 +100,9 @@ class EngineCore:
             targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"), self.ranks.mesh.control
         )
         self.changes = Changes(self.loras, self.fault, self.ranks, self.pipeline.forget)
+        self._attempt = Attempts(self.ranks, self.pipeline.reset)
+        on_wake = partial(self.fault.trip, "wake")
+        self.sleeper = Sleeper(self.pipeline, self.loras, self.ranks, self._attempt, config.load_timeout_s, on_wake)
         self._weights: WeightsKey | None = ()  # what the weights hold on every rank; None: not known
         self._active: dict[str, Active] = {}
         self._failures = 0  # requests failed in a row
@@ -122,6 +128,7 @@ class EngineCore:
         `resume` are states of its rows, from another process.
         """
         try:
+            self.sleeper.check_awake()
             adapters = self.loras.apply(request)
         except Exception as error:
             if not isinstance(error, MmgenError):
@@ -138,6 +145,12 @@ class EngineCore:
             return []
         return [self._drop(request_id, Cancelled("The request was cancelled."))]
 
+    def rest(self, order: Sleep | Wake) -> MemoryChanged:
+        """Sleep, or wake; between steps, with nothing to do and no change of adapters under way. Raises: PeerLost."""
+        assert self.idle, "requests are finished before the engine sleeps"
+        assert not self.changes.pending, "changes of adapters are, too"
+        return self.sleeper.obey(order)
+
     # --- adapters -----------------------------------------------------------------------------------------------
 
     def bring_adapters(self, state: LoraState | None) -> None:
@@ -151,7 +164,8 @@ class EngineCore:
             self.changes.run(change, weights_too=True)
 
     def change_adapters(self, change: Change) -> LorasChanged:
-        """A transaction, done when this returns. Raises: the AdapterError family."""
+        """A transaction, done when this returns. Raises: the AdapterError family, Asleep."""
+        self.sleeper.check_awake()
         self._weights = None
         return self.changes.run(change, weights_too=self._weights_are_free)
 
@@ -184,6 +198,7 @@ class EngineCore:
                 active.timings.queue = time.monotonic() - active.arrived
                 yield Started(slot.request_id)
         begin, events = time.monotonic(), list[Event]()
+        stalled = self.pipeline.memory.use.stall_seconds
         rows = self._denoise(self._start(self._on_their_weights(slots, events), events), events)
         yield from events
         tokens = sum(self.scheduler.tokens(row.request.id) for row in rows)
@@ -193,7 +208,8 @@ class EngineCore:
             if row.request.id in self._active:
                 yield from self._after_step(row)
         if rows:
-            yield self._gauges(len(rows), tokens, time.monotonic() - begin)
+            stall = self.pipeline.memory.use.stall_seconds - stalled
+            yield self._gauges(len(rows), tokens, time.monotonic() - begin, stall)
 
     # --- the parts of a step ------------------------------------------------------------------------------------
 
@@ -326,34 +342,6 @@ class EngineCore:
 
     # --- failure ------------------------------------------------------------------------------------------------
 
-    def _attempt(self, what: str, work: Callable[[], None], rows: Sequence[Row] = ()) -> MmgenError | None:
-        """Run work; returns the error that it came to on all ranks together, or None.
-
-        By then the memory that a traceback held is free again, and `rows`, which a step may have moved on some ranks
-        only, are where they were. Raises: PeerLost.
-        """
-        before = [] if self.ranks.alone else [way_back(row) for row in rows]
-        failure: Exception | None = None
-        try:
-            work()
-        except PeerLost:
-            raise
-        except Exception as error:  # noqa: BLE001 - every kind of failure has the same answer: the request's own end
-            failure = error
-        if failure is not None:
-            log.error("%s failed", what, exc_info=failure)
-            traceback.clear_frames(failure.__traceback__)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        verdict = self.ranks.agree(what, failure, in_lockstep=bool(rows))
-        if verdict is not None and not self.ranks.alone:
-            if failure is None:
-                log.error("%s failed on another rank: %s", what, verdict.message)
-            for go_back in before:
-                go_back()
-            self.pipeline.reset()
-        return verdict
-
     def _guarded(
         self, what: str, active: Active, events: list[Event], work: Callable[[], None], rows: Sequence[Row] = ()
     ) -> bool:
@@ -377,7 +365,7 @@ class EngineCore:
             self.pipeline.release(row)
         return Failed(request_id, info_of(error))
 
-    def _gauges(self, rows: int, tokens: int, seconds: float) -> Gauges:
+    def _gauges(self, rows: int, tokens: int, seconds: float, stall: float) -> Gauges:
         cache = self.pipeline.info.cache
         return Gauges(
             running_rows=self.scheduler.running_rows,
@@ -388,4 +376,6 @@ class EngineCore:
             cache_bytes=cache.bytes,
             cache_hits=cache.hits,
             cache_misses=cache.misses,
+            step_stall_seconds=stall,
+            weights=self.sleeper.weights,
         )

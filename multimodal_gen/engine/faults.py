@@ -3,8 +3,8 @@
 On every rank, or on that one alone.
 
 Stages: load, encode, prepare, denoise, decode, adapter (a change of adapters is worked out), merge (a merged weight has
-been written). Actions: raise, oom, kill (the process dies), hang (it never returns),
-slow (each call takes half a second longer).
+been written), wake (the weights are back). Actions: raise, oom, kill (the process dies), hang (it never returns), slow
+(each call takes half a second longer).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from multimodal_gen.errors import ConfigError, OutOfMemory
 
-STAGES = ("load", "encode", "prepare", "denoise", "decode", "adapter", "merge")
+STAGES = ("load", "encode", "prepare", "denoise", "decode", "adapter", "merge", "wake")
 ACTIONS = ("raise", "oom", "kill", "hang", "slow")
 SLOW_SECONDS = 0.5
 

@@ -57,7 +57,7 @@ class Observer(Protocol):
 
 
 class PutBack(Exception):
-    """The job goes back to the queue: the server is about to stop."""
+    """The job goes back to the queue: the server is about to stop, or to sleep."""
 
 
 class JobRunner:
@@ -107,6 +107,15 @@ class JobRunner:
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
 
+    async def rest(self) -> None:
+        """The engine is about to sleep: what it has not begun waits here, and running jobs end with their next
+        checkpoint, or finish. All go on when it is woken.
+        """
+        for running in list(self.queue.running.values()):
+            if running.ticket is not None and not running.ticket.started:
+                await self._put_back(running)
+                await self._wait_again(running.job.id)
+
     async def stop(self) -> None:
         """Put what still runs back into the queue and let go of the database."""
         self._draining = True
@@ -124,8 +133,10 @@ class JobRunner:
     async def add(self, job: Job, request: VideoRequest) -> Job:
         """Accept a job: it is on the disk when this returns. The one of the same key and body is returned instead.
 
-        Raises: ShuttingDown, QueueFull, StorageFull, IdempotencyMismatch.
+        Raises: ShuttingDown, Asleep, QueueFull, StorageFull, IdempotencyMismatch.
         """
+        if self.engine.state == "asleep":
+            self.engine.check_open()
         if self._draining:
             raise ShuttingDown("The server is shutting down and takes no new requests.")
         await self.disk(self.files.check_room, request)
@@ -184,6 +195,7 @@ class JobRunner:
             await self._run(running)
         except PutBack:
             await self._rows.update(job.id, status="queued", progress=running.progress)
+            await self._wait_again(job.id)
         except CapacityError:  # the engine takes nothing right now
             self.queue.waiting[job.id] = job
         except WorkerCrashed as error:
@@ -222,7 +234,7 @@ class JobRunner:
                 running.rows[event.index] = event.step
             elif isinstance(event, Checkpoint):
                 await self._checkpoint(running, event.state)
-                if self._draining:
+                if self._draining or self.engine.state == "asleep":
                     ticket.cancel()
                     raise PutBack
             elif isinstance(event, Finished):
@@ -267,9 +279,13 @@ class JobRunner:
             )
             return
         await self._rows.update(job.id, crashes=crashes)
-        current = await self.disk(self.jobs.find, job.id)
+        await self._wait_again(job.id)
+
+    async def _wait_again(self, job_id: str) -> None:
+        """Back to the queue, as it is now; unless it has been deleted."""
+        current = await self.disk(self.jobs.find, job_id)
         if current is not None:
-            self.queue.waiting[job.id] = current
+            self.queue.waiting[job_id] = current
 
     async def _fail(self, running: Running, error: MmgenError) -> None:
         log.warning("job %s failed: %s: %s", running.job.id, error.code, error.message)

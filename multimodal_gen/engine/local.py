@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
@@ -20,8 +20,10 @@ import msgspec
 from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig, ServerConfig
 from multimodal_gen.engine.client import EngineClient
-from multimodal_gen.errors import MmgenError
-from multimodal_gen.messages import Event, LorasChanged
+from multimodal_gen.engine.orders import rebuilt
+from multimodal_gen.errors import Asleep, MmgenError
+from multimodal_gen.memory.host import release_freed_memory
+from multimodal_gen.messages import Event, LorasChanged, MemoryChanged, Sleep, Wake
 from multimodal_gen.request import AnyRequest, ModelCard
 
 if TYPE_CHECKING:
@@ -63,6 +65,12 @@ class Engine(Protocol):
     def change(self, change: Change) -> LoraState:
         """A transaction on the adapters. Raises: the AdapterError family."""
 
+    def sleep(self) -> MemoryChanged:
+        """Give the memory of weights and caches back."""
+
+    def wake(self) -> MemoryChanged:
+        """Bring the weights back. Raises: WeightsUnavailable, OutOfMemory; it sleeps on then."""
+
     def run(self, requests: Sequence[AnyRequest], on_event: OnEvent) -> None:
         """Run requests to their end. Whatever is raised, also by `on_event`, leaves nothing of them behind."""
 
@@ -79,11 +87,14 @@ class LocalEngine:
         self._config = config
         self._loras: LoraState | None = None  # of a core that was let go
         self._core: EngineCore | None = None
+        self._ended = False  # asleep without a core
         self._core = self.core
 
     @property
     def core(self) -> EngineCore:
-        """The engine proper, loaded where there is none."""
+        """The engine proper, loaded where there is none. Raises: Asleep."""
+        if self._ended:
+            raise Asleep("The model is asleep and its memory is given back; wake it first.")
         if self._core is None:
             from multimodal_gen.engine.core import EngineCore
 
@@ -111,11 +122,11 @@ class LocalEngine:
     @property
     def loras(self) -> LoraState:
         """What is loaded and what is active."""
-        return self.core.loras.state
+        return self._loras if self._ended and self._loras is not None else self.core.loras.state
 
     def refresh(self) -> None:
         """Let go of a sick engine; the memory must be free before the next one is loaded."""
-        if self._core is not None and self._core.sick:
+        if self._core is not None and self._core.sick and not self._core.sleeper.asleep:
             log.warning("%d failures in a row: loading %s anew", self._config.max_consecutive_errors, self._card.name)
             self._loras = self._core.loras.state
             self._core = None
@@ -123,6 +134,33 @@ class LocalEngine:
     def change(self, change: Change) -> LoraState:
         """A transaction on the adapters. Raises: the AdapterError family."""
         return self.core.change_adapters(change).state
+
+    def sleep(self) -> MemoryChanged:
+        """Give the memory of weights and caches back; where nobody but diffusers knows of them, with the whole core."""
+        if self._ended:
+            return MemoryChanged("", 0.0)
+        if self.core.sleeper.plan is not None:
+            return self._rest(Sleep(""))
+        self._loras, self._core, self._ended = self.core.loras.state, None, True
+        release_freed_memory()
+        return MemoryChanged("", 0.0)
+
+    def wake(self) -> MemoryChanged:
+        """Bring the weights back. Raises: WeightsUnavailable, OutOfMemory."""
+        if not self._ended:
+            return self._rest(Wake(""))
+        self._ended = False
+        try:
+            return MemoryChanged("", 0.0, weights=self.core.sleeper.weights)
+        except BaseException:
+            self._ended = True
+            raise
+
+    def _rest(self, order: Sleep | Wake) -> MemoryChanged:
+        done = self.core.rest(order)
+        if done.error is not None:
+            raise rebuilt(done.error)
+        return done
 
     def run(self, requests: Sequence[AnyRequest], on_event: OnEvent) -> None:
         """Run requests to their end."""
@@ -203,9 +241,18 @@ class RemoteEngine:
         return self._do(self._change(change)).state
 
     async def _change(self, change: Change) -> LorasChanged:
-        while self._client.failure is None and any(replica.state != "ready" for replica in self._client.replicas):
+        client = self._client
+        while client.failure is None and any(replica.state == "restarting" for replica in client.replicas):
             await asyncio.sleep(RESTART_SECONDS)
-        return await self._client.change_loras(change)
+        return await client.change_loras(change)
+
+    def sleep(self) -> MemoryChanged:
+        """Give the memory of weights and caches back, in all workers."""
+        return self._do(_awaited(self._client.sleep))
+
+    def wake(self) -> MemoryChanged:
+        """Bring the weights back. Raises: WeightsUnavailable, OutOfMemory, WorkerCrashed."""
+        return self._do(_awaited(self._client.wake))
 
     def run(self, requests: Sequence[AnyRequest], on_event: OnEvent) -> None:
         """Run requests to their end."""
@@ -245,6 +292,11 @@ class RemoteEngine:
     def close(self) -> None:
         """End the workers."""
         self._end()
+
+
+async def _awaited(begin: Callable[[], Awaitable[Result]]) -> Result:
+    """What is begun on the engine's loop, as a coroutine."""
+    return await begin()
 
 
 def _end(client: EngineClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

@@ -61,12 +61,15 @@ class Ranks:
         frame = self.mesh.control.broadcast_bytes(None if turn is None else encode(turn), 0, IDLE_SECONDS)
         return turn or decode_turn(frame)
 
-    def agree(self, work: str, error: Exception | None, *, in_lockstep: bool = False) -> MmgenError | None:
+    def agree(
+        self, work: str, error: Exception | None, *, in_lockstep: bool = False, patience_s: float | None = None
+    ) -> MmgenError | None:
         """What a piece of work has come to for all ranks together, given what it came to here; a short memory wins.
 
         Args:
             in_lockstep: ranks wait for one another inside the work. Those that fail together do so at the same point,
                 so a rank that failed need not wait long for the votes: the others may be waiting for it.
+            patience_s: how long to wait for the votes otherwise; None: as long as a step may take.
 
         Raises: PeerLost where a rank does not vote in time, or voted on something else. The group must be started
             again then.
@@ -75,7 +78,7 @@ class Ranks:
         if self.alone:
             return own
         outcome = Outcome(work, None if own is None else info_of(own))
-        limit = self._lockstep_s if in_lockstep and own is not None else None
+        limit = self._lockstep_s if in_lockstep and own is not None else patience_s
         try:
             outcomes = [decode_outcome(frame) for frame in self.mesh.control.all_gather_bytes(encode(outcome), limit)]
         except msgspec.DecodeError as wrong:

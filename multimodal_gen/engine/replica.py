@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -14,20 +15,23 @@ import msgspec
 from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig, engine_part
 from multimodal_gen.engine.group import Place, WorkerGroup
+from multimodal_gen.engine.orders import Orders, rebuilt
 from multimodal_gen.engine.patience import Patience
+from multimodal_gen.engine.readings import Readings
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.errors import (
     Cancelled,
+    CorruptModel,
     DeadlineExceeded,
     MmgenError,
     ModelLoading,
+    ShuttingDown,
+    WeightsUnavailable,
     WorkerCrashed,
-    from_code,
 )
 from multimodal_gen.messages import (
     Cancel,
     ChangeLoras,
-    Checkpoint,
     Failed,
     Finished,
     FromWorker,
@@ -37,11 +41,14 @@ from multimodal_gen.messages import (
     LoadFailed,
     LorasChanged,
     LorasRefused,
-    Preview,
+    MemoryChanged,
+    OfARequest,
     Progress,
     Ready,
     Shutdown,
+    Sleep,
     Started,
+    Wake,
 )
 from multimodal_gen.request import ModelCard
 
@@ -50,7 +57,7 @@ STORM_SECONDS = 600.0
 STOP_SECONDS = 2.0
 MAX_BACKOFF_SECONDS = 5
 
-State = Literal["loading", "ready", "restarting", "failed", "stopped"]
+State = Literal["loading", "ready", "restarting", "asleep", "waking", "failed", "stopped"]
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +85,9 @@ class Replica:
         self.number = number
         self.state: State = "stopped"
         self.ready: Ready | None = None
-        self.gauges: Gauges | None = None
+        self.readings = Readings()
         self.loras = LoraState()
         self.restarts = 0
-        self.tokens_per_second = 0.0
         self.tickets: dict[str, Ticket] = {}
         self._card = card
         self._config = engine_part(config)
@@ -92,7 +98,11 @@ class Replica:
         self._spoke = 0.0  # monotonic seconds when the silence of now began; 0: there is no work
         self._deaths: deque[float] = deque()
         self._failure: MmgenError | None = None
-        self._change: tuple[str, asyncio.Future[LorasChanged]] | None = None
+        self._orders = Orders()
+        self._wanted = asyncio.Event()  # not set while the model is to sleep: a group that has ended stays away
+        self._wanted.set()
+        self._dismissed = False  # set while a group is ended so that its memory is free
+        self._away = asyncio.Event()  # set while there is no group, nor will be before it is wanted
 
     @property
     def pids(self) -> list[int]:
@@ -134,21 +144,63 @@ class Replica:
         """
         if self._group is None or self.state != "ready":
             raise ModelLoading("The worker is restarting; try again in a few seconds.", retry_after=5.0)
-        assert self._change is None, "the owner makes one change at a time"
-        answer: asyncio.Future[LorasChanged] = asyncio.get_running_loop().create_future()
-        self._change = (uuid.uuid4().hex, answer)
-        try:
-            self._group.send(ChangeLoras(self._change[0], change))
-            return await answer
-        finally:
-            self._change = None
+        return await self._orders.change(ChangeLoras(uuid.uuid4().hex, change), self._group)
 
     def start_over(self, loras: LoraState, why: str) -> None:
         """End the group; the next one begins with these adapters."""
         log.error("replica %d starts over: %s", self.number, why)
         self.loras = loras
+        self._end_group()
+
+    def _end_group(self) -> None:
         if self._group is not None:
             self._group.kill()
+
+    # --- sleep ----------------------------------------------------------------------------------------------------
+
+    async def sleep(self) -> MemoryChanged:
+        """Give all memory of the model back; it has no requests.
+
+        A group that cannot is ended: one that is starting, and one whose weights nobody but diffusers knows of.
+        """
+        self._wanted.clear()
+        if self.state == "ready" and self.ready is not None and self.ready.plan is not None:
+            with contextlib.suppress(WorkerCrashed, ShuttingDown):
+                done = await self._orders.rest(Sleep(uuid.uuid4().hex), self._group)
+                if done.error is None:
+                    self.state = "asleep"
+                    return done
+                log.error("replica %d is ended to give its memory back: %s", self.number, done.error.message)
+        if self.state != "asleep":
+            await self._ended()
+        return MemoryChanged("", 0.0)
+
+    async def wake(self) -> MemoryChanged:
+        """Bring the model back; where its group has ended, by starting another one.
+
+        Raises: WeightsUnavailable, OutOfMemory, GenerationFailed, WorkerCrashed; it sleeps then, as before.
+        """
+        self.state = "waking"
+        if self._group is None:
+            self._wanted.set()
+        try:
+            done = await self._orders.rest(Wake(uuid.uuid4().hex), self._group)
+        except MmgenError:
+            self._wanted.clear()
+            await self._ended()
+            raise
+        if done.error is not None:
+            self.state = "asleep"
+            raise rebuilt(done.error)
+        self._wanted.set()
+        self.state = "ready"
+        return done
+
+    async def _ended(self) -> None:
+        """End the group and wait until it is gone; no other one is wanted."""
+        self._dismissed = not self._away.is_set()
+        self._end_group()
+        await self._away.wait()
 
     # --- supervision ----------------------------------------------------------------------------------------------
 
@@ -161,9 +213,14 @@ class Replica:
             log.exception("supervision of the worker failed")
             self._failure = WorkerCrashed(f"The worker cannot be supervised ({type(error).__name__}: {error}).")
         assert self._failure is not None, "supervision ends with a reason"
-        self.state = "failed"
-        self.fail_change(WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
+        self.close("failed", WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
         self._owner.replica_failed(self._failure)
+
+    def close(self, state: Literal["failed", "stopped"], error: MmgenError) -> None:
+        """Nothing is brought back any more; what is under way beside requests ends with `error`."""
+        self.state = state
+        self._away.set()
+        self._orders.fail(error)
 
     async def stop(self, patience_s: float) -> None:
         """End the group, killing it after `patience_s`; `run` has been cancelled."""
@@ -174,21 +231,34 @@ class Replica:
 
     async def _keep_alive(self) -> None:
         while True:
+            await self._until_wanted()
             ended = await self._one_life()
-            if self._failure is None and self._is_storm():
+            if self._orders.waking:  # it did not wake; the owner decides when to try again
+                self._wanted.clear()
+            if self._failure is None and self._wanted.is_set() and self._is_storm():
                 self._failure = WorkerCrashed(
                     f"The worker died {STORM_RESTARTS} times within {STORM_SECONDS:g} s (last {ended})."
                 )
             if self._failure is not None:
                 return
-            log.error("the worker ended with %s; restarting it", ended)
-            self.restarts += 1
-            self.fail_change(WorkerCrashed("The worker process died during this change; the adapters are as before."))
+            if not self._dismissed:
+                after = "restarting it" if self._wanted.is_set() else "another one starts when the model is woken"
+                log.error("the worker ended with %s; %s", ended, after)
+                self.restarts += 1
+            self._orders.fail(WorkerCrashed("The worker process died before this was done; all is as it was before."))
             self._let_go()
             # A machine that is short of memory needs a moment; the first death is most often an accident.
             await asyncio.sleep(min(MAX_BACKOFF_SECONDS, len(self._deaths) - 1))
             # An injected fault belongs to the first group only.
             self._config = msgspec.structs.replace(self._config, fault=None)
+
+    async def _until_wanted(self) -> None:
+        """While the model is to sleep, no group is started: the memory stays free, whatever ended the last one."""
+        if not self._wanted.is_set():
+            self._group, self.state, self._dismissed = None, "asleep", False
+            self._away.set()
+            await self._wanted.wait()
+        self._away.clear()
 
     async def _one_life(self) -> str:
         """From the start of a group to its end, which is told in words."""
@@ -202,16 +272,21 @@ class Replica:
                 told = WorkerCrashed(f"The workers cannot be started ({type(error).__name__}: {error}).")
                 self._failure = error if isinstance(error, MmgenError) else told
             return f"a failed start ({type(error).__name__})"
+        if not self._wanted.is_set():  # meanwhile
+            self._end_group()
         async for message in self._group.messages(self._stall_limit):
             self._handle(message)
         self.state = "restarting" if self.ready else "loading"  # requests go elsewhere from now on
+        self.readings.forget()
         return await self._group.stop(STOP_SECONDS)
 
     def _stall_limit(self) -> float | None:
         """Seconds of silence after which the group counts as hung; None while silence is natural."""
+        if self.state == "asleep":
+            return None
         if self.state != "ready":
             return self._config.load_timeout_s
-        if self._change is not None:
+        if self._orders.pending:
             return self._config.step_timeout_s
         if not self.tickets:
             self._spoke = 0.0
@@ -230,19 +305,25 @@ class Replica:
             self.ready, self.loras = message, self._restored(message)
             self._patience.batch_tokens = message.max_batch_tokens
             self.state = "ready"
+            self.readings.note(message)
+            self._orders.ready(message)
             self._owner.replica_ready()
         elif isinstance(message, LoadFailed):
-            error = from_code(message.error.code, message.error.message, message.error.param)
+            error = rebuilt(message.error)
             if self.ready is None:
                 self._failure = self._failure or error  # it has never worked: trying again would not help
             else:
                 log.error("the model could not be loaded again: %s", error.message)
+                self._orders.fail(WeightsUnavailable(error.message) if isinstance(error, CorruptModel) else error)
         elif isinstance(message, Gauges):
-            self.gauges = message
-            rate, before = message.step_tokens / max(message.step_seconds, 1e-6), self.tokens_per_second
-            self.tokens_per_second = rate if not before else 0.9 * before + 0.1 * rate
+            self.readings.note(message)
+        elif isinstance(message, MemoryChanged):
+            self.readings.note(message)
+            self._orders.answered(message)
         elif isinstance(message, (LorasChanged, LorasRefused)):
-            self._loras_answered(message)
+            if isinstance(message, LorasChanged):
+                self.loras = message.state
+            self._orders.answered(message)
         elif message.request_id in self.tickets:
             self._deliver(self.tickets[message.request_id], message)
 
@@ -256,27 +337,12 @@ class Replica:
         missing = {pin.digest: message.lora_error.message for pin in self.loras.active}
         return msgspec.structs.replace(message.loras, active=self.loras.active, missing=missing)
 
-    def _loras_answered(self, message: LorasChanged | LorasRefused) -> None:
-        if isinstance(message, LorasChanged):
-            self.loras = message.state
-        if self._change is None or self._change[0] != message.id or self._change[1].done():
-            return  # a change of policy by itself
-        if isinstance(message, LorasChanged):
-            self._change[1].set_result(message)
-        else:
-            self.fail_change(from_code(message.error.code, message.error.message, message.error.param))
-
-    def fail_change(self, error: MmgenError) -> None:
-        """End a change that is under way."""
-        if self._change is not None and not self._change[1].done():
-            self._change[1].set_exception(error)
-
-    def _deliver(self, ticket: Ticket, message: Started | Progress | Checkpoint | Preview | Finished | Failed) -> None:
+    def _deliver(self, ticket: Ticket, message: OfARequest) -> None:
         if isinstance(message, Finished):
             self._patience.finished(ticket.request)
             self._answer(ticket, message)
         elif isinstance(message, Failed):
-            self._answer(ticket, from_code(message.error.code, message.error.message, message.error.param))
+            self._answer(ticket, rebuilt(message.error))
         else:
             ticket.started |= isinstance(message, Started)
             ticket.steps_done += isinstance(message, Progress)

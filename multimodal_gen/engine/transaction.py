@@ -1,4 +1,4 @@
-"""A change of adapters on all replicas: made by every one of them, or by none."""
+"""What all replicas do, or none: changes of adapters, waking. All of them can always sleep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.engine.replica import Replica
 from multimodal_gen.errors import MmgenError
-from multimodal_gen.messages import LorasChanged
+from multimodal_gen.messages import LorasChanged, MemoryChanged
 
 
 async def change_all(replicas: Sequence[Replica], change: Change, before: LoraState) -> LorasChanged:
@@ -39,3 +39,23 @@ async def _bring_back(replica: Replica, before: LoraState) -> None:
         return
     if (back.state.loaded, back.state.active) != (before.loaded, before.active):
         replica.start_over(before, "its adapters did not come back as they were")
+
+
+async def sleep_all(replicas: Sequence[Replica]) -> MemoryChanged:
+    """Give the memory of all replicas back; returns what they had, together."""
+    outcomes = await asyncio.gather(*(replica.sleep() for replica in replicas))
+    freed = sum(outcome.freed_bytes for outcome in outcomes)
+    return MemoryChanged("", max(outcome.seconds for outcome in outcomes), freed)
+
+
+async def wake_all(replicas: Sequence[Replica]) -> MemoryChanged:
+    """Bring all replicas back; where one does not wake, all sleep on.
+
+    Raises: the error of the first replica that failed.
+    """
+    outcomes = await asyncio.gather(*(replica.wake() for replica in replicas), return_exceptions=True)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if failed:
+        await sleep_all(replicas)
+        raise failed[0]
+    return MemoryChanged("", max(outcome.seconds for outcome in outcomes if isinstance(outcome, MemoryChanged)))

@@ -30,8 +30,10 @@ from multimodal_gen.messages import (
     LoadFailed,
     Ready,
     Shutdown,
+    Sleep,
     ToWorker,
     Turn,
+    Wake,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +117,8 @@ def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
                 targets=tuple(core.pipeline.trees),
                 loras=core.loras.state,
                 lora_error=lora_error,
+                plan=core.sleeper.plan,
+                weights=core.sleeper.weights,
             )
         )
         core.changes.on_staged = channel.wake
@@ -173,6 +177,8 @@ def _loop(channel: WorkerChannel, core: EngineCore, clock: TurnClock, messages: 
                 _tell(channel, core, core.cancel(message.request_id))
             elif isinstance(message, ChangeLoras):
                 core.changes.begin(message.id, message.change)
+            elif isinstance(message, (Sleep, Wake)):
+                _tell(channel, core, [core.rest(message)])
             elif isinstance(message, Shutdown):
                 stopping = True
         _tell(channel, core, core.finish_changes())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
 
 from multimodal_gen.memory.layers import Layer
+from multimodal_gen.memory.readers import Readers
 from multimodal_gen.memory.use import MemoryUse
 
 READERS = 2  # one copies and merges while the other waits for the disk
@@ -21,14 +21,14 @@ class FileMover:
         self._layers = layers
         self._use = use
         self._jobs: dict[int, list[Future[None]]] = {}  # slot → what fills it
-        self._threads = ThreadPoolExecutor(READERS, "weights", _single_threaded)
+        self._readers = Readers(READERS)
 
     def load(self, slot: int, layer: int) -> None:
         """See `Mover`. What is still on its way into the slot is given up."""
         self._settle(slot)
         found = self._layers[layer]
         found.clear_padding()
-        self._jobs[slot] = [self._threads.submit(found.weights.fill, keys) for keys in _shares(found.keys)]
+        self._jobs[slot] = self._readers.submit(found.weights.fill, found.keys)
         self._use.loads += 1
         self._use.moved_bytes += found.nbytes
 
@@ -56,17 +56,3 @@ class FileMover:
     def _settle(self, slot: int) -> None:
         jobs = self._jobs.pop(slot, [])
         wait([job for job in jobs if not job.cancel()])
-
-
-def _shares(keys: Sequence[str]) -> list[Sequence[str]]:
-    """Keys in the order of the file, dealt out to the readers."""
-    return [keys[index::READERS] for index in range(READERS) if keys[index::READERS]]
-
-
-def _single_threaded() -> None:
-    """Two OpenMP teams on the same cores would fight; a reader's own work is copying, mostly."""
-    try:
-        set_threads = ctypes.CDLL(None).omp_set_num_threads
-    except (AttributeError, OSError):  # torch was built with another runtime, or without
-        return
-    set_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,23 @@ class Layer:
         for spot in self.spots:
             spot.put(slot)
 
-    def clear_padding(self) -> None:
-        """What the checkpoint does not fill is zero again, after another layer used the slot."""
+    def clear_padding(self, image: Tensor | None = None) -> None:
+        """What the checkpoint does not fill is zero again, after another layer used the slot, or `image`."""
         for layer in self.padded:
             for view in layer.padding():
-                view.zero_()
+                (view if image is None else _same_part(image, view)).zero_()
+
+    def fill(self, image: Tensor, keys: Sequence[str]) -> None:
+        """Read some of its tensors into `image` (uint8 [nbytes]), which is laid out like its slot.
+
+        Raises: as `WeightTree.fill`.
+        """
+        self.weights.fill(keys, into=partial(_same_part, image))
+
+
+def _same_part(image: Tensor, view: Tensor) -> Tensor:
+    """The part of `image` that a view of the slot's parameters is of the slot."""
+    return image.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 def find_layers(model: nn.Module, weights: WeightTree, lists: Sequence[LayerList], first: int) -> list[Layer]:

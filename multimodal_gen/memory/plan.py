@@ -11,7 +11,7 @@ from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wish
 from multimodal_gen.offload import Residency
 from multimodal_gen.units import size
 
-__all__ = ["MemoryPlan", "Residency", "Share", "Sizes", "Wishes", "allowance", "plan"]
+__all__ = ["MemoryPlan", "Residency", "Share", "Sizes", "Wishes", "allowance", "plan", "plan_usual"]
 
 RESERVE = 20  # one part in so many of the free memory is left alone where no limit says how much may be used
 
@@ -43,6 +43,29 @@ def plan(
         raise refusal(search, limit, allowance(None, free_bytes), device)
     host, pinned = _on_cpu(way, wishes, free_bytes) if kind == "cpu" else _on_host(way, sizes, wishes, host_free)
     return MemoryPlan(way.shares, way.slots, way.slot_bytes, way.peak, limit, host, pinned)
+
+
+def plan_usual(
+    sizes: Sequence[Sizes],
+    wishes: Wishes,
+    usual: Mapping[str, int],
+    least: Mapping[str, int],
+    free_bytes: int,
+    device: str,
+    host_free: int = 0,
+) -> tuple[MemoryPlan, str | None]:
+    """(plan, what to warn of): for requests of the default size, or for the smallest where that cannot be.
+
+    Args:
+        usual, least: what stages work with for such requests; the other arguments are those of `plan`.
+
+    Raises: as `plan`.
+    """
+    try:
+        return plan(sizes, wishes, usual, free_bytes, device, host_free), None
+    except ConfigError as error:
+        made = plan(sizes, wishes, least, free_bytes, device, host_free)  # or it raises with other numbers
+        return made, f"Requests of the default size may run out of memory, smaller ones fit. {error.message}"
 
 
 def allowance(limit: int | None, free_bytes: int) -> int:

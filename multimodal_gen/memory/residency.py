@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
@@ -20,58 +20,38 @@ from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import CorruptModel, PeerLost, WeightsUnavailable
-from multimodal_gen.memory.file_mover import FileMover
+from multimodal_gen.memory.component import Component
+from multimodal_gen.memory.estimate import Load, StepCost
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.memory.host import release_freed_memory
-from multimodal_gen.memory.layers import Layer, Track, find_layers, make_slots
-from multimodal_gen.memory.plan import plan
-from multimodal_gen.memory.ring import Ring
-from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wishes
+from multimodal_gen.memory.layers import Layer, Track, find_layers
+from multimodal_gen.memory.measure import preflight
+from multimodal_gen.memory.plan import plan_usual
+from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Sizes, Wishes
+from multimodal_gen.memory.stream import Stream
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
-from multimodal_gen.offload import Residency
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
-from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
+from multimodal_gen.request import ModelCard
+from multimodal_gen.weights.loading import WeightTree, allocate
 
 log = logging.getLogger(__name__)
 
+_without_weights = ContextVar("_without_weights", default=False)
 
-@dataclass(eq=False)
-class Component:
-    """One model of a pipeline; filled by `Memory`."""
 
-    name: str
-    stage: str
-    model: nn.Module
-    weights: WeightTree
-    tracks: dict[str, list[Layer]]  # every layer that could be streamed, in the order of use
-    tables: dict[str, str]  # path of an embedding that could stay in its file → its checkpoint key
-    share: Share = field(default_factory=lambda: Share("resident"))
-    streamed: frozenset[str] = frozenset()  # checkpoint keys that pass through slots
-    present: bool = False  # whether what is not streamed is on the device
+Working = Mapping[str, int]  # stage → bytes that it needs beside the weights
 
-    @property
-    def layers(self) -> list[Layer]:
-        """Of all tracks."""
-        return [layer for layers in self.tracks.values() for layer in layers]
 
-    @property
-    def sizes(self) -> Sizes:
-        """For the plan, before anything has memory."""
-        moving = sum(spot.like.nbytes for layer in self.layers for spot in layer.spots)
-        own = sum(tensor.nbytes for tensor in self._tensors())
-        tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
-        layers = tuple(layer.nbytes for layer in self.layers)
-        return Sizes(self.name, self.stage, own - moving - tables, layers, tables)
-
-    def own_tensors(self) -> list[Tensor]:
-        """What the checkpoint fills and no slot holds; each storage once."""
-        return self._tensors(self.streamed)
-
-    def _tensors(self, without: Set[str] = frozenset()) -> list[Tensor]:
-        places = [place for key, place in self.weights.places.items() if key not in without]
-        return list({(place.layer, place.name): place.tensor for place in places}.values())
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Pipelines that are constructed inside stay on the meta device: for those who want to know their sizes."""
+    token = _without_weights.set(True)
+    try:
+        yield
+    finally:
+        _without_weights.reset(token)
 
 
 class Memory:
@@ -84,15 +64,16 @@ class Memory:
             mesh: the ranks that load at the same time, maybe from the same memory.
         """
         self.plan: MemoryPlan | None = None  # filled by load
+        self.usual: Working = {}  # for a request of the default size; filled by load
+        self.least: Working = {}  # for the smallest request; filled by load
+        self.cost: StepCost | None = None  # of a step where layers stream; filled by load
         self.use = MemoryUse()
         self.asleep = False
         self._config, self._device, self._folder, self._mesh = config, device, folder, mesh
-        self._following: dict[str, str] = {}
         self._components: dict[str, Component] = {}
-        self._ring: Ring | None = None
-        self._slots: list[Tensor] = []
-        self._slot_bytes = 0
-        self._layers: dict[int, Layer] = {}
+        self._layers = 0  # of all components
+        self._stream: Stream | None = None  # where something streams
+        self._following: dict[str, str] = {}
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -117,8 +98,8 @@ class Memory:
         weights.verify()
         found: dict[str, list[Layer]] = {}
         for track in tracks:
-            found[track.name] = find_layers(model, weights, track.lists, len(self._layers))
-            self._layers |= {layer.number: layer for layer in found[track.name]}
+            found[track.name] = find_layers(model, weights, track.lists, self._layers)
+            self._layers += len(found[track.name])
         rows = find_tables(model, weights, tables)
         self._components[name] = Component(name, stage, model, weights, found, rows)
         return partial(self.at, name)
@@ -127,27 +108,48 @@ class Memory:
         """Of all components, before anything has memory."""
         return [component.sizes for component in self._components.values()]
 
-    def load(self, working: Mapping[str, int] | None = None) -> None:
-        """Plan, give memory, read.
+    def load(self, card: ModelCard, dtype: torch.dtype, working: Callable[[int, int, int], Working]) -> None:
+        """Plan for requests of the default size, or for the smallest where that cannot be; give memory; read.
 
         Args:
-            working: stage → bytes of activations that it needs at its worst.
+            dtype: that steps compute in.
+            working: (width, height, frames) of a request → what its stages work with.
 
         Raises: ConfigError for what cannot fit, CorruptModel.
         """
-        free, host = self._free()
-        self.plan = plan(self.sizes(), Wishes.of(self._config), working or {}, free, self._device.type, host)
+        usual = card.defaults
+        self.usual = working(usual.width, usual.height, usual.num_frames)
+        self.least = working(card.min_side, card.min_side, 1)
+        if _without_weights.get():
+            return
+        self.plan = self._planned()
+        self._preflight(card, dtype)
         for name, share in self.plan.shares.items():
             self._components[name].share = share
-        self._make_ring(self.plan)
-        self._share_page_cache(self.plan.host_bytes)
+        self._make_stream(self.plan)
         for component in self._components.values():
             allocate(component.model, self._device)
-            if component.share.residency == "parked":
+            component.settle()
+            if component.parked:
                 self._take_out(component)
             else:
                 self._bring(component)
             component.weights.on_alter = partial(self._altered, component)
+
+    def _planned(self) -> MemoryPlan:
+        wishes, (free, host) = Wishes.of(self._config), self._free()
+        made, warning = plan_usual(self.sizes(), wishes, self.usual, self.least, free, self._device.type, host)
+        if warning is not None:
+            log.warning("%s", warning)
+        return made
+
+    def _preflight(self, card: ModelCard, dtype: torch.dtype) -> None:
+        """Say the plan, before minutes of reading."""
+        assert self.plan is not None
+        files = [path for component in self._components.values() for path in component.weights.files]
+        lines, self.cost = preflight(self.plan, self.sizes(), Load.of(card), files, self._device, dtype)
+        for line in lines:
+            log.info("memory: %s", line)
 
     def _free(self) -> tuple[int, int]:
         """On the device, and of the machine where the device is another: the least that any rank finds."""
@@ -158,38 +160,36 @@ class Memory:
         device, host = zip(*(map(int, numbers.split()) for numbers in everyone), strict=True)
         return min(device), min(host)
 
-    def _make_ring(self, plan: MemoryPlan) -> None:
-        tracks: dict[str, list[int]] = {}
+    def _make_stream(self, plan: MemoryPlan) -> None:
+        tracks: dict[str, list[Layer]] = {}
         for component in self._components.values():
-            if component.share.residency != "streamed":
-                continue
-            stay = set(component.share.resident_layers)
-            moving = [layer for index, layer in enumerate(component.layers) if index not in stay]
-            component.streamed = frozenset(key for layer in moving for key in layer.keys)
-            self._leave_in_file(component)
-            for name, layers in component.tracks.items():
-                tracks[name] = [layer.number for layer in layers if layer in moving]
-        moving = [self._layers[number] for numbers in tracks.values() for number in numbers]
-        if not moving:
-            return
-        mover = FileMover(self._layers, self.use)
-        ring = self._ring = Ring(tracks, plan.slots, mover)
-        for track, by in self._following.items():
-            ring.follow(track, by)
-        self._slots = make_slots(moving, plan.slots, self._device)
-        self._slot_bytes = self._slots[0].nbytes
-        for layer in moving:
-            layer.put(self._slots[ring.slot_of(layer.number)])
-            layer.module.register_forward_pre_hook(partial(self._enter, ring, layer.number))
-            layer.module.register_forward_hook(partial(_leave, ring, layer.number))
+            if component.share.residency == "streamed":
+                moving = component.moving()
+                tracks |= moving
+                component.streamed = frozenset(
+                    key for layers in moving.values() for layer in layers for key in layer.keys
+                )
+                self._leave_in_file(component)
+        often = {layer for component in self._components.values() for layer in component.every_step}
+        kept: list[Layer] = []
+        if any(tracks.values()):
+            stream = self._stream = Stream(self._device, plan, tracks, often, self.use)
+            stream.hook(self._together)
+            for track, by in self._following.items():
+                stream.follow(track, by)
+            kept = stream.kept
+        self._share_page_cache(plan.host_bytes - sum(layer.nbytes for layer in kept), kept)
+        if self._stream is not None:
+            self._stream.make_images()
 
-    def _share_page_cache(self, budget: int) -> None:
+    def _share_page_cache(self, budget: int, kept: Sequence[Layer]) -> None:
         """Say what is read through the page cache: first what every step needs, as far as the budget goes. What is read
-        once, at the start, goes around it where not everything has room."""
+        once, at the start or to be `kept`, goes around it where not everything has room."""
         sizes = {name: c.weights.stored_bytes() for name, c in self._components.items()}
         all_fits = sum(sum(found.values()) for found in sizes.values()) <= budget
         for component in sorted(self._components.values(), key=lambda c: c.stage != DENOISE):
-            away = component.weights.places if component.share.residency == "parked" else component.streamed
+            once = {key for layer in kept if layer.weights is component.weights for key in layer.keys}
+            away = component.weights.places if component.parked else component.streamed - once
             around = set()
             for key, nbytes in sizes[component.name].items():
                 if key in away and nbytes <= budget:
@@ -214,7 +214,7 @@ class Memory:
     def begin(self, stage: str) -> None:
         """A stage begins: parked components of other stages leave."""
         for component in self._components.values():
-            if component.share.residency == "parked" and component.present and component.stage != stage:
+            if component.parked and component.present and component.stage != stage:
                 self._take_out(component)
 
     @contextmanager
@@ -223,7 +223,7 @@ class Memory:
         component = self._components[name]
         if not component.present:
             for other in self._components.values():
-                if other.share.residency == "parked" and other.present:
+                if other.parked and other.present:
                     self._take_out(other)
             self._together(lambda: self._bring(component))
         yield
@@ -231,19 +231,13 @@ class Memory:
     def follow(self, track: str, by: str) -> None:
         """Which track runs after the last layer of another one; at first, the same again."""
         self._following[track] = by
-        if self._ring is not None:
-            self._ring.follow(track, by)
-
-    def residency(self, name: str) -> Residency:
-        """How a component is kept."""
-        return self._components[name].share.residency
+        if self._stream is not None:
+            self._stream.follow(track, by)
 
     def sleep(self) -> None:
         """Free all that weights occupy on the device; addresses of tensors are others after `wake`."""
-        if self._ring is not None:
-            self._ring.clear()
-        for slot in self._slots:
-            slot.untyped_storage().resize_(0)
+        if self._stream is not None:
+            self._stream.sleep()
         for component in self._components.values():
             self._take_out(component)
         self.asleep = True
@@ -251,10 +245,10 @@ class Memory:
 
     def wake(self) -> None:
         """Bring back what `sleep` freed, adapters included. Raises: CorruptModel; it may be called again then."""
-        for slot in self._slots:
-            slot.untyped_storage().resize_(self._slot_bytes)
+        if self._stream is not None:
+            self._stream.wake()
         for component in self._components.values():
-            if component.share.residency != "parked" and not component.present:
+            if not component.parked and not component.present:
                 self._bring(component)
         self.asleep = False
         self._count()
@@ -268,9 +262,6 @@ class Memory:
             log.error("weights cannot be read: %s", error.message)
             message = error.message.replace(f"{self._folder}/", "")
             raise WeightsUnavailable(f"{message} The model's files must stay where they are while it runs.") from error
-
-    def _enter(self, ring: Ring, number: int, *_: object) -> None:
-        self._together(lambda: ring.enter(number))
 
     def _together(self, work: Callable[[], object]) -> None:
         """Do it on all ranks of a forward, or raise on all: for one that failed alone, others would wait in vain.
@@ -297,23 +288,12 @@ class Memory:
     # --- the parts ----------------------------------------------------------------------------------------------
 
     def _bring(self, component: Component) -> None:
-        tensors = component.own_tensors()
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.nbytes() == 0:
-                storage.resize_(_span(tensor))
-        clear_padding(component.model)
-        component.weights.fill(component.weights.places.keys() - component.streamed)
-        component.weights.absent = component.streamed
-        component.present = True
-        self.use.moved_bytes += sum(tensor.nbytes for tensor in tensors)
+        component.bring()
+        self.use.moved_bytes += component.device_bytes
         self._count()
 
     def _take_out(self, component: Component) -> None:
-        component.present = False
-        component.weights.absent = frozenset(component.weights.places)
-        for tensor in component.own_tensors():
-            tensor.untyped_storage().resize_(0)
+        component.take_out()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         else:
@@ -321,24 +301,13 @@ class Memory:
         self._count()
 
     def _altered(self, component: Component, keys: Set[str]) -> None:
-        if self._ring is not None and keys & component.streamed:
-            self._ring.invalidate(layer.number for layer in component.layers if keys & set(layer.keys))
+        if self._stream is not None and keys & component.streamed:
+            self._stream.alter(keys)
 
     def _count(self) -> None:
-        slots = sum(slot.untyped_storage().nbytes() for slot in self._slots)
-        own = sum(
-            tensor.untyped_storage().nbytes()
-            for component in self._components.values()
-            for tensor in component.own_tensors()
-        )
-        self.use.device_bytes = slots + own
-
-
-def _leave(ring: Ring, number: int, *_: object) -> None:
-    ring.leave(number)
-
-
-def _span(tensor: Tensor) -> int:
-    """Bytes of a storage that holds the tensor, whatever its order in memory."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+        components = self._components.values()
+        own = sum(component.device_bytes for component in components)
+        away = sum(component.away_bytes for component in components)
+        slots, tiers = (0, {"file": 0}) if self._stream is None else (self._stream.device_bytes, self._stream.tiers)
+        self.use.device_bytes = own + slots
+        self.use.tiers = {"device": own + slots, **tiers, "file": tiers["file"] + away}

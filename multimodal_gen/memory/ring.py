@@ -71,17 +71,28 @@ class Ring:
         """
         self._give_up()
         slot = self._slot[layer]
-        if self._held[slot] != layer:
+        forecast = self._held[slot] == layer
+        if not forecast:
             self.misses += 1
             self._load(slot, layer)
         self._used = slot
         self._ahead(layer)  # before the wait, so that the device is never without an order
         try:
-            return self._mover.wait(slot)
+            return self._wait(slot, layer, forecast)
         except BaseException:
             self._held[slot] = None
             self._give_up()
             raise
+
+    def _wait(self, slot: int, layer: int, forecast: bool) -> float:
+        try:
+            return self._mover.wait(slot)
+        except Exception:
+            if not forecast:
+                raise
+        # What failed when it was fetched ahead, maybe for a request before this one, may be there by now.
+        self._load(slot, layer)
+        return self._mover.wait(slot)
 
     def leave(self, layer: int) -> None:
         """The layer has computed."""

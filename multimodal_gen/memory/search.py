@@ -80,7 +80,8 @@ class Search:
             if depth is None:
                 continue
             for counts in self._resident_counts(residencies, depth):
-                yield self._way({n: self._share(n, kind, counts.get(n, 0)) for n, kind in residencies.items()}, depth)
+                shares = {p.name: self._share(p, residencies[p.name], counts.get(p.name, 0)) for p in self.sizes}
+                yield self._way(shares, depth)
 
     def allowed(self, part: Sizes) -> tuple[Residency, ...]:
         """What may become of one component."""
@@ -123,7 +124,7 @@ class Search:
         streamed = [p for p in self.sizes if p.stage == DENOISE and residencies[p.name] == "streamed"]
         fixed = {part.name: self._wanted(part) for part in streamed}
         choices = [
-            sorted({count, count + _wraps(len(part.layers) - count, depth)})
+            sorted({count, count + _wraps(part, self._share(part, "streamed", count), depth)})
             for part in streamed
             if (count := fixed[part.name]) is not None
         ]
@@ -144,11 +145,15 @@ class Search:
         """Whether layers stay because there is room. Who asks for streaming wants memory back, up to a limit if any."""
         return len(self.allowed(part)) > 1 or self.wishes.device_limit is not None
 
-    def _share(self, name: str, kind: Residency, resident: int) -> Share:
-        layers = next(len(part.layers) for part in self.sizes if part.name == name)
-        if kind != "streamed" or resident >= layers:
-            return Share("resident" if kind == "streamed" else kind)
-        return Share(kind, tuple(i * layers // resident for i in range(resident)))
+    def _share(self, part: Sizes, kind: Residency, resident: int) -> Share:
+        if kind != "streamed":
+            return Share(kind)
+        if resident >= len(part.layers):
+            return Share("resident")
+        # Those of every step first; what runs once per prompt stays where there is room beyond.
+        steps = len(part.layers) - part.once
+        front = max(0, resident - steps)
+        return Share(kind, (*_spread(front, 0, part.once), *_spread(resident - front, part.once, steps)))
 
     def _way(self, shares: Mapping[str, Share], depth: int) -> Way:
         passing = {part.name: shares[part.name].streamed(part) for part in self.sizes}
@@ -169,10 +174,13 @@ class Search:
         times = STEPS if part.stage == DENOISE else 1
         if share.residency == "parked":
             return part.total * times
+        if times == 1:
+            return sum(passing) * TEXTS[self.kind]
         # The first layer of the next step has to wait for the slot of the last one: as bad as one layer more, and worse
         # where copies hide behind compute.
-        lost = max(passing) + 1 if passing and _wraps(len(passing), slots) and times > 1 else 0
-        return (sum(passing) + lost) * (times if times > 1 else TEXTS[self.kind])
+        lost = max(passing) + 1 if _wraps(part, share, slots) else 0
+        every = sum(share.streamed(part, part.once))
+        return (every + lost) * times + (sum(passing) - every) * TEXTS[self.kind]
 
     def _fill_encoders(self, way: Way, limit: int) -> Way:
         """Layers of streamed encoders stay where there is room after all."""
@@ -183,13 +191,18 @@ class Search:
             depth = self._slots({name: other.residency for name, other in way.shares.items()})
             assert depth is not None, "this way has been found"
             for count in range(len(part.layers), 0, -1):
-                fuller = self._way({**way.shares, part.name: self._share(part.name, "streamed", count)}, depth)
+                fuller = self._way({**way.shares, part.name: self._share(part, "streamed", count)}, depth)
                 if self.needs(fuller) <= limit and fuller.rank < way.rank:
                     way = fuller
                     break
         return way
 
 
-def _wraps(layers: int, slots: int) -> bool:
-    """Whether the last layer of a pass has the slot of the first, which then cannot be fetched ahead."""
-    return slots > 1 and layers > 0 and layers % slots == 1
+def _wraps(part: Sizes, share: Share, slots: int) -> bool:
+    """Whether the last layer of a step has the slot of the first, which then cannot be fetched ahead."""
+    return slots > 1 and len(share.streamed(part, part.once)) % slots == 1
+
+
+def _spread(count: int, begin: int, among: int) -> Iterator[int]:
+    """So many of the layers from `begin` on, evenly."""
+    return (begin + i * among // count for i in range(count))

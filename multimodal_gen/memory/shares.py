@@ -26,6 +26,7 @@ class Sizes:
     rest: int  # bytes outside its layers, and of layers' parameters that stay
     layers: tuple[int, ...] = ()  # bytes of each layer in the order of use; () where it has none
     tables: int = 0  # bytes of embeddings, whose rows are read from the file one by one where the component streams
+    once: int = 0  # of the layers, so many at the front are run once per prompt and not in every step
 
     @cached_property
     def total(self) -> int:
@@ -40,12 +41,12 @@ class Share:
     residency: Residency
     resident_layers: tuple[int, ...] = ()  # of a streamed one: indices of layers that stay, spread evenly
 
-    def streamed(self, sizes: Sizes) -> list[int]:
-        """Bytes of each layer that passes through the ring."""
+    def streamed(self, sizes: Sizes, begin: int = 0) -> list[int]:
+        """Bytes of each layer, from `begin` on, that passes through the ring."""
         if self.residency != "streamed":
             return []
         stay = set(self.resident_layers)
-        return [size for index, size in enumerate(sizes.layers) if index not in stay]
+        return [sizes.layers[index] for index in range(begin, len(sizes.layers)) if index not in stay]
 
     def held(self, sizes: Sizes) -> int:
         """Bytes that are on the device at all times, the ring left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -26,6 +26,13 @@ _KEYS: dict[str, Callable[[Coordinates], tuple[int, ...]]] = {
 CPU = torch.device("cpu")
 
 
+class _Nobody:
+    """Collectives of a group whose other ranks do not exist."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AssertionError(f"{name}: this rank is imagined")
+
+
 @dataclass(frozen=True)
 class Mesh:
     """One rank's place in a replica. Groups of one are `SOLO`; groups of the same ranks are the same object."""
@@ -44,6 +51,18 @@ class Mesh:
     def solo(cls) -> Mesh:
         """One rank that does everything."""
         return cls(Degrees(), 0, *([SOLO] * 7))
+
+    @classmethod
+    def imagined(cls, degrees: Degrees) -> Mesh:
+        """Rank 0 of a replica whose other ranks do not exist: to know the sizes of its share, not to compute."""
+        groups = {
+            name: Group(0, size, _Nobody(), CPU) if size > 1 else SOLO
+            for name, size in (
+                *(("world", degrees.world), ("tp", degrees.tp), ("ulysses", degrees.ulysses)),
+                *(("ring", degrees.ring), ("sp", degrees.sp), ("cfg", degrees.cfg), ("control", degrees.world)),
+            )
+        }
+        return cls(degrees, 0, **groups)
 
     @classmethod
     def connect(

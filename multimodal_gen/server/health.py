@@ -6,13 +6,15 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse
 
-from multimodal_gen.errors import EngineError, MmgenError, ModelLoading, ShuttingDown
+from multimodal_gen.errors import Asleep, EngineError, MmgenError, ModelLoading, ShuttingDown
 from multimodal_gen.server.context import Context, lost_adapters
 from multimodal_gen.server.errors import ERROR_RESPONSES, error_body, error_headers
 
 _WHY_NOT: dict[str, MmgenError] = {
     "loading": ModelLoading("The model is loading.", retry_after=5.0),
     "restarting": ModelLoading("The worker is restarting.", retry_after=5.0),
+    "asleep": Asleep("The model is asleep: its memory is given back. POST /v1/wake brings it back."),
+    "waking": ModelLoading("The model is waking up.", retry_after=5.0),
     "draining": ShuttingDown("The server is shutting down."),
     "stopped": ShuttingDown("The server has shut down."),
 }

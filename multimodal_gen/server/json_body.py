@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from multimodal_gen.errors import InvalidJson
+from starlette.requests import Request
+
+from multimodal_gen.errors import InvalidJson, UnknownParameter, did_you_mean
 
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
@@ -61,6 +64,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise InvalidJson(f"The key {name[:64]!a} appears twice; which value is meant?")
         seen.add(name)
     return found
+
+
+async def read_fields(request: Request, known: Sequence[str]) -> dict[str, Any]:
+    """The JSON object of a request; an empty body counts as {}. `null` is the same as leaving a field out.
+
+    Raises: InvalidJson, UnknownParameter.
+    """
+    raw = await request.body()
+    body = parse_object(raw) if raw.strip() else {}
+    for name in body:
+        if name not in known:
+            raise UnknownParameter(f"Unknown field {name[:64]!a}.{did_you_mean(name[:64], known)}", param=name[:64])
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _constant(name: str) -> NoReturn:

@@ -26,7 +26,7 @@ from multimodal_gen.lora.sources import make_source, server_roots, set_change
 from multimodal_gen.messages import LorasChanged
 from multimodal_gen.server.context import Context
 from multimodal_gen.server.errors import ERROR_RESPONSES
-from multimodal_gen.server.json_body import parse_object
+from multimodal_gen.server.json_body import read_fields
 from multimodal_gen.server.uploads import Uploads
 
 SET_FIELDS = ("lora_nickname", "lora_path", "target", "strength", "merge_mode", "lora_alpha", "allow_partial")
@@ -43,18 +43,18 @@ def router(context: Context) -> APIRouter:
 
     @routes.post("/v1/set_lora", summary="Make adapters the active ones", openapi_extra=_body(SET_FIELDS))
     async def set_lora(request: Request) -> dict[str, Any]:
-        fields = await _fields(request, SET_FIELDS)
+        fields = await read_fields(request, SET_FIELDS)
         change = await asyncio.to_thread(_set_change, fields, roots, context)  # it looks for files
         done = await _commit(change)
         return _answer(done, _set_message(change, done), roots)
 
     @routes.post("/v1/merge_lora_weights", summary="Merge the last set again", openapi_extra=_body(MERGE_FIELDS))
     async def merge(request: Request) -> dict[str, Any]:
-        return await _change(merge_change(**await _fields(request, MERGE_FIELDS)), "Successfully merged", "merged")
+        return await _change(merge_change(**await read_fields(request, MERGE_FIELDS)), "Successfully merged", "merged")
 
     @routes.post("/v1/unmerge_lora_weights", summary="Back to the base model", openapi_extra=_body(UNMERGE_FIELDS))
     async def unmerge(request: Request) -> dict[str, Any]:
-        change = unmerge_change(**await _fields(request, UNMERGE_FIELDS))
+        change = unmerge_change(**await read_fields(request, UNMERGE_FIELDS))
         return await _change(change, "Successfully unmerged", "inactive")
 
     @routes.get("/v1/list_loras", summary="Loaded and active adapters")
@@ -184,16 +184,6 @@ def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidValue("'allow_partial' must be true or false.", param="allow_partial")
     return value
-
-
-async def _fields(request: Request, known: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON object of a request; an empty body counts as {}. `null` is the same as leaving a field out."""
-    raw = await request.body()
-    body = parse_object(raw) if raw.strip() else {}
-    for name in body:
-        if name not in known:
-            raise UnknownParameter(f"Unknown field {name[:64]!a}.{did_you_mean(name[:64], known)}", param=name[:64])
-    return {name: value for name, value in body.items() if value is not None}
 
 
 def _upload_fields(request: Request) -> dict[str, Any]:

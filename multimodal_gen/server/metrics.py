@@ -27,6 +27,7 @@ class Metrics:
         self._model = model
         self._registry = registry = CollectorRegistry()
         registry.register(_EngineState(engine))
+        registry.register(_Memory(engine))
         registry.register(_JobState(jobs))
         self._requests = Counter(
             "mmgen_requests", "Answered requests.", ("endpoint", "model", "outcome"), registry=registry
@@ -158,6 +159,29 @@ class _EngineState(Collector):
         )
         yield CounterMetricFamily(
             "mmgen_condition_cache_misses", "Prompts that had to be encoded.", gauges.cache_misses if gauges else 0
+        )
+
+
+class _Memory(Collector):
+    """Where the weights are at the moment of reading, of all replicas together."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, use, gauges = self._engine, self._engine.weights, self._engine.gauges
+        yield GaugeMetricFamily("mmgen_asleep", "1 while the model's memory is given back.", engine.state == "asleep")
+        held = GaugeMetricFamily("mmgen_weights_bytes", "Bytes of weights, by where they are.", labels=["tier"])
+        for tier, size in use.tiers.items():
+            held.add_metric([tier], size)
+        yield held
+        yield CounterMetricFamily("mmgen_weights_moved_bytes", "Weights brought onto the device.", use.moved_bytes)
+        yield CounterMetricFamily("mmgen_weights_loads", "Layers and components brought there.", use.loads)
+        yield CounterMetricFamily("mmgen_weights_stall_seconds", "Waiting of steps for weights.", use.stall_seconds)
+        yield GaugeMetricFamily(
+            "mmgen_last_step_stall_seconds",
+            "Of the latest step, waiting for weights.",
+            gauges.step_stall_seconds if gauges else 0,
         )
 
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from multimodal_gen.errors import ModelNotFound, did_you_mean
 from multimodal_gen.server.context import Context
 from multimodal_gen.server.errors import ERROR_RESPONSES
+from multimodal_gen.server.memory import memory_view
 
 
 def router(context: Context) -> APIRouter:
@@ -54,6 +55,7 @@ def _describe(context: Context) -> dict[str, Any]:
         "defaults": msgspec.to_builtins(card.defaults),
         "parameters": sorted(card.parameters),
         "adapter_targets": list(ready.targets) if ready else None,
+        "memory": memory_view(context),
         "limits": {
             "size_multiple": card.size_multiple,
             "min_side": card.min_side,

@@ -24,7 +24,7 @@ from multimodal_gen.errors import (
 Headers = Iterable[tuple[bytes, bytes]]
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-ADMIN_PATHS = frozenset({"/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"})
+ADMIN_PATHS = frozenset({"/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights", "/v1/sleep", "/v1/wake"})
 UPLOAD_PATH = "/v1/loras"
 VIDEOS_PATH = "/v1/videos"
 FORM_TYPE = "multipart/form-data"
@@ -128,7 +128,9 @@ def check_key(headers: Headers, path: str, config: ServerConfig) -> str:
             else "This server needs an API key here; send it as 'Authorization: Bearer KEY'."
         )
     if admin and config.admin_api_key is not None and not is_admin:
-        raise AdminRequired("Loading and switching adapters needs the admin key (--admin-api-key) of this server.")
+        raise AdminRequired(
+            "What changes the model for everybody needs the admin key (--admin-api-key) of this server."
+        )
     return owner
 
 

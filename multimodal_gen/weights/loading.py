@@ -176,11 +176,17 @@ class WeightTree:
         self.recipes = {**kept, **{key: recipes[key] for key in keys if key in recipes}}
         self.on_alter(keys)
 
-    def fill(self, keys: Iterable[str], on_key: Callable[[], None] = lambda: None) -> None:
+    def fill(
+        self,
+        keys: Iterable[str],
+        on_key: Callable[[], None] = lambda: None,
+        into: Callable[[Tensor], Tensor] = lambda view: view,
+    ) -> None:
         """Read these tensors, or this rank's share of them, into their places, in the order of the files.
 
         Args:
             on_key: called after each.
+            into: what is written instead of a place; same shape and dtype.
 
         Raises: CorruptModel naming the file, also for one that was changed since the model was loaded; what a recipe
         raised.
@@ -189,12 +195,11 @@ class WeightTree:
         for file in self.files.values():
             for key in file.tensors:
                 if key in wanted:
-                    self._fill(file, key)
+                    self._fill(file, key, into(self.places[key].view()))
                     on_key()
 
-    def _fill(self, file: TensorFile, key: str) -> None:
-        place, recipe = self.places[key], self.recipes.get(key)
-        view, cut, direct = place.view(), place.cut, key in self.uncached
+    def _fill(self, file: TensorFile, key: str, view: Tensor) -> None:
+        cut, recipe, direct = self.places[key].cut, self.recipes.get(key), key in self.uncached
         view = view[None] if view.dim() == 0 else view
         rows = cut.piece(self.shapes[key][0]) if cut is not None and cut.dim == 0 else None
         columns = cut.index_of(self.shapes[key]) if cut is not None and cut.dim > 0 else None

@@ -13,6 +13,7 @@ from multimodal_gen.errors import Overflowed
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.pipelines.stages.working import IMAGE_VAE_PER_PIXEL, OVERHEAD
 from multimodal_gen.pipelines.vaes.tiles import Tiling
 from multimodal_gen.weights.checkpoint import read_json
 from multimodal_gen.weights.loading import WeightTree, construction
@@ -53,8 +54,14 @@ class KLDecoder:
         self.scale: float = vae.config["scaling_factor"]
         self.shift: float = vae.config["shift_factor"] or 0.0
         self.tiling = Tiling(vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor)
+        self.tile: int = vae.tile_sample_min_size
         self.tiled, self.group = tiled, group
         self.parameters = sum(p.numel() for p in vae.parameters())
+
+    def working(self, width: int, height: int) -> int:
+        """Bytes that decoding a picture of this size needs beside the weights."""
+        pixels = min(width * height, self.tile**2) if self.tiled else width * height
+        return OVERHEAD + pixels * IMAGE_VAE_PER_PIXEL * self.dtype.itemsize
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """float32 [C, h, w] → uint8 [H, W, 3]. Raises: Overflowed for latents that overflowed."""

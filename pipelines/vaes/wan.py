@@ -12,6 +12,7 @@ from torch import Tensor
 from multimodal_gen.errors import CorruptModel, Overflowed
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.parallel.group import SOLO, Group
+from multimodal_gen.pipelines.stages.working import OVERHEAD, VIDEO_VAE_PER_PIXEL
 from multimodal_gen.pipelines.vaes.tiles import Tiling
 from multimodal_gen.weights.checkpoint import read_json
 from multimodal_gen.weights.loading import WeightTree, construction
@@ -62,6 +63,11 @@ class WanVae:
         self.tiled, self.group = tiled, group
         self._unpatchify = unpatchify
         self.parameters = sum(p.numel() for p in vae.parameters())
+
+    def working(self, width: int, height: int) -> int:
+        """Bytes that a video with frames of this size needs beside the weights."""
+        pixels = min(width * height, TILE**2) if self.tiled else width * height
+        return OVERHEAD + pixels * VIDEO_VAE_PER_PIXEL * torch.float32.itemsize
 
     def encode(self, pixels: Tensor) -> Tensor:
         """float32 [3, F, H, W] in -1 … 1 → the most likely latents [C, f, h, w], normalised."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.memory.layers import LayerList, Track
-from multimodal_gen.memory.residency import Memory
+from multimodal_gen.memory.residency import Memory, Working
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
@@ -25,6 +25,7 @@ from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.guidance import extrapolate
 from multimodal_gen.pipelines.stages.solvers import State, load_solver
+from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
 from multimodal_gen.pipelines.vaes.wan import WanVae
 from multimodal_gen.pipelines.wan.conditions import (
     Prompt,
@@ -78,7 +79,7 @@ class WanPipeline:
             self.images = ClipVisionEncoder(folder, files["image_encoder"], self.device, self.dtype, memory)
         self.vae = WanVae(folder / "vae", files["vae"], self.device, memory, config.vae_tiling, mesh.world)
         memory.follow(TEXT.name, self.experts.names[0])
-        memory.load()
+        memory.load(card, self.dtype, self._working)
         self.solver = load_solver(folder / "scheduler")
         self.vae_scale = card.size_multiple // self.patch[1]
         self.latent_channels: int = len(self.vae.mean)
@@ -112,6 +113,13 @@ class WanPipeline:
     def _count(self) -> int:
         own = sum(tree.parameters for tree in self.trees.values())
         return own + self.text.parameters + self.vae.parameters + (self.images.parameters if self.images else 0)
+
+    def _working(self, width: int, height: int, frames: int) -> Working:
+        tokens = tokens_of(self.card, width, height, frames)
+        denoise = of_denoising(tokens, self.transformers[EXPERTS[0]].config.dim, self.dtype)
+        decode = self.vae.working(width, height)
+        starts = self.card.video is not None and self.card.video.image != "none"
+        return {"encode": decode if starts else OVERHEAD, "denoise": denoise, "decode": decode}
 
     # --- encode -----------------------------------------------------------------------------------------------------
 

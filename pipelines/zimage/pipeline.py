@@ -15,7 +15,7 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.memory.layers import LayerList, Track
-from multimodal_gen.memory.residency import Memory
+from multimodal_gen.memory.residency import Memory, Working
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
@@ -28,6 +28,7 @@ from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.flow_match import SCHEDULER_CLASS, FlowMatchEuler, FlowMatchState
 from multimodal_gen.pipelines.stages.guidance import guide
 from multimodal_gen.pipelines.stages.solvers import load_solver
+from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
@@ -100,7 +101,7 @@ class ZImagePipeline:
         )
         memory.follow(TEXT.name, CAPTIONS.name)
         memory.follow(CAPTIONS.name, STEPS.name)
-        memory.load()
+        memory.load(card, self.dtype, lambda width, height, _frames: self._working(width, height))
         self.scheduler = _scheduler(folder)
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
         self.vae_scale = card.size_multiple // settings.patch_size
@@ -115,6 +116,11 @@ class ZImagePipeline:
         self.times: ByteCache[Modulation] = ByteCache(MODULATION_BYTES, CacheUse())
         # A batch keeps its composition for many steps.
         self.layouts: ByteCache[Layout] = ByteCache(LAYOUT_BYTES, CacheUse())
+
+    def _working(self, width: int, height: int) -> Working:
+        tokens = tokens_of(self.card, width, height)
+        denoise = of_denoising(tokens, self.transformer.config.dim, self.dtype)
+        return {"encode": OVERHEAD, "denoise": denoise, "decode": self.vae.working(width, height)}
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row]) -> None:

@@ -212,7 +212,7 @@ def test_doctor_reports_the_machine_and_the_model(place):
     assert report["settings"]["attention_backends"]["sdpa"] == ""
     assert report["settings"]["dtype"] in ("float32", "bfloat16", "float16")
     assert report["model"]["name"] == "emoji-image"
-    assert report["model"]["needed_bytes"] > report["model"]["parameters"]
+    assert report["plan"]["peak_bytes"] > report["model"]["parameters"]
     assert report["model"]["fits"] is True
     assert report["cpu"]["torch_threads"] >= 1
     assert 0 < report["memory"]["free_bytes"] <= report["memory"]["total_bytes"]

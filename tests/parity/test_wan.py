@@ -16,6 +16,7 @@ from multimodal_gen import DiffGenerator
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.parallel.mesh import Mesh
+from multimodal_gen.pipelines.registry import describe
 from multimodal_gen.pipelines.vaes.wan import WanVae
 from tests.support.checkpoints import NEGATIVE, PROMPT
 from tests.support.wan_checkpoints import VARIANTS
@@ -233,7 +234,7 @@ def test_tiles_are_those_of_diffusers(wan_folder: Callable[..., Path], variant: 
     folder = wan_folder(variant=variant) / "vae"
     memory = Memory(EngineConfig(), torch.device("cpu"), folder, Mesh.solo())
     vae = WanVae(folder, [folder / "diffusion_pytorch_model.safetensors"], torch.device("cpu"), memory, tiled=True)
-    memory.load()
+    memory.load(describe(EngineConfig(model_path=str(folder.parent))), torch.float32, lambda *_: {})
     side = vae.vae.spatial_compression_ratio
     latents = torch.randn(len(vae.mean), 2, 400 // side, 320 // side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

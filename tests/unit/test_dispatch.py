@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.client import least_loaded, total
+from multimodal_gen.engine.client import least_loaded
 from multimodal_gen.engine.patience import Patience
+from multimodal_gen.engine.readings import total
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.environment import worker_threads
 from multimodal_gen.messages import Gauges

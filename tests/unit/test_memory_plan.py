@@ -6,13 +6,14 @@ import itertools
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
-from multimodal_gen.memory.plan import MemoryPlan, Sizes, Wishes, plan
+from multimodal_gen.memory.plan import MemoryPlan, Share, Sizes, Wishes, plan
 from multimodal_gen.memory.search import Search
 from multimodal_gen.offload import Prefetch
 from multimodal_gen.settings import load
@@ -50,7 +51,7 @@ def peak(made: MemoryPlan, sizes: Sequence[Sizes], working: Mapping[str, int]) -
     for part in sizes:
         share = made.shares[part.name]
         if share.residency == "resident":
-            always += part.rest + sum(part.layers)
+            always += part.rest + part.tables + sum(part.layers)
         elif share.residency == "streamed":
             always += part.rest
             for index, layer in enumerate(part.layers):
@@ -61,7 +62,9 @@ def peak(made: MemoryPlan, sizes: Sequence[Sizes], working: Mapping[str, int]) -
     worst = 0
     for stage in {part.stage for part in sizes} | set(working):
         guests = [
-            p.rest + sum(p.layers) for p in sizes if p.stage == stage and made.shares[p.name].residency == "parked"
+            p.rest + p.tables + sum(p.layers)
+            for p in sizes
+            if p.stage == stage and made.shares[p.name].residency == "parked"
         ]
         worst = max(worst, max(guests, default=0) + working.get(stage, 0))
     return always + made.slots * ring + worst
@@ -189,6 +192,23 @@ def test_one_layer_more_stays_where_the_last_would_have_the_slot_of_the_first(
     assert plan(sizes, tight, {}, 1000, "cuda").shares["transformer"].resident_layers == ()
 
 
+def test_layers_that_run_once_per_prompt_stay_last_and_do_not_count_for_the_slots_of_a_step() -> None:
+    """Two layers for captions, then four for a step."""
+    part = Sizes("transformer", "denoise", 0, (10,) * 6, once=2)
+    assert plan([part], Wishes("layerwise"), {}, 1000, "cuda").shares["transformer"].resident_layers == ()
+    kept = {limit: plan([part], limited(limit), {}, 1000, "cuda").shares["transformer"] for limit in range(20, 61, 10)}
+    assert {limit: share.resident_layers for limit, share in kept.items()} == {
+        20: (),
+        30: (),  # one of four: the third would have the slot of the first
+        40: (2, 4),
+        50: (2, 4),
+        60: (),
+    }
+    assert kept[60].residency == "resident"
+    odd = Sizes("transformer", "denoise", 0, (10,) * 5, once=2)
+    assert plan([odd], Wishes("layerwise"), {}, 1000, "cuda").shares["transformer"].resident_layers == (2,)
+
+
 def test_host_tiers_of_a_gpu() -> None:
     """80 of the transformer and 60 of the encoder are away from the device."""
     layerwise = Wishes("layerwise")
@@ -306,11 +326,12 @@ def random_model(rng: random.Random) -> list[Sizes]:
         usual = rng.randint(1, 60)
         return tuple(usual if rng.random() < 0.8 else rng.randint(1, 60) for _ in range(rng.randint(1, most)))
 
-    parts = [Sizes("transformer", "denoise", rng.randint(0, 40), layers(12))]
+    front = layers(3) if rng.random() < 0.3 else ()
+    parts = [Sizes("transformer", "denoise", rng.randint(0, 40), front + layers(12), once=len(front))]
     if rng.random() < 0.4:
         parts.append(Sizes("transformer_2", "denoise", rng.randint(0, 40), layers(12)))
     if rng.random() < 0.8:
-        parts.insert(0, Sizes("text_encoder", "encode", rng.randint(0, 200), layers(8)))
+        parts.insert(0, Sizes("text_encoder", "encode", rng.randint(0, 50), layers(8), tables=rng.randint(0, 150)))
     if rng.random() < 0.3:
         parts.insert(0, Sizes("image_encoder", "encode", rng.randint(0, 100), layers(4) if rng.random() < 0.5 else ()))
     parts.append(Sizes("vae", "decode", rng.randint(1, 60)))
@@ -341,7 +362,7 @@ def random_cases(count: int, seed: int) -> Any:
 
 def test_a_plan_never_needs_more_than_the_limit_and_residents_are_spread_evenly() -> None:
     made_at_all = 0
-    for _, sizes, wishes, work, free, device in random_cases(1500, seed=1):
+    for _, sizes, wishes, work, free, device in random_cases(800, seed=1):
         try:
             made = plan(sizes, wishes, work, free, device)
         except ConfigError:
@@ -359,11 +380,14 @@ def test_a_plan_never_needs_more_than_the_limit_and_residents_are_spread_evenly(
             stay = sorted(set(share.resident_layers))
             assert stay == list(share.resident_layers)
             assert len(stay) < len(part.layers)
-            gaps = [b - a for a, b in itertools.pairwise([*stay, stay[0] + len(part.layers)])] if stay else [1]
+            late = [index for index in stay if index >= part.once]
+            steps = len(part.layers) - part.once
+            gaps = [b - a for a, b in itertools.pairwise([*late, late[0] + steps])] if late else [1]
+            assert len(late) == min(len(stay), steps)
             assert max(gaps) - min(gaps) <= 1
             assert made.slots <= max(len(p.layers) for p in sizes)
             assert max(made.shares[part.name].streamed(part)) <= made.slot_bytes
-    assert made_at_all > 500
+    assert made_at_all > 300
 
 
 def test_auto_refuses_nothing_that_could_fit() -> None:
@@ -393,19 +417,13 @@ def everything(sizes: Sequence[Sizes], prefetch: int) -> Any:
             continue
         streamed = [part for part, kind in pairs if kind == "streamed"]
         slots = min(1 + prefetch, max((len(part.layers) for part in streamed), default=0))
-        yield MemoryPlan({p.name: share(kind) for p, kind in pairs}, slots, 0, 0, None, 0, 0)
-
-
-def share(kind: Any) -> Any:
-    from multimodal_gen.memory.plan import Share
-
-    return Share(kind)
+        yield MemoryPlan({p.name: Share(kind) for p, kind in pairs}, slots, 0, 0, None, 0, 0)
 
 
 def test_more_memory_never_makes_it_worse() -> None:
-    for _, sizes, _, work, _, device in random_cases(60, seed=3):
+    for _, sizes, _, work, _, device in random_cases(25, seed=3):
         search = Search(sizes, Wishes(), work, device)
-        costs = [way.cost for limit in range(50, 2500, 35) if (way := search.cheapest(limit))]
+        costs = [way.cost for limit in range(50, 2500, 50) if (way := search.cheapest(limit))]
         assert costs == sorted(costs, reverse=True)
         assert not costs or costs[-1] == 0  # all of it fits in the end
 
@@ -413,7 +431,7 @@ def test_more_memory_never_makes_it_worse() -> None:
 def test_the_flag_that_is_named_makes_it_fit() -> None:
     """Every suggestion is followed as a user would."""
     followed = set()
-    for _, sizes, wishes, work, free, device in random_cases(2500, seed=4):
+    for _, sizes, wishes, work, free, device in random_cases(1000, seed=4):
         try:
             plan(sizes, wishes, work, free, device)
         except ConfigError as error:
@@ -428,8 +446,6 @@ def test_the_flag_that_is_named_makes_it_fit() -> None:
 
 
 def follow(wishes: Wishes, flag: str, value: str) -> Wishes:
-    from dataclasses import replace
-
     if flag == "--offload":
         return replace(wishes, offload=value, resident_layers=None)
     if flag == "--resident-layers":

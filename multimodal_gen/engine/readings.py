@@ -1,0 +1,59 @@
+"""What workers tell of themselves, and what all of them come to together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from multimodal_gen.messages import Gauges, MemoryChanged, Ready, WeightsUse
+
+COUNTED = ("moved_bytes", "loads", "stall_seconds")  # of a process since its start: they outlive it here
+
+
+@dataclass
+class Readings:
+    """The latest of one replica. Of a group that is dead nothing is shown but what has been counted."""
+
+    gauges: Gauges | None = None  # filled by the first step of a group
+    tokens_per_second: float = 0.0  # of recent steps
+    _weights: WeightsUse = field(default_factory=WeightsUse)  # of the group that lives
+    _past: WeightsUse = field(default_factory=WeightsUse)  # of those before it, as far as it is counted
+
+    @property
+    def weights(self) -> WeightsUse:
+        """Where the weights are, and what all groups so far have moved and waited."""
+        return total_use([self._weights, self._past])
+
+    def note(self, message: Ready | Gauges | MemoryChanged) -> None:
+        """Take in what a message says."""
+        self._weights = message.weights
+        if isinstance(message, Gauges):
+            self.gauges = message
+            rate, before = message.step_tokens / max(message.step_seconds, 1e-6), self.tokens_per_second
+            self.tokens_per_second = rate if not before else 0.9 * before + 0.1 * rate
+        elif isinstance(message, MemoryChanged) and self.gauges is not None:  # caches are empty after a sleep
+            self.gauges = msgspec.structs.replace(self.gauges, cache_bytes=0)
+
+    def forget(self) -> None:
+        """The group has died."""
+        seen = msgspec.structs.asdict(self.weights)
+        self._past = WeightsUse(**{name: seen[name] for name in COUNTED})
+        self.gauges, self._weights = None, WeightsUse()
+
+
+def total_use(parts: Sequence[WeightsUse]) -> WeightsUse:
+    """Sums, field by field."""
+    values = [msgspec.structs.asdict(part) for part in parts]
+    return WeightsUse(**{name: sum(each[name] for each in values) for name in WeightsUse.__struct_fields__})
+
+
+def total(parts: Sequence[Gauges]) -> Gauges | None:
+    """Gauges of several replicas as one: the longest of the latest steps, sums of the rest."""
+    if not parts:
+        return None
+    values = [msgspec.structs.asdict(part) for part in parts]
+    sums = {name: sum(each[name] for each in values) for name in Gauges.__struct_fields__ if name != "weights"}
+    longest = {name: max(each[name] for each in values) for name in ("step_seconds", "step_stall_seconds")}
+    return Gauges(**{**sums, **longest, "weights": total_use([part.weights for part in parts])})
