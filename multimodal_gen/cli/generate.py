@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from datetime import datetime
@@ -84,6 +85,8 @@ def run(arguments: Arguments) -> int:
     """Generate, write the files, print what came out."""
     plan = make_plan(arguments)
     _note(plan.notes)
+    if not arguments.quiet:
+        _show_memory_plan()
     began = time.monotonic()
     # Whatever a library prints belongs on stderr: stdout holds the result alone.
     with contextlib.redirect_stdout(sys.stderr):
@@ -174,6 +177,16 @@ def _print(written: list[dict[str, Any]], results: list[GenerationResult], loade
         f"{slowest.total:.2f} s: text {slowest.encode:.2f} s, {slowest.steps} steps {slowest.denoise:.2f} s "
         f"({slowest.per_step:.3f} s/step), decode {slowest.decode:.2f} s; the model loaded in {loaded:.1f} s"
     )
+
+
+def _show_memory_plan() -> None:
+    """What is where, before minutes of loading; on stderr, as all that is not the result."""
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("multimodal_gen.memory.residency")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(shown)
 
 
 def _note(lines: Any) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -28,6 +29,16 @@ from multimodal_gen.request import GenerationRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
 from multimodal_gen.weights.loading import WeightTree
 
+PLACEMENT = (
+    "offload",
+    "offload_components",
+    "prefetch_layers",
+    "resident_layers",
+    "device_memory_limit",
+    "host_memory_limit",
+    "pin_memory",
+)
+
 
 class DiffusersPipeline:
     """Any text-to-image pipeline of diffusers, one row at a time (`card.exclusive`)."""
@@ -41,6 +52,7 @@ class DiffusersPipeline:
                 "chooses its attention. Leave it at auto.",
                 param="attention_backend",
             )
+        _check_offload(config, card)
         checkpoint = verify(Path(card.path))
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
@@ -180,6 +192,19 @@ class DiffusersPipeline:
     def _count_steps(self) -> int:
         """Steps of the run that has just begun; the scheduler's count, not the request's."""
         return len(self.pipe.components["scheduler"].timesteps)
+
+
+def _check_offload(config: EngineConfig, card: ModelCard) -> None:
+    """Raises: ConfigError for wishes about weights that diffusers holds."""
+    given, usual = msgspec.structs.asdict(config), msgspec.structs.asdict(EngineConfig())
+    wishes = [name for name in PLACEMENT if given[name] != usual[name] and (name, given[name]) != ("offload", "none")]
+    if wishes:
+        flag = "--" + wishes[0].replace("_", "-")
+        raise ConfigError(
+            f"{flag} has no effect on {card.pipeline_class}: diffusers holds its weights, all of them on the device. "
+            f"Leave {flag} out, or choose a model of a native family (`mmgen models`).",
+            param=wishes[0],
+        )
 
 
 def _key(row: Row) -> tuple[str, int]:

@@ -150,6 +150,15 @@ def test_latents_are_refused(flux1_folder: Path, generator: Callable[..., DiffGe
         generator(flux1_folder).generate(PROMPT, output_type="latent", **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("offload", "layerwise"), ("device_memory_limit", 10**12), ("prefetch_layers", "2")]
+)
+def test_weights_cannot_be_placed(flux1_folder: Path, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="--" + name.replace("_", "-")) as caught:
+        DiffGenerator.from_pretrained(str(flux1_folder), **{name: value})
+    assert caught.value.param == name
+
+
 def test_an_attention_backend_would_have_no_effect(flux1_folder: Path) -> None:
     with pytest.raises(ConfigError, match="--attention-backend"):
         DiffGenerator.from_pretrained(str(flux1_folder), device="cpu", attention_backend="sdpa")
