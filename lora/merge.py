@@ -26,6 +26,7 @@ from multimodal_gen.weights.loading import Change
 
 SAMPLED_WEIGHTS = 12
 SAMPLED_ROWS = 64
+SAFE = 0.25  # of the largest number of a dtype: updates below it do not overflow
 
 Addends = Sequence[tuple[Update, float]]  # updates of one weight with their strengths, in list order
 
@@ -77,7 +78,13 @@ class MergedTree:
         on_layer: Callable[[], None] = lambda: None,
     ) -> None:
         recipes = {name: _recipe(updates, self.tree.place(name).cut) for name, updates in wanted.items()}
-        self.tree.rewrite(recipes, names, on_layer)
+        doubtful = {name for name, updates in wanted.items() if self._may_overflow(name, updates)}
+        self.tree.rewrite(recipes, names, on_layer, doubtful)
+
+    def _may_overflow(self, name: str, updates: Addends) -> bool:
+        """False is certain, but for weights that are near the end of their numbers themselves."""
+        largest = sum(abs(strength) * update.bound for update, strength in updates)
+        return not largest < SAFE * torch.finfo(self.tree.place(name).tensor.dtype).max
 
 
 def _failure(work: Callable[[], None]) -> Exception | None:

@@ -74,15 +74,26 @@ class AdaptedTree:
         except CorruptModel as error:
             raise _unavailable(error) from error
 
-    def rewrite(self, recipes: Mapping[str, Recipe], names: Set[str], on_weight: Callable[[], None]) -> None:
+    def rewrite(
+        self,
+        recipes: Mapping[str, Recipe],
+        names: Set[str],
+        on_weight: Callable[[], None] = lambda: None,
+        doubtful: Set[str] = frozenset(),
+    ) -> None:
         """Make the weights of these canonical names by `recipes`, those without one pristine.
 
-        What is in memory is written now, `on_weight` after each; the rest when it comes. Raises: WeightsUnavailable;
-        what a recipe raised.
+        What is in memory is written now, `on_weight` after each; the rest when it comes.
+
+        Args:
+            doubtful: names whose recipe may fail, so that it is tried out now where the weight is not in memory.
+
+        Raises: WeightsUnavailable; what a recipe raised.
         """
         keys = {self._keys[name] for name in names}
         self.weights.alter({self._keys[name]: recipe for name, recipe in recipes.items()}, keys)
         try:
+            self.weights.try_out(self.weights.absent & {self._keys[name] for name in doubtful})
             self.weights.fill(keys - self.weights.absent, on_weight)
         except CorruptModel as error:
             raise _unavailable(error) from error

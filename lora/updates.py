@@ -14,6 +14,7 @@ Shapes: A [r, in], B [out, r], W0 [out, in]; biases and norms are vectors [out].
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -47,6 +48,10 @@ class Update(Protocol):
     @property
     def reads_base(self) -> bool:
         """Whether Δ depends on W0, and then on whole rows of it."""
+
+    @property
+    def bound(self) -> float:
+        """What no |W0 + Δ| - |W0| exceeds."""
 
     def on(self, device: torch.device) -> Update:
         """The same in float32 on a device."""
@@ -84,6 +89,10 @@ class LowRank:
     merge_only = ""
     reads_base = False
 
+    @property
+    def bound(self) -> float:
+        return abs(self.scale) * _bound_of_product(self.up, self.down)
+
     def on(self, device: torch.device) -> LowRank:
         return replace(self, down=_float(self.down, device), up=_float(self.up, device))
 
@@ -115,6 +124,10 @@ class Full:
 
     merge_only = "whole weight differences (.diff)"
     reads_base = False
+
+    @property
+    def bound(self) -> float:
+        return _largest(self.diff)
 
     def on(self, device: torch.device) -> Full:
         return Full(_float(self.diff, device))
@@ -153,6 +166,11 @@ class Hadamard:
 
     merge_only = "LoHa, an elementwise product"
     reads_base = False
+
+    @property
+    def bound(self) -> float:
+        first, second = _bound_of_product(self.up1, self.down1), _bound_of_product(self.up2, self.down2)
+        return abs(self.scale) * first * second
 
     def on(self, device: torch.device) -> Hadamard:
         up1, down1, up2, down2 = (_float(tensor, device) for tensor in self.tensors)
@@ -203,6 +221,10 @@ class Kronecker:
     merge_only = "LoKr, a Kronecker product"
     reads_base = False
 
+    @property
+    def bound(self) -> float:
+        return abs(self.scale) * _bound_of_product(*self.outer) * _bound_of_product(*self.inner)
+
     def on(self, device: torch.device) -> Kronecker:
         return replace(self, outer=(_product(self.outer, device),), inner=(_product(self.inner, device),))
 
@@ -248,6 +270,10 @@ class Decomposed:
     merge_only = "DoRA, which rescales whole rows of the weight"
     reads_base = True
 
+    @property
+    def bound(self) -> float:
+        return _largest(self.magnitude) + self.inner.bound  # of the direction, before it is rescaled
+
     def on(self, device: torch.device) -> Decomposed:
         return Decomposed(self.inner.on(device), _float(self.magnitude, device))
 
@@ -269,6 +295,16 @@ def _blocks(wanted: range, size: int) -> tuple[int, int, int]:
     """First block of `size` that holds one of `wanted`, one past the last, and where `wanted` begins in the first."""
     first = wanted[0] // size
     return first, wanted[-1] // size + 1, wanted[0] - first * size
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _bound_of_product(*factors: Tensor) -> float:
+    """Of |A|, or of |A·B|."""
+    inner = factors[0].shape[1] if len(factors) == 2 else 1
+    return inner * math.prod(_largest(factor) for factor in factors)
 
 
 def _float(tensor: Tensor, device: torch.device) -> Tensor:

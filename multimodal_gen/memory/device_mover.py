@@ -16,8 +16,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from torch import Tensor
 
+from multimodal_gen.memory.device_streams import Event, Streams
 from multimodal_gen.memory.host_images import HostImages
-from multimodal_gen.memory.streams import Event, Streams
 from multimodal_gen.memory.use import MemoryUse
 
 
@@ -49,6 +49,8 @@ class DeviceMover:
         self._courier = courier or ThreadPoolExecutor(1, "courier")
         self._jobs: dict[int, Future[Event]] = {}  # slot → the end of the last copy into it
         self._used: dict[int, Event] = {}  # slot → the end of its last use
+        self._carried = (0, 0)  # loads and their bytes; written by the courier
+        self._counted = (0, 0)  # what `MemoryUse`, which belongs to the engine's thread, has of it
         self._waits: deque[tuple[Event, Event]] = deque()  # around each wait of the stream of computing
 
     def load(self, slot: int, layer: int) -> None:
@@ -65,8 +67,8 @@ class DeviceMover:
         self._streams.copy_after(used)
         self._streams.copy(self._slots[slot][: image.nbytes], image.memory[: image.nbytes])
         image.copied = self._streams.copied()
-        self._use.loads += 1
-        self._use.moved_bytes += image.nbytes
+        loads, moved = self._carried
+        self._carried = (loads + 1, moved + image.nbytes)
         return image.copied
 
     def wait(self, slot: int) -> float:
@@ -76,7 +78,7 @@ class DeviceMover:
         copied = self._jobs[slot].result()
         self._streams.compute_after(copied)
         self._waits.append((ready_to_compute, self._streams.computed()))
-        self._count_waits()
+        self._count()
         return time.monotonic() - begin
 
     def done(self, slot: int) -> None:
@@ -91,8 +93,13 @@ class DeviceMover:
         self._streams.host_after(last.result())
         self._jobs.clear()
         self._used.clear()
+        self._count()
 
-    def _count_waits(self) -> None:
+    def _count(self) -> None:
+        loads, moved = carried = self._carried
+        self._use.loads += loads - self._counted[0]
+        self._use.moved_bytes += moved - self._counted[1]
+        self._counted = carried
         while self._waits:
             seconds = self._streams.seconds(*self._waits[0])
             if seconds is None:

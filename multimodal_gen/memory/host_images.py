@@ -24,9 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from multimodal_gen.memory.device_streams import Event, Streams
 from multimodal_gen.memory.layers import Layer
 from multimodal_gen.memory.readers import Readers
-from multimodal_gen.memory.streams import Event, Streams
 
 log = logging.getLogger(__name__)
 

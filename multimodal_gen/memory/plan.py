@@ -34,15 +34,13 @@ def plan(
 
     Raises: ConfigError (`param` is the setting) naming both numbers and the flag that would make it fit.
     """
-    kind = "cpu" if device.partition(":")[0] == "cpu" else "cuda"
-    _check(sizes, wishes, kind)
+    _check(sizes, wishes, _kind(device))
     limit = allowance(wishes.device_limit, free_bytes)
-    search = Search(sizes, wishes, working, kind)
+    search = Search(sizes, wishes, working, _kind(device))
     way = search.best(limit)
     if way is None:
         raise refusal(search, limit, allowance(None, free_bytes), device)
-    host, pinned = _on_cpu(way, wishes, free_bytes) if kind == "cpu" else _on_host(way, sizes, wishes, host_free)
-    return MemoryPlan(way.shares, way.slots, way.slot_bytes, way.peak, limit, host, pinned)
+    return _made(search, way, free_bytes, host_free)
 
 
 def plan_usual(
@@ -54,18 +52,38 @@ def plan_usual(
     device: str,
     host_free: int = 0,
 ) -> tuple[MemoryPlan, str | None]:
-    """(plan, what to warn of): for requests of the default size, or for the smallest where that cannot be.
+    """(plan, what to warn of): for requests of the default size, or with all room that there can be for smaller ones.
 
     Args:
-        usual, least: what stages work with for such requests; the other arguments are those of `plan`.
+        usual: what stages work with for a request of the default size.
+        least: for the smallest request that the model takes. The other arguments are those of `plan`.
 
-    Raises: as `plan`.
+    Raises: as `plan`, where not even the smallest request would fit.
     """
     try:
         return plan(sizes, wishes, usual, free_bytes, device, host_free), None
-    except ConfigError as error:
-        made = plan(sizes, wishes, least, free_bytes, device, host_free)  # or it raises with other numbers
-        return made, f"Requests of the default size may run out of memory, smaller ones fit. {error.message}"
+    except ConfigError:
+        plan(sizes, wishes, least, free_bytes, device, host_free)  # raises in the same words with other numbers
+    search = Search(sizes, wishes, least, _kind(device))
+    way = search.smallest()
+    need = Search(sizes, wishes, usual, _kind(device)).smallest().peak
+    limit = allowance(wishes.device_limit, free_bytes)
+    warning = (
+        f"A request of the model's default size needs {size(need)} at the least, and {size(limit)} are available: it "
+        f"may run out of memory. Weights take {size(way.weights)} of them, so that smaller requests fit."
+    )
+    return _made(search, way, free_bytes, host_free), warning
+
+
+def _kind(device: str) -> str:
+    return "cpu" if device.partition(":")[0] == "cpu" else "cuda"
+
+
+def _made(search: Search, way: Way, free_bytes: int, host_free: int) -> MemoryPlan:
+    wishes, on_cpu = search.wishes, search.kind == "cpu"
+    host, pinned = _on_cpu(way, wishes, free_bytes) if on_cpu else _on_host(way, search.sizes, wishes, host_free)
+    limit = allowance(wishes.device_limit, free_bytes)
+    return MemoryPlan(way.shares, way.slots, way.slot_bytes, way.peak, limit, host, pinned)
 
 
 def allowance(limit: int | None, free_bytes: int) -> int:

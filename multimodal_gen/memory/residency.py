@@ -289,7 +289,11 @@ class Memory:
     # --- the parts ----------------------------------------------------------------------------------------------
 
     def _bring(self, component: Component) -> None:
-        component.bring()
+        try:
+            component.bring()
+        except BaseException:
+            self._take_out(component)
+            raise
         self.use.moved_bytes += component.device_bytes
         self._count()
 

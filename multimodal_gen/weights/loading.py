@@ -212,6 +212,12 @@ class WeightTree:
         for at, block in file.blocks(key, rows, direct=direct):
             view[at].copy_(change(at, block if columns is None or whole else block[(slice(None), *columns[1:])]))
 
+    def try_out(self, keys: Iterable[str]) -> None:
+        """Make these tensors by their recipes and throw them away. Raises: as `fill`."""
+        for key in keys:
+            place = self.places[key]
+            self._fill(self._file_of[key], key, torch.empty(place.view().shape, dtype=place.tensor.dtype))
+
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """Some rows of a tensor, in the order asked for, as `fill` would write them. Raises: as `fill`."""
         place, file, recipe = self.places[key], self._file_of[key], self.recipes.get(key)

@@ -271,3 +271,26 @@ def test_what_diffusers_holds_goes_with_its_worker(tmp_path: Path) -> None:
         wake(server)
         assert picture(server) == before
         assert server.metric("mmgen_worker_restarts_total") == 0, "nothing has died"
+
+
+def test_operators_see_where_streamed_weights_are(folder: Path) -> None:
+    with start_server("--model-path", str(folder), "--offload", "layerwise", "--dtype", "float32") as server:
+        before, seen = picture(server), model(server)
+        assert seen["components"]["transformer"]["residency"] == "streamed"
+        assert seen["components"]["transformer"]["resident_layers"] is not None
+        assert seen["slots"] >= 2
+        assert 0 < seen["slots"] * seen["slot_bytes"] < seen["device_bytes"] < WEIGHTS
+        assert seen["tiers"]["file"] > 0
+        assert seen["tiers"]["device"] == seen["device_bytes"]
+        assert server.metric('mmgen_weights_bytes{tier="file"}') == seen["tiers"]["file"]
+        assert server.metric("mmgen_weights_stall_seconds_total") > 0
+        assert server.metric("mmgen_last_step_stall_seconds") >= 0
+        picture(server)
+        assert (
+            model(server)["moved_bytes"] - seen["moved_bytes"] > 2 * QUICK["num_inference_steps"] * seen["slot_bytes"]
+        )
+        assert server.metric("mmgen_weights_loads_total") > 0
+        sleep(server)
+        assert model(server)["device_bytes"] == 0
+        wake(server)
+        assert picture(server) == before

@@ -226,6 +226,19 @@ def test_doctor_finds_what_cannot_work(place):
     assert "Traceback" not in done.err
 
 
+def test_doctor_plans_for_another_gpu_and_says_what_does_not_fit(place):
+    done = mmgen("doctor", "--gpu", "RTX 4090", "--offload", "layerwise", "--resident-layers", "4", folder=place)
+    assert done.code == 0, done.err
+    assert "bfloat16 on rtx-4090:" in done.out
+    assert "transformer   streamed, 4 of 12 layers resident, 2.5 MB per layer" in done.out
+    done = mmgen("doctor", "--device-memory-limit", "1MB", folder=place)
+    assert done.code == 1
+    assert "and --device-memory-limit allows 1.0 MB. --device-memory-limit" in done.out
+    done = mmgen("doctor", "--gpu", "rtx-4099", folder=place)
+    assert done.code == 2
+    assert "error: --gpu 'rtx-4099' is not in the table. Did you mean 'rtx-4090'?" in done.err
+
+
 def test_help_is_instant(place):
     fastest = min(mmgen("--help", folder=place).seconds for _ in range(3))
     assert fastest < 1.0  # 0.15 s on a quiet machine

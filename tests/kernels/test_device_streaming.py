@@ -11,10 +11,10 @@ import torch
 
 from multimodal_gen.memory.cuda_streams import CudaStreams
 from multimodal_gen.memory.device_mover import DeviceMover
+from multimodal_gen.memory.device_streams import Streams
 from multimodal_gen.memory.host_images import HostImages
 from multimodal_gen.memory.layers import make_slots
 from multimodal_gen.memory.ring import Ring
-from multimodal_gen.memory.streams import Streams
 from multimodal_gen.memory.use import MemoryUse
 from tests.support.fake_streams import HostComputes
 from tests.support.streaming import Accidents, Stack

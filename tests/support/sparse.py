@@ -33,8 +33,8 @@ def write_hole(path: Path, module: nn.Module, without: tuple[str, ...] = ()) -> 
 
 
 def make_wan_a14b(tiny: Path) -> Path:
-    """Make a tiny Wan2.2 folder as large as Wan2.2-T2V-A14B, but for its VAE: two experts of 28.6 GB, UMT5-XXL."""
-    from diffusers import WanTransformer3DModel
+    """Make a tiny Wan2.2 folder as large as Wan2.2-T2V-A14B: two experts of 28.6 GB, UMT5-XXL, the VAE."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     for name in ("transformer", "transformer_2"):
@@ -44,6 +44,11 @@ def make_wan_a14b(tiny: Path) -> Path:
         (tiny / name / "config.json").write_text(json.dumps(config))
         expert = hollow(lambda config=config: WanTransformer3DModel.from_config(config))
         write_hole(tiny / name / "diffusion_pytorch_model.safetensors", expert)
+    path = tiny / "vae" / "config.json"
+    config = json.loads(path.read_text()) | {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    path.write_text(json.dumps(config))
+    vae = hollow(lambda: AutoencoderKLWan.from_config(config))
+    write_hole(tiny / "vae" / "diffusion_pytorch_model.safetensors", vae)
     path = tiny / "text_encoder" / "config.json"
     config = json.loads(path.read_text())
     config |= {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

@@ -158,4 +158,4 @@ def test_a_wait_that_is_left_out_is_noticed(tmp_path, broken):
         scene = Scene(seed, tmp_path / str(seed), broken)
         scene.run(passes=25)
         noticed += bool(scene.streams.faults)
-    assert noticed >= 5
+    assert noticed >= 3

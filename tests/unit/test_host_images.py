@@ -236,6 +236,21 @@ def test_memory_is_unpinned_after_the_last_copy_even_when_nobody_drops_it(stack)
     assert not streams.faults
 
 
+def test_a_load_that_another_one_follows_into_its_slot_is_given_up(stack):
+    streams, use, go = FakeStreams(0), MemoryUse(), threading.Event()
+    images = images_of(stack, streams, 0, total(stack))
+    with ThreadPoolExecutor(1) as courier:
+        courier.submit(go.wait)
+        mover = DeviceMover(stack.slots(2), images, streams, use, courier)
+        for number in range(4):
+            mover.load(0, number)
+        mover.load(1, 4)
+        go.set()
+        mover.wait(0)
+        mover.wait(1)
+    assert use.loads == 2
+
+
 def test_draining_gives_up_what_has_not_begun(stack):
     streams, use, go = FakeStreams(0), MemoryUse(), threading.Event()
     images = images_of(stack, streams, 0, total(stack))

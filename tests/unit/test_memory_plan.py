@@ -13,7 +13,7 @@ import pytest
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
-from multimodal_gen.memory.plan import MemoryPlan, Share, Sizes, Wishes, plan
+from multimodal_gen.memory.plan import MemoryPlan, Share, Sizes, Wishes, plan, plan_usual
 from multimodal_gen.memory.search import Search
 from multimodal_gen.offload import Prefetch
 from multimodal_gen.settings import load
@@ -316,6 +316,21 @@ def test_a_prefetch_too_small_for_a_layer_is_no_error_where_nothing_streams() ->
 def test_resident_layers_need_a_transformer_with_layers() -> None:
     with pytest.raises(ConfigError, match="this model's cannot be streamed"):
         plan([Sizes("unet", "denoise", 100), ENCODER], Wishes(resident_layers=2), {}, 1000, "cuda")
+
+
+def test_the_plan_is_for_the_default_size_or_for_the_smallest_with_a_warning() -> None:
+    usual, least = {"denoise": 100}, {"denoise": 10}
+    made, warning = plan_usual(MODEL, limited(280), usual, least, 10_000, "cuda")
+    assert (made.peak_bytes, warning) == (280, None)
+    # All that the weights can leave is for requests, though layers would fit beside the smallest one.
+    made, warning = plan_usual(MODEL, limited(100), usual, least, 10_000, "cuda")
+    assert summary(made) == {"text_encoder": "streamed 0", "transformer": "streamed 0", "vae": "parked"}
+    assert (made.peak_bytes, made.limit_bytes) == (60, 100)
+    assert warning is not None
+    assert "default size needs 125 B at the least, and 100 B are available" in warning
+    assert "Weights take 60 B of them" in warning
+    with pytest.raises(ConfigError, match="needs 60 B at the least"):
+        plan_usual(MODEL, limited(50), usual, least, 10_000, "cuda")
 
 
 # --- properties over random models ------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from multimodal_gen import DiffGenerator
 from multimodal_gen.engine.local import LocalEngine
-from multimodal_gen.errors import ConfigError, WeightsUnavailable
+from multimodal_gen.errors import AdapterError, ConfigError, WeightsUnavailable
+from tests.support.adapters import write_adapter
 from tests.support.checkpoints import PROMPT, make_z_image
 
 pytestmark = [pytest.mark.unit]
@@ -99,6 +100,19 @@ def test_a_disk_that_fails_in_the_middle_of_a_step(
     monkeypatch.setattr(os, "preadv", failing)
     assert "Input/output error" in refused(gen, file)
     monkeypatch.undo()
+    assert torch.equal(latents(gen), before)
+
+
+def test_adapters_that_overflow_are_refused_before_a_layer_meets_them(
+    running: tuple[DiffGenerator, Path], tmp_path: Path
+) -> None:
+    gen, _ = running
+    before = latents(gen)
+    name = "layers.3.attention.to_q"
+    huge = {f"{name}.lora_A.weight": torch.full((2, 96), 1e20), f"{name}.lora_B.weight": torch.full((96, 2), 1e20)}
+    with pytest.raises(AdapterError, match="overflow"):
+        gen.set_lora("huge", str(write_adapter(tmp_path / "huge.safetensors", huge)), merge_mode="merge")
+    assert not gen.list_loras().active
     assert torch.equal(latents(gen), before)
 
 
