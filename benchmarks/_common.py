@@ -8,6 +8,7 @@ machine's speed meets all of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -45,35 +46,59 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", **extra}
 
 
+class SideEnded(SystemExit):
+    """A side's process is gone; ends the benchmark where nobody expects it."""
+
+
 class Side:
     """A process that holds one loaded pipeline and runs requests, one JSON line each (`_side.py`, or `script`)."""
 
-    def __init__(self, *, calm: bool = False, script: str = "_side.py", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        calm: bool = False,
+        script: str = "_side.py",
+        inside: Callable[[], None] | None = None,
+        watch: Callable[[int], None] = lambda pid: None,
+        **options: Any,
+    ) -> None:
         """Start and load; `options` are those of the script, `calm` is our OpenMP spin count (we set it ourselves).
 
-        Returns once the model is loaded.
+        Args:
+            inside: called in the new process before Python starts there, to confine it.
+            watch: called with its id before it loads.
+
+        Returns once the model is loaded. Raises: SideEnded.
         """
+        self.started = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name(script)), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment(**(CALM if calm else {})),
             text=True,
+            preexec_fn=inside,
         )
-        self.hello: Numbers = self._read()
+        watch(self._process.pid)
+        try:
+            self.hello: Numbers = self._read()
+        except BaseException:
+            self._end()
+            raise
 
     def run(self, **request: Any) -> Numbers:
         """Run one request; see `_side.Request`."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it is gone: reading says so
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         return self._read()
 
     def _read(self) -> Numbers:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"a side ended with code {self._process.wait()}; its words are above")
+            raise SideEnded(f"a side ended with code {self._process.wait()}; its words are above")
         answer: Numbers = json.loads(line)
         return answer
 
@@ -81,8 +106,12 @@ class Side:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import _common  # noqa: F401  (makes tests.support importable)
 
 HEADS, HEAD_DIM = 12, 128
+RANK = 16  # of adapters
 OBJECTS = ("red apple", "rocket", "pizza", "cat face", "red heart", "guitar", "soccer ball", "teapot", "tree", "crown")
 COLOURS = ("blue", "yellow", "pink", "green", "purple", "orange", "light blue", "gray", "brown", "white", "black")
 
@@ -148,3 +151,64 @@ def make_wan_slice(folder: Path, *, layers: int, text_layers: int, seed: int = 0
     del pipe, transformer
     gc.collect()
     return folder
+
+
+def make_deep(folder: Path, *, layers: int, text_layers: int = 4, seed: int = 0) -> Path:
+    """As `make_medium`, but with one main layer of random weights, written `layers` times: gigabytes in seconds."""
+    make_medium(folder, layers=1, text_layers=text_layers, seed=seed)
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "n_layers": layers}))
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    whole = file.with_suffix(".whole")
+    _repeat(file, whole, "layers.0.", layers)
+    whole.replace(file)
+    return folder
+
+
+def _repeat(source: Path, target: Path, prefix: str, count: int) -> None:
+    """Copy a safetensors file; the tensors whose names begin with `prefix` come `count` times, numbered."""
+    with source.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        start = 8 + length
+        kept = [name for name in header if not name.startswith(("__", prefix))]
+        names = [(name, name) for name in kept]
+        for number in range(count):
+            own = prefix.replace("0", str(number))
+            names += [(own + name.removeprefix(prefix), name) for name in header if name.startswith(prefix)]
+        made, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, like in names:
+            begin, end = end, end + header[like]["data_offsets"][1] - header[like]["data_offsets"][0]
+            made[name] = {**header[like], "data_offsets": [begin, end]}
+        text = json.dumps(made).encode()
+        text += b" " * (-len(text) % 8)
+        with target.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for _, like in names:
+                begin, end = header[like]["data_offsets"]
+                file.seek(start + begin)
+                out.write(file.read(end - begin))
+            out.flush()
+            os.fsync(out.fileno())  # only clean pages can be dropped from the cache
+
+
+def make_adapters(model: Path, folder: Path) -> list[str]:
+    """Three files in bf16, of rank 16, over every attention and feed-forward matrix of the main blocks."""
+    import torch
+
+    from multimodal_gen.weights.header import read_header
+    from tests.support.adapters import peft_tensors, write_adapter
+
+    header: dict[str, tuple[int, ...]] = {}
+    for file in (model / "transformer").glob("*.safetensors"):
+        header |= {name: info.shape for name, info in read_header(file, file.name).items()}
+    shapes = {
+        name.removesuffix(".weight"): shape
+        for name, shape in header.items()
+        if name.startswith("layers.") and len(shape) == 2 and "adaLN" not in name
+    }
+    files = []
+    for number in range(3):
+        tensors = {n: t.to(torch.bfloat16) for n, t in peft_tensors(shapes, rank=RANK, seed=number).items()}
+        files.append(str(write_adapter(folder / f"{number}.safetensors", tensors)))
+    return files

@@ -15,11 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from _common import Numbers, Side, finish, interleave, parser, ratio, record, say, spread
-from _models import make_medium
+from _models import RANK, make_adapters, make_medium
 
-from tests.support.adapters import peft_tensors, write_adapter
-
-RANK = 16
 SWITCHES = ("load", "unmerge", "merge", "unmerge")
 
 
@@ -52,27 +49,6 @@ def main() -> None:
             facts = results["memory"][name]
             facts["above_loaded_mb"] = facts["peak_mb"] - side.hello["loaded_mb"]
     finish("lora", environment, results)
-
-
-def make_adapters(model: Path, folder: Path) -> list[str]:
-    """Three files in bf16 over every attention and feed-forward matrix of the main blocks."""
-    import torch
-
-    from multimodal_gen.weights.header import read_header
-
-    header: dict[str, tuple[int, ...]] = {}
-    for file in (model / "transformer").glob("*.safetensors"):
-        header |= {name: info.shape for name, info in read_header(file, file.name).items()}
-    shapes = {
-        name.removesuffix(".weight"): shape
-        for name, shape in header.items()
-        if name.startswith("layers.") and len(shape) == 2 and "adaLN" not in name
-    }
-    files = []
-    for number in range(3):
-        tensors = {n: t.to(torch.bfloat16) for n, t in peft_tensors(shapes, rank=RANK, seed=number).items()}
-        files.append(str(write_adapter(folder / f"{number}.safetensors", tensors)))
-    return files
 
 
 def switches(sides: dict[str, Side], repeats: int, max_seconds: float) -> Numbers:

@@ -40,7 +40,7 @@ from multimodal_gen.lora.applied import WeightsKey
 from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.lora.sources import start_change
 from multimodal_gen.media.arrays import from_numpy
-from multimodal_gen.memory.host import keep_freed_memory
+from multimodal_gen.memory.host import keep_freed_memory, share_freed_memory
 from multimodal_gen.messages import (
     Array,
     Checkpoint,
@@ -90,6 +90,7 @@ class EngineCore:
         self.fault.trip("load")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        share_freed_memory()  # before reading starts threads; what they keep, they keep
         self.pipeline: Pipeline = registry.load(card, config, self.ranks.mesh)
         device = torch.device(self.pipeline.info.device).type
         if device == "cpu":
