@@ -15,6 +15,8 @@ pss is both, shared pages by share. Every part ends with a line of JSON on stdou
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 from contextlib import ExitStack
 from itertools import pairwise
@@ -31,6 +33,7 @@ PARTS = ("peers", "larger", "fits")
 def main() -> None:
     """Run what the flags choose."""
     flags = _flags()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # gigabytes and a control group are to be taken away
     environment = record(flags.threads)
     with tempfile.TemporaryDirectory(prefix="mmgen-bench-", dir=flags.folder) as place:
         folder = Path(place)
@@ -60,7 +63,7 @@ def _flags() -> argparse.Namespace:
     made.add_argument("--side", type=int, default=256, help="pixels, of peers; default %(default)s")
     made.add_argument("--steps", type=int, default=5, help="of a measurement, at least 3; default %(default)s")
     made.add_argument("--deep-model", help="a folder made before, instead of a new one")
-    made.add_argument("--layers", type=int, default=44, help="of the large model, 61 MB each; default %(default)s")
+    made.add_argument("--layers", type=int, default=38, help="of the large model, 61 MB each; default %(default)s")
     made.add_argument(
         "--small", type=int, default=256, help="pixels, of larger, bound by the disk; default %(default)s"
     )
@@ -90,7 +93,7 @@ def fits(model: str, flags: argparse.Namespace) -> Numbers:
             return [later - earlier for earlier, later in pairwise(ends)]
 
         runs = {name: (lambda number, side=side: steps(side, number)) for name, side in sides.items()}
-        took = interleave(runs, flags.repeats + 1, flags.max_seconds)
+        took = interleave(runs, flags.repeats, flags.max_seconds)
     seconds = {name: [value for values in rounds for value in values] for name, rounds in took.items()}
     return {
         "side": flags.fits,
