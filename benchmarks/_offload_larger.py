@@ -31,11 +31,16 @@ class Runner:
     watch: Watch
     pid: int
     seconds: dict[int, list[float]] = field(default_factory=dict)  # size → of its steps
-    peaks: dict[int, Numbers] = field(default_factory=dict)  # size → memory
+    peaks: dict[int, Numbers] = field(default_factory=dict)  # size → memory, of the smallest with that of loading
     counters: dict[int, Numbers] = field(default_factory=dict)  # size → per step
 
+    def warm(self, size: int) -> None:
+        """A step that does not count: all requests have the same prompt, so no encoder stands before the others."""
+        self.steps(size, 1)
+        self.seconds.clear()
+
     def steps(self, size: int, count: int, save: Path | None = None) -> None:
-        """One request without guidance. Raises: SystemExit for one that failed."""
+        """One request without guidance. Raises: SideEnded; SystemExit for a request that failed."""
         begin = disk_bytes(self.pid)
         answer = self.side.run(
             do="steps",
@@ -50,8 +55,10 @@ class Runner:
         if "error" in answer:
             raise SystemExit(answer["error"])
         read = disk_bytes(self.pid) - begin
-        self.seconds.setdefault(size, []).extend(later - earlier for earlier, later in pairwise(answer["ends"]))
-        self.peaks[size] = self.watch.since()
+        clock = [answer["begin"], *answer["ends"]]
+        self.seconds.setdefault(size, []).extend(later - earlier for earlier, later in pairwise(clock))
+        peak = self.watch.since()
+        self.peaks[size] = {name: max(value, self.peaks.get(size, {}).get(name, 0)) for name, value in peak.items()}
         self.counters[size] = {
             "weights_mb": rounded(answer.get("moved_bytes", 0) / 1e6),
             "disk_mb": rounded(read / count / 1e6),
@@ -65,7 +72,6 @@ def larger(model: Path, flags: argparse.Namespace, folder: Path) -> Numbers:
     weights = sum(file.stat().st_size for file in model.rglob("*.safetensors"))
     (main_file,) = (model / "transformer").glob("*.safetensors")
     base, data = _base(options)
-    sizes = {flags.small: flags.steps, flags.large: flags.large_steps}
     found: Numbers = {"weights_mb": rounded(weights / 1e6), "allowed_mb": rounded(weights / SHARE / 1e6), "base": base}
     with ExitStack() as stack:
         resident = _start(stack, options, "ours", RESIDENT)
@@ -74,28 +80,19 @@ def larger(model: Path, flags: argparse.Namespace, folder: Path) -> Numbers:
         limit = stack.enter_context(limited(int(base["pss_mb"] * 1e6), data, weights // SHARE))
         found["limit"] = {"kind": limit.kind, "mb": rounded(limit.nbytes / 1e6)}
         say(f"{limit.kind}: {limit.nbytes / 1e6:.0f} MB")
-        speeds = [bandwidth(main_file)]
         with ExitStack() as inner:
             streamed = _start(inner, options, "ours", STREAMED, limit.inside)
-            loading = streamed.watch.since()
-            for size, steps in sizes.items():
-                rounds = flags.repeats if size == flags.small else 1
-                files = {name: folder / f"{name}-{size}.npy" for name in ("resident", "streamed")}
-                interleave(
-                    {
-                        "resident": lambda _, s=size, n=steps, f=files: resident.steps(s, n, f["resident"]),
-                        "streamed": lambda _, s=size, n=steps, f=files: streamed.steps(s, n, f["streamed"]),
-                    },
-                    rounds,
-                    flags.max_seconds,
-                )
-                speeds.append(bandwidth(main_file))
-                found[f"at_{size}"] = _at(size, resident, streamed, speeds, files)
             facts = streamed.side.run(do="facts")
+            found["plan"] = {name: facts[name] for name in ("shares", "slots", "slot_bytes")}
+            try:
+                for runner in (resident, streamed):
+                    runner.warm(flags.small)
+                for size, rounds in ((flags.small, flags.repeats), (flags.large, 1)):
+                    found[f"at_{size}"] = _at(size, resident, streamed, main_file, folder, rounds, flags)
+            except SideEnded as ended:
+                found["failed"] = f"streamed: {ended}"
             found["group_peak_mb"] = None if limit.peak() is None else rounded((limit.peak() or 0) / 1e6)
-        found["bandwidth_gb_s"] = spread([speed / 1e9 for speed in speeds])
-        found["plan"] = {name: facts[name] for name in ("shares", "slots", "slot_bytes")}
-        found["memory"] = _memory(base, loaded, loading, resident, streamed, facts)
+        found["memory"] = _memory(base, loaded, resident, streamed, facts)
         say("diffusers in the same limit")
         drop_cache(model)
         found["diffusers_in_the_limit"] = _peer(options, limit.inside, flags)
@@ -126,37 +123,49 @@ def _base(options: Numbers) -> tuple[Numbers, int]:
         return runner.watch.now(), int(runner.side.run(do="facts")["data_bytes"])
 
 
-def _at(size: int, resident: Runner, streamed: Runner, speeds: list[float], files: dict[str, Path]) -> Numbers:
-    """Seconds per step at one size against resident and the floor."""
+def _at(
+    size: int, resident: Runner, streamed: Runner, file: Path, folder: Path, rounds: int, flags: argparse.Namespace
+) -> Numbers:
+    """Seconds per step at one size against resident and the floor; the disk is measured in every round."""
+    steps = flags.steps if size == flags.small else flags.large_steps
+    saves = {name: folder / f"{name}-{size}.npy" for name in ("resident", "streamed")}
+    speeds = interleave(
+        {
+            "resident": lambda _: resident.steps(size, steps, saves["resident"]),
+            "disk": lambda _: bandwidth(file),
+            "streamed": lambda _: streamed.steps(size, steps, saves["streamed"]),
+        },
+        rounds,
+        flags.max_seconds,
+    )["disk"]
     took, free = streamed.seconds[size], resident.seconds[size]
     compute = median(free)
-    reading = streamed.counters[size]["weights_mb"] * 1e6 / median(speeds[-2:])
+    reading = streamed.counters[size]["weights_mb"] * 1e6 / median(speeds)
     floor = max(compute, reading)
     return {
         "bound_by": "compute" if compute > reading else "disk",
         "resident_step_s": spread(free),
         "streamed_step_s": spread(took),
+        "bandwidth_gb_s": spread([speed / 1e9 for speed in speeds]),
         "reading_s": rounded(reading),
         "floor_s": rounded(floor),
         "over_floor": {name: rounded(of / floor) for name, of in (("median", median(took)), ("max", max(took)))},
         "over_resident": ratio(took, free),
         "per_step": streamed.counters[size],
-        "bit_equal": bool(np.array_equal(*(np.load(file) for file in files.values()))),
+        "bit_equal": bool(np.array_equal(*(np.load(save) for save in saves.values()))),
     }
 
 
-def _memory(
-    base: Numbers, loaded: Numbers, loading: Numbers, resident: Runner, streamed: Runner, facts: Numbers
-) -> Numbers:
+def _memory(base: Numbers, loaded: Numbers, resident: Runner, streamed: Runner, facts: Numbers) -> Numbers:
     """Peak anonymous memory of the streamed process and what its formula allows."""
     rest = sum(part["rest"] for part in facts["parts"]) / 1e6
     ring = facts["slots"] * facts["slot_bytes"] / 1e6
     work = max(peak["anon_mb"] for peak in resident.peaks.values()) - loaded["anon_mb"]
-    peak = max(peaks["anon_mb"] for peaks in (loading, *streamed.peaks.values()))
+    peak = max(peaks["anon_mb"] for peaks in streamed.peaks.values())
     needed = base["anon_mb"] + rest + ring + work
     return {
         "peak_anon_mb": peak,
-        "peak_file_mb": max(peaks["file_mb"] for peaks in (loading, *streamed.peaks.values())),
+        "peak_file_mb": max(peaks["file_mb"] for peaks in streamed.peaks.values()),
         "imports_mb": base["anon_mb"],
         "rest_mb": rounded(rest),
         "ring_mb": rounded(ring),
@@ -172,7 +181,8 @@ def _peer(options: Numbers, inside: Callable[[], None], flags: argparse.Namespac
     with ExitStack() as stack:
         try:
             runner = _start(stack, options, "diffusers", {}, inside)
-            runner.steps(flags.small, 3)
+            runner.warm(flags.small)
+            runner.steps(flags.small, 2)
         except (SideEnded, SystemExit) as ended:
             return {"failed": str(ended)}
         found: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 argv[1] and each line of stdin are JSON objects; each answer is one line of stdout. What fails is answered as
 {"error": ...}, for a mode that cannot do something is a result. Commands (`do`):
-    steps   denoise; ends of the steps on the machine's monotonic clock, and what moved meanwhile
+    steps   denoise; begin and ends of the steps on the machine's monotonic clock, and what moved per step
     swap    to the adapter, as users of this side would
     facts   where the weights are, in bytes
 """
@@ -169,12 +169,12 @@ def obey(pipe: Any, command: Numbers, adapter: str) -> Numbers:
         ends.append(time.perf_counter())
         moved.append(pipe.moved())
 
+    begin, before = time.perf_counter(), pipe.moved()
     latents = pipe.run(command, on_step)
     if save:
         np.save(save, latents)
-    # Between the first and the last step: the first stands behind the encoder.
-    per_step = {name: (moved[-1][name] - moved[0][name]) / (len(moved) - 1) for name in moved[0]}
-    return {"ends": ends, "finite": bool(np.isfinite(latents).all()), **per_step}
+    per_step = {name: (moved[-1][name] - before[name]) / len(moved) for name in before}
+    return {"begin": begin, "ends": ends, **per_step}
 
 
 def _failure(error: Exception) -> Numbers:

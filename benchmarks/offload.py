@@ -63,12 +63,12 @@ def _flags() -> argparse.Namespace:
     made.add_argument("--side", type=int, default=256, help="pixels, of peers; default %(default)s")
     made.add_argument("--steps", type=int, default=5, help="of a measurement, at least 3; default %(default)s")
     made.add_argument("--deep-model", help="a folder made before, instead of a new one")
-    made.add_argument("--layers", type=int, default=38, help="of the large model, 61 MB each; default %(default)s")
+    made.add_argument("--layers", type=int, default=54, help="of the large model, 61 MB each; default %(default)s")
     made.add_argument(
         "--small", type=int, default=256, help="pixels, of larger, bound by the disk; default %(default)s"
     )
     made.add_argument("--large", type=int, default=1024, help="the same, bound by compute; default %(default)s")
-    made.add_argument("--large-steps", type=int, default=3, help="at that size, at least 2; default %(default)s")
+    made.add_argument("--large-steps", type=int, default=2, help="at that size; default %(default)s")
     made.add_argument("--fits", type=int, default=512, help="pixels, of fits; default %(default)s")
     made.add_argument("--medium-model", help="a folder made before, instead of a new one")
     made.add_argument(
