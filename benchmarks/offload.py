@@ -65,7 +65,7 @@ def _flags() -> argparse.Namespace:
     made.add_argument("--deep-model", help="a folder made before, instead of a new one")
     made.add_argument("--layers", type=int, default=54, help="of the large model, 61 MB each; default %(default)s")
     made.add_argument(
-        "--small", type=int, default=256, help="pixels, of larger, bound by the disk; default %(default)s"
+        "--small", type=int, default=128, help="pixels, of larger, bound by the disk; default %(default)s"
     )
     made.add_argument("--large", type=int, default=1024, help="the same, bound by compute; default %(default)s")
     made.add_argument("--large-steps", type=int, default=2, help="at that size; default %(default)s")
