@@ -66,6 +66,8 @@ class Load(Message, frozen=True):
     loras: LoraState | None = None
     """of the worker before this one; None: the first worker loads those of the configuration"""
     seat: Seat = Seat()
+    loading: int = 1
+    """replicas that load now and share out what is free, this one included"""
 
 
 class RowState(msgspec.Struct, frozen=True):

@@ -319,6 +319,10 @@ class EngineClient:
             ticket.replica = None
         self._dispatch(waiting)
 
+    def replicas_loading(self) -> int:
+        """How many load at this moment, or are about to."""
+        return sum(replica.state != "ready" for replica in self.replicas)
+
     def replica_failed(self, error: MmgenError) -> None:
         """A replica cannot be kept alive: neither can the server, which must not go on with less than was asked for."""
         if self.failure is not None:

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NO_SICKNESS = (UserError, WeightsUnavailable)  # say nothing of the process: files that are gone may come back
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 
 
@@ -225,7 +226,7 @@ class EngineCore:
         self._weights = wanted if error is None else None
         if error is None:
             return slots
-        self._failures += not isinstance(error, UserError)
+        self._failures += not isinstance(error, NO_SICKNESS)
         events += [self._drop(request_id, error) for request_id in dict.fromkeys(s.request_id for s in slots)]
         return []
 
@@ -350,10 +351,8 @@ class EngineCore:
         error = self._attempt(f"{what} of request {active.request.id}", work, rows)
         if error is None:
             return True
-        # Numbers that overflow under adapters say nothing of the process's health, and files may come back.
-        excused = isinstance(error, (UserError, WeightsUnavailable)) or (
-            isinstance(error, Overflowed) and active.request.loras
-        )
+        # Numbers that overflow under adapters say nothing of the process's health.
+        excused = isinstance(error, NO_SICKNESS) or (isinstance(error, Overflowed) and active.request.loras)
         self._failures += not excused
         events.append(self._drop(active.request.id, error))
         return False

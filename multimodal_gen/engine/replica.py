@@ -74,6 +74,9 @@ class Owner(Protocol):
     def replica_died(self, waiting: list[Ticket]) -> None:
         """A replica is starting again; these tickets had not been started, and any replica may have them."""
 
+    def replicas_loading(self) -> int:
+        """How many load at this moment, or are about to."""
+
     def replica_failed(self, error: MmgenError) -> None:
         """A replica cannot be kept alive."""
 
@@ -262,7 +265,8 @@ class Replica:
 
     async def _one_life(self) -> str:
         """From the start of a group to its end, which is told in words."""
-        load = Load(self._card, self._config, self.loras if self.ready else None)
+        loras = self.loras if self.ready else None
+        load = Load(self._card, self._config, loras, loading=self._owner.replicas_loading())
         self._group, self._patience, self._spoke = None, Patience(self._config.step_timeout_s), 0.0
         try:
             self._group = WorkerGroup(await self.place.start(load))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import os
 import signal
@@ -142,6 +143,7 @@ def _load(load: Load, clock: TurnClock) -> tuple[Ranks, EngineCore]:
         torch.cuda.set_device(device)
     degrees = plan(load.config, load.card).degrees
     ranks = meet(load.seat, degrees, device, config.load_timeout_s, config.step_timeout_s)
+    ranks.mesh = dataclasses.replace(ranks.mesh, loading=load.loading)
     core = EngineCore(load.card, config, ranks, clock)
     ranks.all_here(config.load_timeout_s)
     return ranks, core

@@ -34,11 +34,11 @@ class FileMover:
 
     def wait(self, slot: int) -> float:
         """See `Mover`."""
-        jobs = self._jobs.pop(slot, [])
+        jobs = self._jobs.get(slot, [])
         if all(job.done() and job.exception() is None for job in jobs):
             return 0.0
         begin = time.monotonic()
-        wait(jobs)
+        wait(jobs)  # an interrupt here leaves them where whoever fills the slot next waits for them
         for job in jobs:
             job.result()
         waited = time.monotonic() - begin
@@ -54,5 +54,5 @@ class FileMover:
             self._settle(slot)
 
     def _settle(self, slot: int) -> None:
-        jobs = self._jobs.pop(slot, [])
-        wait([job for job in jobs if not job.cancel()])
+        wait([job for job in self._jobs.get(slot, []) if not job.cancel()])
+        self._jobs.pop(slot, None)

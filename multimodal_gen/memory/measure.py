@@ -58,6 +58,8 @@ def reads(files: Sequence[Path], memory: float) -> float:
         file = os.open(largest, os.O_RDONLY)
     try:
         return _read(file, largest.stat().st_size // READ_BYTES) or memory
+    except OSError:  # a disk that fails is the loader's to report
+        return memory
     finally:
         os.close(file)
 

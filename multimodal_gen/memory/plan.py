@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from multimodal_gen.errors import ConfigError, did_you_mean
 from multimodal_gen.memory.refusal import refusal
 from multimodal_gen.memory.search import Search, Way
-from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Share, Sizes, Wishes
+from multimodal_gen.memory.shares import DENOISE, ONE_LAYER, MemoryPlan, Share, Sizes, Wishes
 from multimodal_gen.offload import Residency
 from multimodal_gen.units import size
 
@@ -138,7 +138,26 @@ def _check(sizes: Sequence[Sizes], wishes: Wishes, kind: str) -> None:
             "--resident-layers is about the layers of a transformer, and this model's cannot be streamed.",
             param="resident_layers",
         )
+    if wishes.prefetch != ONE_LAYER and not streams:
+        raise ConfigError(
+            f"--prefetch-layers {wishes.prefetch} is about streamed layers, and --offload {wishes.offload} streams "
+            "none: use --offload layerwise, or leave it out.",
+            param="prefetch_layers",
+        )
+    _check_host(wishes, kind)
     _check_pin(wishes, kind)
+
+
+def _check_host(wishes: Wishes, kind: str) -> None:
+    """Where all is on a GPU, nothing is kept in the host's memory."""
+    stays = wishes.offload == "none" and not any(kind != "resident" for kind in wishes.components.values())
+    for name, value in (("host_memory_limit", wishes.host_limit), ("pin_memory", wishes.pin)):
+        if kind == "cuda" and stays and value is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} is about weights that are not on the GPU, and --offload none keeps all there: leave it out.",
+                param=name,
+            )
 
 
 def _check_pin(wishes: Wishes, kind: str) -> None:

@@ -36,7 +36,10 @@ def _remedies(search: Search, limit: int) -> Iterator[str]:
     """Changes of one flag that would make it fit, the mildest first."""
     for wishes, text in _changes(search):
         found = Search(search.sizes, wishes, search.working, search.kind)
-        way = found.best(limit)
+        try:
+            way = found.best(limit)
+        except ConfigError:  # a prefetch that is too small for a layer is no remedy
+            continue
         if way is not None:
             yield f"{text}, with {size(found.needs(way))}."
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -75,6 +76,7 @@ class Memory:
         self._layers = 0  # of all components
         self._stream: Stream | None = None  # where something streams
         self._following: dict[str, str] = {}
+        self._stage = ""  # of the verb that runs
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -135,7 +137,7 @@ class Memory:
                 self._take_out(component)
             else:
                 self._bring(component)
-            component.weights.on_alter = partial(self._altered, component)
+            component.weights.on_alter = partial(_altered, weakref.ref(self), component.name)
 
     def _planned(self) -> MemoryPlan:
         wishes, (free, host) = Wishes.of(self._config), self._free()
@@ -155,7 +157,7 @@ class Memory:
 
     def _free(self) -> tuple[int, int]:
         """On the device, and of the machine where the device is another: the least that any rank finds."""
-        sharing = self._mesh.degrees.world * self._config.dp_size
+        sharing = self._mesh.degrees.world * self._mesh.loading
         on_cpu = self._device.type == "cpu"
         found = (free_bytes(self._device, sharing if on_cpu else 1), 0 if on_cpu else free_bytes("cpu", sharing))
         everyone = self._mesh.control.all_gather_bytes("{} {}".format(*found).encode())
@@ -176,7 +178,7 @@ class Memory:
         kept: list[Layer] = []
         if any(tracks.values()):
             stream = self._stream = Stream(self._device, plan, tracks, often, self.use)
-            stream.hook(self._together)
+            stream.hook(partial(_together, weakref.ref(self)))
             for track, by in self._following.items():
                 stream.follow(track, by)
             kept = stream.kept
@@ -202,20 +204,27 @@ class Memory:
 
     def _leave_in_file(self, component: Component) -> None:
         for path, key in component.tables.items():
-            component.model.set_submodule(path, RowsFromFile(partial(self._rows, component.weights, key), self._device))
+            rows = partial(_rows, weakref.ref(self), component.name, key)
+            component.model.set_submodule(path, RowsFromFile(rows, self._device))
         component.streamed |= frozenset(component.tables.values())
 
-    def _rows(self, weights: WeightTree, key: str, indices: Sequence[int]) -> Tensor:
-        with self._reading():
-            found = weights.rows(key, indices)
-        self.use.moved_bytes += found.nbytes
-        return found
+    def rows(self, name: str, key: str, indices: Sequence[int]) -> Tensor:
+        """Of a table that stays in its file. Raises: WeightsUnavailable."""
+        found: list[Tensor] = []
+        component = self._components[name]
+        self.together(lambda: found.append(component.weights.rows(key, indices)))
+        self.use.moved_bytes += found[0].nbytes
+        return found[0]
 
     # --- use ----------------------------------------------------------------------------------------------------
 
     def begin(self, stage: str) -> None:
-        """A stage begins: parked components of other stages leave."""
-        for component in self._components.values():
+        """A verb of the pipeline begins; parked components of other stages leave.
+
+        Encoding may find all in its cache, so nobody leaves before an encoder comes.
+        """
+        self._stage = stage
+        for component in self._components.values() if stage != "encode" else ():
             if component.parked and component.present and component.stage != stage:
                 self._take_out(component)
 
@@ -228,7 +237,11 @@ class Memory:
                 if other.parked and other.present:
                     self._take_out(other)
             begin = time.monotonic()
-            self._together(lambda: self._bring(component))
+            try:
+                self.together(lambda: self._bring(component))
+            except BaseException:  # maybe on another rank
+                self._take_out(component)
+                raise
             self.use.loads += 1
             self.use.stall_seconds += time.monotonic() - begin
         yield
@@ -271,19 +284,23 @@ class Memory:
             message = error.message.replace(f"{self._folder}/", "")
             raise WeightsUnavailable(f"{message} The model's files must stay where they are while it runs.") from error
 
-    def _together(self, work: Callable[[], object]) -> None:
+    def together(self, work: Callable[[], object]) -> None:
         """Do it on all ranks of a forward, or raise on all: for one that failed alone, others would wait in vain.
+
+        In a step, branches of guidance are forwards of their own, and agree where they meet (`BranchShare.compute`);
+        encoding and decoding is the same work for all ranks.
 
         On a CPU, where every layer comes from a file and the vote takes a thousandth of that time. A device would stand
         still for it.
         """
+        ranks = (self._mesh.tp, self._mesh.sp) if self._stage == DENOISE else (self._mesh.control,)
         failure: Exception | None = None
         try:
             with self._reading():
                 work()
         except Exception as error:  # noqa: BLE001 - whatever it is, every rank has to learn of it
             failure = error
-        for group in (self._mesh.tp, self._mesh.sp) if self._device.type == "cpu" else ():
+        for group in ranks if self._device.type == "cpu" else ():
             try:
                 agree(group, failure)
             except PeerLost:
@@ -296,11 +313,7 @@ class Memory:
     # --- the parts ----------------------------------------------------------------------------------------------
 
     def _bring(self, component: Component) -> None:
-        try:
-            component.bring()
-        except BaseException:
-            self._take_out(component)
-            raise
+        component.bring()
         self.use.moved_bytes += component.device_bytes
         self._count()
 
@@ -312,9 +325,11 @@ class Memory:
             release_freed_memory()
         self._count()
 
-    def _altered(self, component: Component, keys: Set[str]) -> None:
+    def altered(self, name: str, keys: Set[str]) -> None:
+        """These tensors of a component are made in another way from now on."""
+        component = self._components[name]
         if self._stream is not None and keys & component.streamed:
-            self._stream.alter(keys)
+            self._stream.alter(component.weights, keys)
 
     def _count(self) -> None:
         components = self._components.values()
@@ -323,3 +338,26 @@ class Memory:
         slots, tiers = (0, {"file": 0}) if self._stream is None else (self._stream.device_bytes, self._stream.tiers)
         self.use.device_bytes = own + slots
         self.use.tiers = {"device": own + slots, **tiers, "file": tiers["file"] + away}
+
+
+# What a model's modules and weights call. They hold no reference to `Memory`, which holds them: whoever lets go of a
+# pipeline has its memory back at once, not when the collector of cycles comes by.
+_Weak = weakref.ref["Memory"]
+
+
+def _of(memory: _Weak) -> Memory:
+    found = memory()
+    assert found is not None, "a model is used after its pipeline was let go of"
+    return found
+
+
+def _together(memory: _Weak, work: Callable[[], object]) -> None:
+    _of(memory).together(work)
+
+
+def _rows(memory: _Weak, name: str, key: str, indices: Sequence[int]) -> Tensor:
+    return _of(memory).rows(name, key, indices)
+
+
+def _altered(memory: _Weak, name: str, keys: Set[str]) -> None:
+    _of(memory).altered(name, keys)

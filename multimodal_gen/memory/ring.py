@@ -49,7 +49,7 @@ class Ring:
         self._at = {layer: (name, i) for name, layers in self._tracks.items() for i, layer in enumerate(layers)}
         self._held: list[int | None] = [None] * slots  # asked for last; maybe still on its way
         self._used: int | None = None  # the slot that is computed with
-        self._next = {name: name for name in self._tracks}
+        self._next: dict[str, str] = {}  # track → the one that follows, which may have no layers here
         self._mover = mover
 
     def slot_of(self, layer: int) -> int:
@@ -61,8 +61,7 @@ class Ring:
 
         Tracks without streamed layers are passed over.
         """
-        if track in self._tracks:
-            self._next[track] = by if by in self._tracks else track
+        self._next[track] = by
 
     def enter(self, layer: int) -> float:
         """Return when a layer is in its slot; seconds waited. The layer before, if it was never left, is given up.
@@ -132,8 +131,16 @@ class Ring:
         for _ in range(self.slots):
             index += 1
             if index == len(self._tracks[name]):
-                name, index = self._next[name], 0
+                name, index = self._after(name), 0
             yield self._tracks[name][index]
+
+    def _after(self, name: str) -> str:
+        """The next track that has layers, past those that have none."""
+        passed, following = {name}, self._next.get(name, name)
+        while following not in self._tracks and following not in passed:
+            passed.add(following)
+            following = self._next.get(following, name)
+        return following if following in self._tracks else name
 
     def _load(self, slot: int, layer: int) -> None:
         self._held[slot] = layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Container, Mapping, Sequence, Set
 from functools import partial
 
@@ -16,6 +17,7 @@ from multimodal_gen.memory.layers import Layer, make_slots
 from multimodal_gen.memory.ring import Mover, Ring
 from multimodal_gen.memory.shares import MemoryPlan
 from multimodal_gen.memory.use import MemoryUse
+from multimodal_gen.weights.loading import WeightTree
 
 Guard = Callable[[Callable[[], object]], None]  # runs something that may fail, and says what that comes to
 
@@ -47,9 +49,10 @@ class Stream:
 
     def hook(self, guard: Guard) -> None:
         """From now on every layer waits for its weights before it computes, and lets go of its slot afterwards."""
+        ring = weakref.ref(self._ring)  # which holds the layers; they hold the hooks
         for layer in self.layers:
-            layer.module.register_forward_pre_hook(partial(_enter, self._ring, layer.number, guard))
-            layer.module.register_forward_hook(partial(_leave, self._ring, layer.number))
+            layer.module.register_forward_pre_hook(partial(_enter, ring, layer.number, guard))
+            layer.module.register_forward_hook(partial(_leave, ring, layer.number))
 
     def follow(self, track: str, by: str) -> None:
         """What runs after the last layer of a track, until said otherwise; at first, the track itself again."""
@@ -65,9 +68,9 @@ class Stream:
         if self._images is not None:
             self._images.make()
 
-    def alter(self, keys: Set[str]) -> None:
+    def alter(self, weights: WeightTree, keys: Set[str]) -> None:
         """What slots and host memory hold of the layers with these checkpoint keys is out of date."""
-        numbers = [layer.number for layer in self.layers if keys & set(layer.keys)]
+        numbers = [layer.number for layer in self.layers if layer.weights is weights and keys & set(layer.keys)]
         self._ring.invalidate(numbers)
         if self._images is not None:
             self._images.stale(numbers)
@@ -115,9 +118,13 @@ def make_mover(
     return DeviceMover(slots, images, streams, use), images
 
 
-def _enter(ring: Ring, number: int, guard: Guard, *_: object) -> None:
-    guard(lambda: ring.enter(number))
+def _enter(ring: weakref.ref[Ring], number: int, guard: Guard, *_: object) -> None:
+    found = ring()
+    assert found is not None, "a layer is used after its stream was let go of"
+    guard(lambda: found.enter(number))
 
 
-def _leave(ring: Ring, number: int, *_: object) -> None:
-    ring.leave(number)
+def _leave(ring: weakref.ref[Ring], number: int, *_: object) -> None:
+    found = ring()
+    assert found is not None, "a layer is used after its stream was let go of"
+    found.leave(number)

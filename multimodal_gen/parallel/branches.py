@@ -6,13 +6,15 @@ combined. Rows without guidance have one; the groups take turns with those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from multimodal_gen.errors import PeerLost
+from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.group import Group
 
 Pair = tuple[int, int]  # row of the batch, branch of the row
@@ -43,6 +45,24 @@ class BranchShare:
     def of(self, rank: int) -> list[Pair]:
         """What a rank computes."""
         return [pair for pair, owner in self.owners.items() if owner == rank]
+
+    def compute(self, work: Callable[[list[Pair]], dict[Pair, Tensor]]) -> dict[Pair, Tensor]:
+        """`work(mine)`; raises on all ranks where it raised on one, which would be waited for in `exchange`.
+
+        On a CPU, where layers may come from files that fail. A device would stand still for the vote. Raises: PeerLost.
+        """
+        if self.group.size == 1 or self.group.device.type != "cpu":
+            return work(self.mine)
+        found: dict[Pair, Tensor] = {}
+        failure: Exception | None = None
+        try:
+            found = work(self.mine)
+        except PeerLost:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other branch has to learn of it
+            failure = error
+        agree(self.group, failure)
+        return found
 
     def exchange(
         self, outputs: Mapping[Pair, Tensor], shapes: Sequence[torch.Size], like: Tensor

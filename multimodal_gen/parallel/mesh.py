@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -46,6 +46,7 @@ class Mesh:
     ring: Group
     sp: Group  # ulysses x ring: slice i of a sequence belongs to rank i
     cfg: Group
+    loading: int = field(default=1, kw_only=True)  # replicas that load now, this one included; filled by the worker
 
     @classmethod
     def solo(cls) -> Mesh:
@@ -55,7 +56,7 @@ class Mesh:
     @classmethod
     def imagined(cls, degrees: Degrees) -> Mesh:
         """Rank 0 of a replica whose other ranks do not exist: to know the sizes of its share, not to compute."""
-        groups = {
+        groups: dict[str, Any] = {
             name: Group(0, size, _Nobody(), CPU) if size > 1 else SOLO
             for name, size in (
                 *(("world", degrees.world), ("tp", degrees.tp), ("ulysses", degrees.ulysses)),
@@ -88,7 +89,7 @@ class Mesh:
             return cls.solo()
         meeting = Meeting(store, timeout_s, address)
         made: dict[tuple[int, ...], Group] = {}
-        groups: dict[str, Group] = {}
+        groups: dict[str, Any] = {}
         for name, key in _KEYS.items():
             own = key(degrees.coordinates(rank))
             ranks = tuple(r for r in range(degrees.world) if key(degrees.coordinates(r)) == own)

@@ -198,10 +198,13 @@ class TensorFile:
 
     def _fingerprint(self, file: int) -> bytes:
         """Of the header and a sample of every tensor; another model of the same shapes differs in nearly all."""
-        found = hashlib.sha256(os.pread(file, self._start, 0))
-        for info in self.tensors.values():
-            length = min(SAMPLE_BYTES, info.end - info.begin)
-            found.update(os.pread(file, length, self._start + info.begin))
+        try:
+            found = hashlib.sha256(os.pread(file, self._start, 0))
+            for info in self.tensors.values():
+                length = min(SAMPLE_BYTES, info.end - info.begin)
+                found.update(os.pread(file, length, self._start + info.begin))
+        except OSError as error:
+            raise CorruptModel(f"{self.path} cannot be read: {error.strerror}.") from None
         return found.digest()
 
     def _staged(self, file: int, begin: int, length: int, direct: bool) -> memoryview:

@@ -126,6 +126,7 @@ class WanPipeline:
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row]) -> None:
         """Fill `row.conditions`; every prompt is encoded by itself, so entries do not depend on their batch."""
+        self.memory.begin("encode")
         for row in rows:
             request = _request(row)
             known = self.conditions.get(request.id)
@@ -229,7 +230,7 @@ class WanPipeline:
         shapes = [self._shape(row) for row in rows]
         patches = [patchify(self._input(row), self.patch).to(self.dtype) for row in rows]
         share = BranchShare(tuple(len(_conditions(row).branches) for row in rows), self.mesh.cfg)
-        outputs = self._branches(name, rows, shapes, patches, share.mine)
+        outputs = share.compute(lambda mine: self._branches(name, rows, shapes, patches, mine))
         width = self.transformers[name].out_dim
         found = share.exchange(outputs, [torch.Size((s.tokens, width)) for s in shapes], patches[0])
         velocities = []
@@ -326,8 +327,8 @@ class WanPipeline:
         self.times.clear()
 
     def reset(self) -> None:
-        """Encoded prompts and pictures, modulations, what the layers made of texts."""
-        for cache in (self.prompts, self.starts, self.times):
+        """Encoded prompts and pictures, modulations, tables of positions, what the layers made of texts."""
+        for cache in (self.prompts, self.starts, self.times, self.layouts):
             cache.clear()
         for conditions in self.conditions.values():
             conditions.contexts.clear()

@@ -125,6 +125,7 @@ class ZImagePipeline:
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row]) -> None:
         """Fill `row.conditions`; every prompt is encoded by itself, so entries do not depend on their batch."""
+        self.memory.begin("encode")
         done: dict[str, Captions] = {}
         for row in rows:
             request = _request(row)
@@ -197,7 +198,7 @@ class ZImagePipeline:
         patches = [patchify(x.to(self.dtype), size) for x in latents]
         captions = [_captions(row).branches(self._guided(row, self._time(row))) for row in rows]
         share = BranchShare(tuple(len(branches) for branches in captions), self.mesh.cfg)
-        outputs = self._branches(rows, patches, captions, share.mine)
+        outputs = share.compute(lambda mine: self._branches(rows, patches, captions, mine))
         found = share.exchange(outputs, [x.shape for x in patches], patches[0])
         velocities = []
         for index, row in enumerate(rows):
@@ -259,6 +260,7 @@ class ZImagePipeline:
     def preview(self, row: Row) -> np.ndarray:
         """The clean-image estimate → uint8 [H, W, 3]."""
         assert row.clean is not None, "previews are asked for before the first step"
+        self.memory.begin("decode")
         return self.vae.decode(row.clean)
 
     def release(self, row: Row) -> None:
@@ -269,9 +271,9 @@ class ZImagePipeline:
         self.times.clear()
 
     def reset(self) -> None:
-        """Encoded prompts and modulations."""
-        self.cache.clear()
-        self.times.clear()
+        """Encoded prompts, modulations, tables of positions."""
+        for cache in (self.cache, self.times, self.layouts):
+            cache.clear()
 
 
 def _scheduler(folder: Path) -> FlowMatchEuler:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from multimodal_gen.adapters import AdapterSource, AdapterUse, SetLora, pins_of
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import AdapterError
+from multimodal_gen.errors import AdapterError, PeerLost, WeightsUnavailable
 from multimodal_gen.lora.manager import LoraManager
+from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
@@ -262,3 +264,46 @@ def memory_of_loading(mesh: Mesh, folder: str, tiny: str) -> dict[str, Tensor]:
 def _anonymous() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def _failure(work: Callable[[], object]) -> Exception | None:
+    try:
+        work()
+    except PeerLost:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def one_rank_cannot_read(mesh: Mesh, folder: str, guidance_scale: float, **options: Any) -> dict[str, Tensor]:
+    """A disk that fails once, in the middle of a run, on the last rank alone; and the run after that."""
+    model = Model.load(mesh, folder, condition_cache_mb=0, **options)
+    request = model.request("x", width=64, height=64, guidance_scale=guidance_scale)
+    before = model.run([request])
+    real, calls = os.preadv, 0
+
+    def failing(*given: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls >= 30 and mesh.rank == mesh.degrees.world - 1:
+            raise OSError(5, "Input/output error")
+        return real(*given)
+
+    row = Row(request, 0)
+    os.preadv = failing
+    try:
+        # After every verb the engine asks all ranks how it went; inside of one, nobody may wait for a rank that failed.
+        for verb in (lambda: model.pipeline.encode([row]), lambda: model.pipeline.prepare(row), *[
+            lambda: model.pipeline.denoise([row])
+        ] * 4):
+            agree(mesh.control, _failure(verb))
+    except WeightsUnavailable:
+        pass
+    else:
+        raise AssertionError("a rank has not learnt that another could not read")
+    finally:
+        os.preadv = real
+    again = model.run([request])
+    assert all(torch.equal(again[name], latents) for name, latents in before.items())
+    return before

@@ -86,6 +86,22 @@ def test_ranks_that_share_a_sequence_stream_all_of_it(ranks: Ranks, family: Fami
         assert_equal(found, resident)
 
 
+@pytest.mark.parametrize("guidance", [4.0, 0.0])
+@pytest.mark.parametrize("offload", ["layerwise", "component"])
+@pytest.mark.parametrize("degrees", [Degrees(tp=2), Degrees(cfg=2), Degrees(tp=2, ulysses=2)], ids=str)
+def test_a_disk_that_fails_for_one_rank_costs_the_request_and_no_more(
+    ranks: Ranks, tmp_path_factory: pytest.TempPathFactory, degrees: Degrees, offload: str, guidance: float
+) -> None:
+    folder = str(make_z_image(tmp_path_factory.mktemp("model"), seed=11, layers=5))
+    ranks.run(
+        degrees,
+        "tests.dist.models:one_rank_cannot_read",
+        folder=folder,
+        guidance_scale=guidance,
+        offload=offload,
+    )
+
+
 def test_what_is_compared_differs_where_it_should(family: Family) -> None:
     kinds = [family.resident[f"{kind}-1/0"] for kind in ("base", "zoo", "both", "beside", "mixed")]
     assert all(not torch.equal(a, b) for i, a in enumerate(kinds) for b in kinds[:i] if a is not kinds[4])

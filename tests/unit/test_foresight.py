@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,34 @@ def test_an_image_goes_from_its_prompt_to_its_steps_without_a_miss(
     with streaming(make_z_image(tmp_path / "z", layers=5)) as gen:
         gen.generate(PROMPT, output_type="latent", **IMAGE)
     assert [ahead for _, ahead in watched].count(False) == 1, "only the very first layer is not there"
+
+
+def test_a_change_of_one_expert_leaves_the_other_s_layers_where_they_are(tmp_path: Path) -> None:
+    folder = make_wan(tmp_path / "wan", "t2v_a14b", layers=4)
+    with streaming(folder) as gen:
+        assert isinstance(gen._engine, LocalEngine)
+        memory = gen._engine.core.pipeline.memory
+        assert memory._stream is not None
+        ring, trees = memory._stream._ring, gen._engine.core.pipeline.trees
+        gen.generate(PROMPT, output_type="latent", guidance_scale=1.0, **{**VIDEO, "num_inference_steps": 1})
+        held = list(ring._held)
+        assert all(layer is not None and layer < 4 for layer in held), "the first expert's"
+        trees["transformer_2"].alter({}, frozenset(trees["transformer_2"].places))
+        assert ring._held == held
+        trees["transformer"].alter({}, frozenset(trees["transformer"].places))
+        assert ring._held == [None, None]
+
+
+@pytest.mark.parametrize("offload", ["none", "layerwise", "component"])
+def test_whoever_lets_go_of_a_model_has_its_memory_back_at_once(tmp_path: Path, offload: str) -> None:
+    gen = DiffGenerator.from_pretrained(str(make_z_image(tmp_path / "z")), offload=offload, threads=1)
+    gen.generate(PROMPT, output_type="latent", **IMAGE)
+    assert isinstance(gen._engine, LocalEngine)
+    model = weakref.ref(gen._engine.core.pipeline.trees["transformer"].model)
+    gc.collect()
+    gc.disable()
+    try:
+        gen.close()
+        assert model() is None, "kept until the collector of cycles comes by"
+    finally:
+        gc.enable()
