@@ -1,4 +1,4 @@
-"""A·B in float32, on a CPU through oneDNN.
+"""A·B in float32, and its sum with another matrix, on a CPU.
 
 torch hands matrix products in float32 to the BLAS that it was built with, which uses a third to a half of what some
 processors can do (MKL on a Zen 5: 0.21 TFLOP/s on two cores, oneDNN 0.43). A 1x1 convolution is the same product and
@@ -16,6 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SUMMED = 128  # numbers that are summed at a time
+THIN = (
+    64  # up to this length of the sum, memory is the limit: the BLAS adds in place, and a third of the traffic is saved
+)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """total [m, n] += scale · a [m, r] · b [r, n], all float32, on one device; returns total."""
+    if a.device.type != "cpu" or a.shape[1] <= THIN:
+        return total.addmm_(a, b, alpha=scale)
+    return total.add_(float32_product(a, b), alpha=scale)
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:

@@ -77,8 +77,10 @@ class MergedTree:
         names: Set[str],
         on_layer: Callable[[], None] = lambda: None,
     ) -> None:
-        recipes = {name: _recipe(updates, self.tree.place(name).cut) for name, updates in wanted.items()}
         doubtful = {name for name, updates in wanted.items() if self._may_overflow(name, updates)}
+        recipes = {
+            name: _recipe(updates, self.tree.place(name).cut, name in doubtful) for name, updates in wanted.items()
+        }
         self.tree.rewrite(recipes, names, on_layer, doubtful)
 
     def _may_overflow(self, name: str, updates: Addends) -> bool:
@@ -95,13 +97,13 @@ def _failure(work: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _recipe(updates: Addends, cut: Cut | None) -> Merge:
+def _recipe(updates: Addends, cut: Cut | None, doubtful: bool) -> Merge:
     """For a weight, or the piece of it that a rank holds."""
     if cut is None:
-        return Merge(tuple(updates))
+        return Merge(tuple(updates), doubtful=doubtful)
     if cut.dim > 0 and any(update.reads_base for update, _ in updates):
-        return Merge(tuple(updates), cut)
-    return Merge(tuple((piece(update, cut), strength) for update, strength in updates))
+        return Merge(tuple(updates), cut, doubtful)
+    return Merge(tuple((piece(update, cut), strength) for update, strength in updates), doubtful=doubtful)
 
 
 def piece(update: Update, cut: Cut) -> Update:
@@ -117,6 +119,7 @@ class Merge:
 
     updates: Addends
     columns: Cut | None = None  # which columns of the result are held, where the updates are for whole rows
+    doubtful: bool = True  # whether the sums may overflow, so that each is looked at
 
     @property
     def whole(self) -> bool:
@@ -130,7 +133,7 @@ class Merge:
         def change(rows: slice, pristine: Tensor) -> Tensor:
             total = _sum(pristine.to(device, torch.float32, copy=True), ready, rows)
             merged = (total if self.columns is None else total[:, self.columns.piece(total.shape[1])]).to(dtype)
-            if not merged.sum(dtype=torch.float32).isfinite():
+            if self.doubtful and not merged.sum(dtype=torch.float32).isfinite():
                 raise AdapterError(
                     "The adapters overflow the model's numbers at these strengths; lower them, or the alpha."
                 )

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from multimodal_gen.kernels.float32_product import float32_product
+from multimodal_gen.kernels.float32_product import add_product_, float32_product
 
 NORM_EPS = torch.finfo(torch.float32).eps
 
@@ -103,7 +103,7 @@ class LowRank:
         return replace(self, down=self.down[:, columns])
 
     def add_(self, total: Tensor, base: Tensor, rows: slice, strength: float) -> None:
-        total.add_(float32_product(self.up[rows], self.down), alpha=strength * self.scale)
+        add_product_(total, self.up[rows], self.down, strength * self.scale)
 
 
 @dataclass(frozen=True)
