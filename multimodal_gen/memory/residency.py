@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import CorruptModel, PeerLost, WeightsUnavailable
 from multimodal_gen.memory.component import Component
-from multimodal_gen.memory.estimate import Load, StepCost
+from multimodal_gen.memory.estimate import Load
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.memory.layers import Layer, Track, find_layers
@@ -68,7 +68,6 @@ class Memory:
         self.plan: MemoryPlan | None = None  # filled by load
         self.usual: Working = {}  # for a request of the default size; filled by load
         self.least: Working = {}  # for the smallest request; filled by load
-        self.cost: StepCost | None = None  # of a step where layers stream; filled by load
         self.use = MemoryUse()
         self.asleep = False
         self._config, self._device, self._folder, self._mesh = config, device, folder, mesh
@@ -150,7 +149,7 @@ class Memory:
         """Say the plan, before minutes of reading."""
         assert self.plan is not None
         files = [path for component in self._components.values() for path in component.weights.files]
-        lines, self.cost = preflight(self.plan, self.sizes(), Load.of(card), files, self._device, dtype)
+        lines, _ = preflight(self.plan, self.sizes(), Load.of(card), files, self._device, dtype)
         placed = any(share.residency != "resident" for share in self.plan.shares.values())
         for line in lines if placed else lines[-1:]:  # where nothing leaves, the peak is all there is to say
             log.info("memory: %s", line)

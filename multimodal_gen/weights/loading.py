@@ -165,11 +165,6 @@ class WeightTree:
             where = next(iter(self.files)).parent if self.files else "the checkpoint"
             raise CorruptModel(f"{where}: {len(wrong)} tensors are missing or doubled, for example {wrong[0]!r}.")
 
-    def load(self) -> None:
-        """Fill every parameter that has memory. Raises: as `verify` and `fill`."""
-        self.verify()
-        self.fill(self.places.keys() - self.absent)
-
     def alter(self, recipes: Mapping[str, Recipe], keys: Set[str]) -> None:
         """From now on fill these keys by `recipes`, those without one as the files hold them."""
         kept = {key: recipe for key, recipe in self.recipes.items() if key not in keys}
@@ -286,12 +281,3 @@ def clear_padding(model: nn.Module) -> None:
         if isinstance(layer, Slotted):
             for view in layer.padding():
                 view.zero_()
-
-
-def load_weights(
-    model: nn.Module, files: Sequence[Path], renames: Sequence[Rename] = (), ignored: Sequence[str] = ()
-) -> WeightTree:
-    """Fill every parameter of `model` from `files`. Raises as `WeightTree` and `WeightTree.load`."""
-    tree = WeightTree(model, files, renames, ignored)
-    tree.load()
-    return tree

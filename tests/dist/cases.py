@@ -20,7 +20,8 @@ from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.sequence import TokenShards, choose_attention
 from multimodal_gen.parallel.tensor import COLUMN, HEADS, ROW, Rule, shard
 from multimodal_gen.pipelines.vaes.tiles import decode_shared
-from multimodal_gen.weights.loading import Rename, allocate, construction, load_weights
+from multimodal_gen.weights.loading import Rename, allocate, construction
+from tests.support.weights import load_weights
 
 CPU = torch.device("cpu")
 

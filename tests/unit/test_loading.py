@@ -12,7 +12,8 @@ from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.norm import AcrossHeadsRMSNorm
 from multimodal_gen.parallel.group import Group
 from multimodal_gen.parallel.tensor import COLUMN, HEADS, ROW, Rule, shard
-from multimodal_gen.weights.loading import Rename, allocate, construction, load_weights
+from multimodal_gen.weights.loading import Rename, allocate, construction
+from tests.support.weights import load_weights
 
 pytestmark = [pytest.mark.unit]
 
