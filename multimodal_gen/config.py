@@ -28,9 +28,13 @@ NotNegative = Annotated[int, Meta(ge=0)]
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to load one model and run it; the same for the server, the CLI and `DiffGenerator`."""
 
-    model_path: Annotated[str, Meta(description="bundled model name, local folder, or hub repository id")] = (
-        DEFAULT_MODEL
-    )
+    model_path: Annotated[
+        str,
+        Meta(
+            description="bundled model name, local folder, or hub repository id; none: no pictures, the default "
+            "where --llm-path is given"
+        ),
+    ] = DEFAULT_MODEL
     revision: Annotated[str | None, Meta(description="hub revision (branch, tag or commit)")] = None
     local_files_only: Annotated[bool, Meta(description="never download a model")] = False
     device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N")] = "auto"
@@ -149,6 +153,66 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_loras: Annotated[int, Meta(ge=0, description="adapters loaded at once; 0 refuses all")] = 64
     max_lora_mb: Annotated[int, Meta(ge=1, description="memory for the tensors of all loaded adapters")] = 4096
     max_lora_rank: Annotated[int, Meta(ge=1, description="largest rank of an adapter's modules")] = 1024
+    llm_path: Annotated[
+        str | None,
+        Meta(description="language model: a folder, a GGUF file, a hub repository id, or smollm2; default: none"),
+    ] = None
+    llm_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="the language model's weights and activations; auto = the fastest that is computed natively"),
+    ] = "auto"
+    llm_quantization: Annotated[
+        Literal["none", "int8", "int4"],
+        Meta(description="the language model's weights in fewer bits, on a CPU; slightly approximate"),
+    ] = "none"
+    max_context: Annotated[
+        AtLeastOne | None,
+        Meta(description="tokens of a prompt and its answer; default: what the language model allows"),
+    ] = None
+    kv_cache_memory: Annotated[
+        int | None,
+        Meta(
+            description="memory for keys and values of text (1GB, 512MiB); default: what requests may need, "
+            "at most a fifth of what is free",
+            extra={"parse": parse_size},
+        ),
+    ] = None
+    kv_page_size: Annotated[int, Meta(ge=1, le=256, description="tokens per page of keys and values")] = 16
+    prefix_cache: Annotated[
+        bool, Meta(description="keep the keys and values of prompts for requests that begin alike")
+    ] = True
+    chunked_prefill_size: Annotated[
+        AtLeastOne | None,
+        Meta(description="tokens of one text step; longer prompts are read in pieces; default: by device"),
+    ] = None
+    max_running_requests: Annotated[int, Meta(ge=1, description="texts that are written at once, choices counted")] = 64
+    max_queued_requests: Annotated[int, Meta(ge=1, description="text requests that may wait; more is answered 429")] = (
+        512
+    )
+    schedule_policy: Annotated[
+        Literal["fcfs", "lpm", "routing-key", "priority"],
+        Meta(
+            description="which waiting text request starts next: the first (fcfs), the longest cached prompt "
+            "(lpm), the routing key that most running ones have, or the highest priority"
+        ),
+    ] = "fcfs"
+    tpot_budget_ms: Annotated[
+        float, Positive, Meta(description="time per token of text that pictures made beside it may stretch it to")
+    ] = 150.0
+    max_loras_per_batch: Annotated[
+        int, Meta(ge=1, description="different adapters in one text step, the base model counted as one")
+    ] = 8
+    max_loaded_loras: Annotated[
+        AtLeastOne | None, Meta(description="adapters of the language model in memory; default: as --max-loras")
+    ] = None
+    lora_paths: Annotated[
+        list[str],
+        Meta(description="adapters of the language model to load from the start: NAME=PATH, or NAME=PATH:pinned"),
+    ] = []
+    scheduler_status_target: Annotated[
+        str | None, Meta(description="where the text scheduler tells what runs and waits, as JSON: stdout, or a folder")
+    ] = None
+    scheduler_status_interval_s: Annotated[float, Positive, Meta(description="time between two of those lines")] = 60.0
     fault: Annotated[
         str | None, Meta(description="tests only: STAGE:ACTION:COUNT[@RANK], injects a failure into the workers")
     ] = None
@@ -192,6 +256,18 @@ class ServerConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_field
     ] = "error"
     max_connections: Annotated[int, Meta(ge=1, description="open connections; more are answered 503")] = 1000
     drain_timeout_s: Annotated[float, Meta(ge=0, description="time for running requests to finish at SIGTERM")] = 25.0
+    grammar_timeout_s: Annotated[float, Positive, Meta(description="time for compiling a schema, regex or grammar")] = (
+        1.5
+    )
+    tool_call_parser: Annotated[
+        str, Meta(description="how the model writes tool calls: auto, none, or a name from `mmgen models`")
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str, Meta(description="how the model marks its reasoning: auto, none, or a name from `mmgen models`")
+    ] = "auto"
+    enhance_timeout_s: Annotated[
+        float, Positive, Meta(description="time for enhance_prompt; then the prompt is used as it was written")
+    ] = 20.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
 

@@ -17,6 +17,7 @@ import msgspec
 from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.request import AnyRequest, ModelCard, Timings
+from multimodal_gen.text import FinishReason, TextCard, TextRequest, TextTimings, TextUsage, TokenLogprob
 
 MAX_FRAME_BYTES = 1 << 30
 
@@ -61,8 +62,11 @@ class Seat(msgspec.Struct, frozen=True):
 class Load(Message, frozen=True):
     """The first message of a worker's life."""
 
-    card: ModelCard
+    card: ModelCard | None
+    """None: no pictures and videos are made"""
     config: EngineConfig
+    text: TextCard | None = None
+    """None: no text is written"""
     loras: LoraState | None = None
     """of the worker before this one; None: the first worker loads those of the configuration"""
     seat: Seat = Seat()
@@ -84,6 +88,10 @@ class Generate(Message, frozen=True):
     request: AnyRequest
     resume: list[RowState] = []
     """rows that go on where another process left them; the others start"""
+
+
+class GenerateText(Message, frozen=True):
+    request: TextRequest
 
 
 class Cancel(Message, frozen=True):
@@ -119,7 +127,7 @@ class Turn(Message, frozen=True):
     """From rank 0 to all ranks before every step: what has arrived, and what time it is. All else follows from it."""
 
     clock: float
-    messages: list[Generate | Cancel | ChangeLoras | Sleep | Wake | Shutdown]
+    messages: list[Generate | GenerateText | Cancel | ChangeLoras | Sleep | Wake | Shutdown]
 
 
 class Staging(Message, frozen=True):
@@ -258,6 +266,37 @@ class Failed(Message, frozen=True):
     error: ErrorInfo
 
 
+class TextDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step has added to one answer."""
+
+    request_id: str
+    index: int
+    """of the choice"""
+    text: str
+    """whole characters; may be empty while a character, or a stop text, may still be under way"""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """of token_ids, where they were asked for"""
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """with finish: the stop text or stop token that ended it; None: the model's end, or the limit"""
+
+
+class TextStep(Message, frozen=True):
+    """The deltas of one step, of all requests."""
+
+    deltas: list[TextDelta]
+
+
+class TextFinished(Message, frozen=True):
+    """All choices of a request are finished; comes after the last delta."""
+
+    request_id: str
+    usage: TextUsage
+    timings: TextTimings
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
 class LorasChanged(Message, frozen=True):
     """The change is done: requests sent from now on may use it. `changed` is False where nothing had to be done."""
 
@@ -301,9 +340,9 @@ class Gauges(Message, frozen=True):
     weights: WeightsUse = WeightsUse()
 
 
-ToWorker = Load | Generate | Cancel | ChangeLoras | Sleep | Wake | Shutdown
+ToWorker = Load | Generate | GenerateText | Cancel | ChangeLoras | Sleep | Wake | Shutdown
 OfARequest = Started | Progress | Checkpoint | Preview | Finished | Failed
-Event = OfARequest | LorasChanged | LorasRefused | MemoryChanged | Gauges
+Event = OfARequest | TextStep | TextFinished | LorasChanged | LorasRefused | MemoryChanged | Gauges
 FromWorker = Ready | LoadFailed | Event
 
 _encoder = msgspec.msgpack.Encoder()

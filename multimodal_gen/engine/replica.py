@@ -48,6 +48,8 @@ from multimodal_gen.messages import (
     Shutdown,
     Sleep,
     Started,
+    TextFinished,
+    TextStep,
     Wake,
 )
 from multimodal_gen.request import ModelCard
@@ -266,7 +268,7 @@ class Replica:
     async def _one_life(self) -> str:
         """From the start of a group to its end, which is told in words."""
         loras = self.loras if self.ready else None
-        load = Load(self._card, self._config, loras, loading=self._owner.replicas_loading())
+        load = Load(self._card, self._config, loras=loras, loading=self._owner.replicas_loading())
         self._group, self._patience, self._spoke = None, Patience(self._config.step_timeout_s), 0.0
         try:
             self._group = WorkerGroup(await self.place.start(load))
@@ -328,7 +330,7 @@ class Replica:
             if isinstance(message, LorasChanged):
                 self.loras = message.state
             self._orders.answered(message)
-        elif message.request_id in self.tickets:
+        elif not isinstance(message, (TextStep, TextFinished)) and message.request_id in self.tickets:
             self._deliver(self.tickets[message.request_id], message)
 
     def _restored(self, message: Ready) -> LoraState:

@@ -141,6 +141,7 @@ def _load(load: Load, clock: TurnClock) -> tuple[Ranks, EngineCore]:
         config = msgspec.structs.replace(config, device=f"cuda:{load.seat.device}")
         device = resolve_device(config.device)
         torch.cuda.set_device(device)
+    assert load.card is not None, "text alone comes with the arbiter"
     degrees = plan(load.config, load.card).degrees
     ranks = meet(load.seat, degrees, device, config.load_timeout_s, config.step_timeout_s)
     ranks.mesh = dataclasses.replace(ranks.mesh, loading=load.loading)

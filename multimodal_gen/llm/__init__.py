@@ -1,0 +1,1 @@
+"""Language models: paged KV, prefix cache, scheduler, sampler, grammars, parsers, and the models themselves."""
