@@ -119,7 +119,7 @@ def test_the_newest_of_the_lowest_priority_is_preempted_and_reads_its_tokens_aga
         if s.scheduler.preemptions > before:
             victims.append(s.scheduler.queued_ids)
     assert victims[0] == ["low"]
-    assert [name for name, _ in s.finished][0] == "old"
+    assert next(name for name, _ in s.finished) == "old"
     alone = Stepper()
     for name, start, stop in (("low", 0, 10), ("old", 20, 30), ("new", 40, 48)):
         alone.scheduler.add(text_request(name, range(start, stop), 12))
