@@ -52,7 +52,7 @@ class AdapterTurns:
         return frozenset(self._ran)
 
 
-class AdapterSlots:
+class ReadyAdapters:
     """Which adapters are ready to compute: at most `limit`, the base model counted as one, the least used go first.
 
     The base model goes after every adapter: it is what most texts use, and what makes a server useful without any.

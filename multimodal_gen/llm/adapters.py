@@ -13,7 +13,7 @@ from multimodal_gen.adapters import AdapterInfo, AdapterSource, Change, LoraStat
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, AdapterMergeOnly, AdapterNotFound, AdapterUnavailable, did_you_mean
 from multimodal_gen.llm.adapter_tree import DecoderTree
-from multimodal_gen.llm.adapter_turns import AdapterSlots
+from multimodal_gen.llm.adapter_turns import ReadyAdapters
 from multimodal_gen.lora.changes import Staged
 from multimodal_gen.lora.overlay import make_overlay
 from multimodal_gen.lora.store import AdapterStore, Limits, Loaded
@@ -94,8 +94,8 @@ class TextAdapters:
             cure="unload one (POST /v1/unload_lora_adapter)",
         )
         self._store = AdapterStore(limits, {tree.target.tree: tree.spellings})
-        self._slots = AdapterSlots(config.max_loras_per_batch)
-        self._overlays: dict[str, Overlay | None] = {}  # digest → of those in the slots; None: it does nothing
+        self._ready = ReadyAdapters(config.max_loras_per_batch)
+        self._overlays: dict[str, Overlay | None] = {}  # digest → of those that are ready; None: it does nothing
 
     # --- changes ------------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class TextAdapters:
 
         Raises: what allocating raised, on this rank or another.
         """
-        for leaving in self._slots.bring(adapters):
+        for leaving in self._ready.bring(adapters):
             self._overlays.pop(leaving or "", None)
         overlays = {digest: self._overlay(digest) for digest in dict.fromkeys(adapters) if digest is not None}
         return Routing.of(lengths, [None if digest is None else overlays[digest] for digest in adapters])
@@ -162,7 +162,7 @@ class TextAdapters:
     def forget_overlays(self) -> None:
         """Let go of what is computed with; it is made again when it is asked for."""
         for digest in list(self._overlays):
-            self._slots.drop(digest)
+            self._ready.drop(digest)
         self._overlays.clear()
 
     @property
@@ -185,4 +185,4 @@ class TextAdapters:
         self._store.sweep()
         for digest in [digest for digest in self._overlays if digest not in self._store]:
             del self._overlays[digest]
-            self._slots.drop(digest)
+            self._ready.drop(digest)
