@@ -1,8 +1,8 @@
 """Which adapters compute in the next step, where texts use more of them than one step may hold. No torch here.
 
-All texts that were admitted are in; those whose adapter has no turn wait one step or more with all they have. The base
-model is an adapter like the others: it takes a place and gets turns. All of it follows from the order of calls alone, so
-the ranks of a replica decide alike.
+All texts that were admitted are in; those whose adapter has no turn wait for some steps with all they have. The base
+model is an adapter like the others: it takes a place and gets turns. All of it follows from the order of calls alone,
+so the ranks of a replica decide alike.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AdapterTurns:
         return frozenset(self._ran)
 
 
-class AdapterSlots:
+class ReadyAdapters:
     """Which adapters are ready to compute: at most `limit`, the base model counted as one, the least used go first.
 
     The base model goes after every adapter: it is what most texts use, and what makes a server useful without any.

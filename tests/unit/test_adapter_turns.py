@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from multimodal_gen.llm.adapter_turns import TURN_STEPS, AdapterSlots, AdapterTurns
+from multimodal_gen.llm.adapter_turns import TURN_STEPS, AdapterTurns, ReadyAdapters
 
 pytestmark = [pytest.mark.unit]
 
@@ -73,7 +73,7 @@ def test_the_same_calls_choose_the_same_on_every_rank():
 
 
 def test_adapters_leave_before_the_base_and_the_least_used_first():
-    slots = AdapterSlots(3)
+    slots = ReadyAdapters(3)
     assert slots.bring([None]) == []
     assert slots.bring(["a"]) == []
     assert slots.bring(["b"]) == []
@@ -85,12 +85,12 @@ def test_adapters_leave_before_the_base_and_the_least_used_first():
 
 
 def test_one_slot_holds_whoever_computes():
-    slots = AdapterSlots(1)
+    slots = ReadyAdapters(1)
     assert [list(slots.bring([who])) for who in ("a", "b", None, "a")] == [[], ["a"], ["b"], [None]]
 
 
 def test_what_is_wanted_now_never_leaves():
-    rng, slots = random.Random(3), AdapterSlots(4)
+    rng, slots = random.Random(3), ReadyAdapters(4)
     for _ in range(2000):
         wanted = rng.sample([None, *"abcdefgh"], rng.randint(1, 4))
         leaving = slots.bring(wanted)
