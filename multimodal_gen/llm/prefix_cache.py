@@ -47,6 +47,7 @@ class PrefixCache:
         self.page_size, self.keep = page_size, keep
         self.max_pinned = pool.pages // 4 if max_pinned is None else max_pinned
         self.nodes = 0
+        self.locked = 0  # nodes that sequences use
         self.pinned = 0
         self.evictable = 0  # nodes that are neither locked nor pinned
         self.evictions = 0  # pages, since the start
@@ -55,6 +56,11 @@ class PrefixCache:
         self._heap: list[tuple[int, int, Node]] = []  # (used, serial, leaf); an entry may be out of date
         self._ticks = 0
         self._serial = 0
+
+    @property
+    def unlocked(self) -> int:
+        """Pages that only the tree uses."""
+        return self.nodes - self.locked
 
     def match(self, owner: Owner, tokens: Sequence[int], pages: int) -> list[Node]:
         """The longest path that begins as `tokens` do, at most `pages` long; locked."""
@@ -91,6 +97,7 @@ class PrefixCache:
         node = parent.children[tokens] = Node(tokens, page, parent)
         self._pool.share(page)
         self.nodes += 1
+        self.locked += 1
         return node
 
     def pin(self, path: Sequence[Node]) -> None:
@@ -110,6 +117,7 @@ class PrefixCache:
             node.used = self._ticks
             if self._pool.references(node.page) > 1:
                 continue
+            self.locked -= 1
             if not self.keep:
                 self._remove(node)
             elif not node.pinned:
@@ -159,7 +167,9 @@ class PrefixCache:
     # --- the tree ---------------------------------------------------------------------------------------------------
 
     def _lock(self, node: Node) -> None:
-        self.evictable -= self._pool.references(node.page) == 1 and not node.pinned
+        if self._pool.references(node.page) == 1:
+            self.locked += 1
+            self.evictable -= not node.pinned
         self._pool.share(node.page)
 
     def _is_free_leaf(self, node: Node) -> bool:

@@ -280,7 +280,7 @@ def test_random_requests_and_aborts_leave_nothing_behind(policy: str, prefix_cac
         s.run()
         assert {name for name, _ in s.finished} | done == {f"r{number}" for number in range(60)}
         tree, pool = s.holdings.tree, s.holdings.pool
-        assert pool.used == tree.nodes == tree.evictable + tree.pinned
+        assert pool.used == tree.nodes == tree.unlocked == tree.evictable + tree.pinned
         assert prefix_cache or pool.used == 0
         tree.clear()
         assert (pool.used, tree.nodes, tree.evictable, tree.pinned) == (0, 0, 0, 0)
