@@ -62,6 +62,11 @@ class Batch:
         return len(self.ids)
 
     @cached_property
+    def slots_at(self) -> tuple[Tensor, Tensor]:
+        """Page and offset of each slot, int64 [T] each."""
+        return self.slots // self.page_size, self.slots % self.page_size
+
+    @cached_property
     def page_table(self) -> Tensor:
         """int32 [B, pages of the longest span]; zeros where a sequence has fewer."""
         width = max(-(-span.stop // self.page_size) for span in self.spans)
