@@ -25,7 +25,13 @@ class Attempts:
         self._reset = reset
 
     def __call__(
-        self, what: str, work: Callable[[], None], rows: Sequence[Row] = (), patience_s: float | None = None
+        self,
+        what: str,
+        work: Callable[[], None],
+        rows: Sequence[Row] = (),
+        patience_s: float | None = None,
+        *,
+        lockstep: bool = False,
     ) -> MmgenError | None:
         """Run work; returns the error that it came to on all ranks together, or None.
 
@@ -34,6 +40,7 @@ class Attempts:
 
         Args:
             patience_s: by how much the ranks may differ in the time it takes; None: as long as a step may take.
+            lockstep: ranks wait for one another inside the work, as they do for that on rows.
 
         Raises: PeerLost.
         """
@@ -50,7 +57,7 @@ class Attempts:
             traceback.clear_frames(failure.__traceback__)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        verdict = self._ranks.agree(what, failure, in_lockstep=bool(rows), patience_s=patience_s)
+        verdict = self._ranks.agree(what, failure, in_lockstep=bool(rows) or lockstep, patience_s=patience_s)
         if verdict is not None and not self._ranks.alone:
             if failure is None:
                 log.error("%s failed on another rank: %s", what, verdict.message)

@@ -26,7 +26,7 @@ def attempt_alone(what: str, work: Callable[[], None], *, lockstep: bool = False
         work()
     except PeerLost:
         raise
-    except Exception as error:  # noqa: BLE001 - every kind of failure has the same answer: an end that is told
+    except Exception as error:  # every kind of failure has the same answer: an end that is told
         log.error("%s failed", what, exc_info=error)
         traceback.clear_frames(error.__traceback__)
         return as_ours(error)

@@ -129,8 +129,8 @@ class TextCore:
                 raise Asleep("The model is asleep and its memory is given back; wake it first.")
             if len(request.prompt) + request.max_tokens > self.room.context:
                 raise PromptTooLong(
-                    f"The prompt has {len(request.prompt)} tokens and the answer may have {request.max_tokens}; together "
-                    f"at most {self.room.context} fit. Shorten the prompt, or lower max_tokens.",
+                    f"The prompt has {len(request.prompt)} tokens and the answer may have {request.max_tokens}; "
+                    f"together at most {self.room.context} fit. Shorten the prompt, or lower max_tokens."
                 )
             let_go = self.adapters.hold(request.adapter)
         except MmgenError as error:

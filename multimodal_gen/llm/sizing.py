@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from multimodal_gen import units
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.text import TextCard
-from multimodal_gen.units import format_size
 
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}  # a step of so many takes some times as long as one that only writes
 SHARE = 5  # of what is free, a fifth is taken where nobody says how much
@@ -49,8 +49,8 @@ def settle(card: TextCard, config: EngineConfig, page_bytes: int, free: int, dev
     holds = pages * config.kv_page_size
     if holds < 2 or (config.max_context is not None and holds < wanted):
         raise ConfigError(
-            f"One text of {wanted} tokens needs {format_size(per_text * page_bytes)} for keys and values, and there are "
-            f"{format_size(pages * page_bytes)}: room for {holds} tokens. Raise --kv-cache-memory, or lower "
+            f"One text of {wanted} tokens needs {units.size(per_text * page_bytes)} for keys and values, and there are "
+            f"{units.size(pages * page_bytes)}: room for {holds} tokens. Raise --kv-cache-memory, or lower "
             "--max-context.",
             param="kv_cache_memory" if config.kv_cache_memory is not None else "max_context",
         )

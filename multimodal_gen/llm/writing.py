@@ -28,7 +28,9 @@ class Writing:
     request: TextRequest
     end_ids: tuple[int, ...]  # tokens that end an answer
     let_go: Callable[[], None]  # of its adapter
-    arrived: float = field(default_factory=time.monotonic)  # this and the other times: measured, nothing is decided by it
+    arrived: float = field(
+        default_factory=time.monotonic
+    )  # this and the other times: measured, nothing is decided by it
     started: float | None = None  # its first step
     first: float | None = None  # its first token
     choices: dict[int, Choice] = field(default_factory=dict)  # by index; made by `choice`
