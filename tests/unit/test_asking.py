@@ -48,7 +48,7 @@ def test_an_answer_without_a_limit_may_fill_the_context() -> None:
 
 
 def test_a_full_context_names_both_numbers() -> None:
-    with pytest.raises(ContextExceeded, match="120 tokens.* is 100") as caught:
+    with pytest.raises(ContextExceeded, match=r"120 tokens.* is 100") as caught:
         ask(prompt=(1,) * 120)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(ContextExceeded, match=r"98.*100.*97") as caught:
