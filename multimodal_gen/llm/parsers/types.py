@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -65,7 +66,7 @@ def value_of(text: str, types: frozenset[str]) -> Any:
     for read in (_json, _python, _word):
         try:
             value = read(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         kind = type_of(value)
         if kind in types or (kind == "integer" and "number" in types):
@@ -105,8 +106,16 @@ def _steps(reference: str) -> Iterable[str]:
     return (step.replace("~1", "/").replace("~0", "~") for step in reference.split("/")[1:])
 
 
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
+
+
 def _json(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse)
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
 
 
 def _python(text: str) -> Any:
@@ -116,7 +125,8 @@ def _python(text: str) -> Any:
 
 
 def _word(text: str) -> Any:
-    return {"true": True, "false": False, "null": None, "none": None}[text.lower()] if text.isalpha() else _refuse(text)
+    word = text.lower()
+    return _WORDS[word] if word in _WORDS else _refuse(text)
 
 
 def _refuse(text: str) -> NoReturn:
