@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from multimodal_gen.adapters import LoraStates
 from multimodal_gen.engine.channel import ChannelClosed, WorkerChannel
 from multimodal_gen.errors import GenerationFailed, MmgenError, PeerLost
 from multimodal_gen.messages import (
@@ -116,7 +117,7 @@ def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
                 threads=core.threads,
                 max_batch_tokens=core.scheduler.max_batch_tokens,
                 targets=tuple(core.pipeline.trees),
-                loras=core.loras.state,
+                loras=LoraStates(core.loras.state),
                 lora_error=lora_error,
                 plan=core.sleeper.plan,
                 weights=core.sleeper.weights,
@@ -156,7 +157,7 @@ def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
     Files that are gone are told in the state; an error here is one of merging.
     """
     try:
-        core.bring_adapters(load.loras)
+        core.bring_adapters(None if load.loras is None else load.loras.pictures)
     except PeerLost:
         raise
     except MmgenError as error:
