@@ -170,8 +170,10 @@ class Ready(Message, frozen=True):
     lora_error: ErrorInfo | None = None
     """why the adapters of the worker before this one could not be brought back"""
     plan: WeightsPlan | None = None
-    """None: weights of the fallback family are not planned, those of text stay"""
+    """None: weights of the fallback family are not planned"""
     weights: WeightsUse = WeightsUse()
+    rests: bool = False
+    """whether it can give its memory back and live on"""
     text: TextInfo | None = None
 
 

@@ -41,7 +41,7 @@ def describe(config: EngineConfig) -> Cards:
         text = describe_text(config)
     elif config.lora_paths:
         raise ConfigError(
-            "--lora-paths names adapters of a language model, and none is loaded (--llm-path); --lora names those of the "
+            "--lora-paths names adapters of a language model, and none is loaded (--llm-path); --lora names those of a "
             "model of pictures.",
             param="lora_paths",
         )

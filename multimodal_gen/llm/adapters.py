@@ -109,9 +109,10 @@ class TextAdapters:
         self.state = staged.state
         self._forget_dropped()
 
-    def restore(self, state: LoraState) -> None:
-        """Before the first request: the adapters of the engine before this one; files that are gone are `missing`."""
-        self.commit(self.stager().stage(RestoreLora(state=state)), weights_too=False)
+    def lose(self, state: LoraState, why: str) -> None:
+        """The adapters of the engine before this one cannot be had: requests are told instead of served by less."""
+        missing = {info.digest: why for info in state.loaded}
+        self.commit(Staged({}, LoraState(loaded=state.loaded, missing=missing), {}, changed=True), weights_too=False)
 
     def change(self, change: Change) -> None:
         """Make a change from beginning to end. Raises: the AdapterError family; nothing has changed then."""
