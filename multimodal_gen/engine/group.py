@@ -19,6 +19,7 @@ from multimodal_gen.engine.channel import ChannelClosed
 from multimodal_gen.messages import FromWorker, Load, LoadFailed, decode_from_worker
 
 WATCH_SECONDS = 1.0
+DUMP_SECONDS = 0.3  # for a rank to write the stacks of its threads
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ class Worker(Protocol):
 
     async def frame(self) -> bytes:
         """The next message's bytes. Raises: ChannelClosed once it has died."""
+
+    def dump(self) -> None:
+        """Have it write the stacks of its threads to its log, if it still can."""
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
@@ -94,6 +98,7 @@ class WorkerGroup:
                     silent = 0.0 if limit is None else silent + WATCH_SECONDS
                     if limit is not None and silent >= limit:
                         log.error("the worker has been silent for %g s in the middle of its work; killing it", silent)
+                        await self._dump()
                         self.kill()
                         return
                     continue
@@ -112,6 +117,14 @@ class WorkerGroup:
             self.kill()
         finally:
             arriving.cancel()
+
+    async def _dump(self) -> None:
+        """Where every rank is: the one that hangs need not be the one that is silent. One after another, so that the
+        log can be read."""
+        for rank, worker in enumerate(self.workers):
+            log.error("stacks of rank %d (process %d):", rank, worker.pid)
+            worker.dump()
+            await asyncio.sleep(DUMP_SECONDS)
 
     def kill(self) -> None:
         """End every rank at once."""

@@ -14,7 +14,7 @@ import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig, engine_part
-from multimodal_gen.engine.group import Place, WorkerGroup
+from multimodal_gen.engine.group import Place, Placed, WorkerGroup
 from multimodal_gen.engine.orders import Orders, rebuilt
 from multimodal_gen.engine.patience import Patience
 from multimodal_gen.engine.readings import Readings
@@ -271,7 +271,7 @@ class Replica:
         load = Load(self._card, self._config, loras=loras, loading=self._owner.replicas_loading())
         self._group, self._patience, self._spoke = None, Patience(self._config.step_timeout_s), 0.0
         try:
-            self._group = WorkerGroup(await self.place.start(load))
+            self._group = WorkerGroup(await self._place(load))
         except Exception as error:
             log.error("no worker could be started", exc_info=None if isinstance(error, MmgenError) else error)
             if self.ready is None:
@@ -285,6 +285,14 @@ class Replica:
         self.state = "restarting" if self.ready else "loading"  # requests go elsewhere from now on
         self.readings.forget()
         return await self._group.stop(STOP_SECONDS)
+
+    async def _place(self, load: Load) -> Placed:
+        """Raises: WorkerCrashed once the time for loading is over; whatever else keeps the ranks from being started."""
+        limit = self._config.load_timeout_s
+        try:
+            return await asyncio.wait_for(self.place.start(load), limit)
+        except asyncio.TimeoutError:
+            raise WorkerCrashed(f"The worker processes had not started after {limit:g} s (--load-timeout-s).") from None
 
     def _stall_limit(self) -> float | None:
         """Seconds of silence after which the group counts as hung; None while silence is natural."""

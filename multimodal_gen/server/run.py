@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from multimodal_gen.config import ServerConfig, check_bind
 from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
+from multimodal_gen.observe.watchdog import stacks_after, watch_loop
 from multimodal_gen.request import ModelCard
 from multimodal_gen.server.app import create_app
 from multimodal_gen.server.errors import error_response
@@ -105,10 +106,11 @@ class _Server:
         for number in SIGNALS:
             loop.add_signal_handler(number, self.signals.put_nowait, int(number))
         try:
-            engine = EngineClient(self.config)
-            jobs = _jobs(self.config, engine)
-            if jobs is not None:
-                await jobs.start()
+            with stacks_after(self.config.load_timeout_s):
+                engine = EngineClient(self.config)
+                jobs = _jobs(self.config, engine)
+                if jobs is not None:
+                    await jobs.start()
         except MmgenError as error:
             return _complain(error)
         url = url_of(self.listener)
@@ -119,6 +121,7 @@ class _Server:
         )
         front = _Front(self._uvicorn(engine, jobs))
         serving = asyncio.create_task(front.serve(sockets=[self.listener]))
+        watching = asyncio.create_task(watch_loop())
         code = 1
         try:
             await engine.start()
@@ -134,6 +137,7 @@ class _Server:
         else:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
+        watching.cancel()
         return code
 
     async def _watch(self, engine: EngineClient, jobs: JobRunner | None, serving: asyncio.Task[None]) -> int:
