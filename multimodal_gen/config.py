@@ -18,6 +18,7 @@ from multimodal_gen.offload import parse_components, parse_pin, parse_prefetch
 from multimodal_gen.units import parse_size
 
 DEFAULT_MODEL = "emoji-image"
+NO_MODEL = "none"
 
 Positive = Meta(gt=0)
 # A bound belongs to the number, not to the union with None around it: msgspec refuses it there.

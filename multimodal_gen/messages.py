@@ -1,9 +1,9 @@
 """Everything that crosses a process border, as typed msgspec structs. Nothing here is ever unpickled.
 
-front → worker: `Load`, `Generate`, `Cancel`, `ChangeLoras`, `Sleep`, `Wake`, `Shutdown`.
+front → worker: `Load`, `Generate`, `GenerateText`, `Cancel`, `ChangeLoras`, `Sleep`, `Wake`, `Shutdown`.
 rank 0 → all ranks of its replica: `Turn`; each rank → all: `Outcome`, `Staging`.
 worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Checkpoint`, `Preview`, `Finished`, `Failed`,
-`LorasChanged`, `LorasRefused`, `MemoryChanged`, `Gauges`.
+`TextStep`, `TextFinished`, `LorasChanged`, `LorasRefused`, `MemoryChanged`, `Gauges`, `TextGauges`.
 
 The in-process engine yields the same events (`Event`), so both faces of the engine speak one language.
 """
@@ -16,8 +16,9 @@ import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.offload import WeightsPlan, WeightsUse
 from multimodal_gen.request import AnyRequest, ModelCard, Timings
-from multimodal_gen.text import FinishReason, TextCard, TextRequest, TextTimings, TextUsage, TokenLogprob
+from multimodal_gen.text import FinishReason, TextCard, TextInfo, TextRequest, TextTimings, TextUsage, TokenLogprob
 
 MAX_FRAME_BYTES = 1 << 30
 
@@ -150,51 +151,9 @@ class Outcome(Message, frozen=True):
 # --- worker → front ---------------------------------------------------------------------------------------------
 
 
-class WeightsPlan(msgspec.Struct, frozen=True):
-    """How the weights share the memory of rank 0; settled when the model is loaded."""
-
-    residency: dict[str, str]
-    """by component: resident, streamed or parked"""
-    resident_layers: dict[str, int]
-    """by streamed component: layers that stay on the device"""
-    slots: int
-    """of the ring that streamed layers pass through; 0 where nothing is streamed"""
-    slot_bytes: int
-    peak_bytes: int
-    """weights of the worst stage and working memory"""
-    limit_bytes: int | None
-    host_bytes: int
-    pinned_bytes: int
-    """of host_bytes, page-locked"""
-
-
-class WeightsUse(msgspec.Struct, frozen=True):
-    """Where the weights of rank 0 are, and what bringing them has cost since its process started."""
-
-    device_bytes: int = 0
-    pinned_bytes: int = 0
-    pageable_bytes: int = 0
-    file_bytes: int = 0
-    """that are only in the checkpoint's files, or in the kernel's cache of them"""
-    moved_bytes: int = 0
-    """onto the device"""
-    loads: int = 0
-    """layers and components brought there"""
-    stall_seconds: float = 0.0
-    """that compute waited for them"""
-
-    @property
-    def tiers(self) -> dict[str, int]:
-        """Bytes by where they are."""
-        return {
-            "device": self.device_bytes,
-            "pinned": self.pinned_bytes,
-            "pageable": self.pageable_bytes,
-            "file": self.file_bytes,
-        }
-
-
 class Ready(Message, frozen=True):
+    """Where no pictures are made, device and dtype are those of the text."""
+
     device: str
     dtype: str
     attention_backend: str
@@ -210,8 +169,9 @@ class Ready(Message, frozen=True):
     lora_error: ErrorInfo | None = None
     """why the adapters of the worker before this one could not be brought back"""
     plan: WeightsPlan | None = None
-    """None: weights of the fallback family are not planned"""
+    """None: weights of the fallback family are not planned, those of text stay"""
     weights: WeightsUse = WeightsUse()
+    text: TextInfo | None = None
 
 
 class LoadFailed(Message, frozen=True):
@@ -340,9 +300,34 @@ class Gauges(Message, frozen=True):
     weights: WeightsUse = WeightsUse()
 
 
+class TextGauges(Message, frozen=True, kw_only=True):
+    """The state of the text side, sent by its steps; counters count from the start of the process."""
+
+    running: int = 0
+    """answers that are being written, or whose prompt is being read"""
+    waiting: int = 0
+    """answers that have no pages yet, or lost them"""
+    kv_pages: int = 0
+    kv_pages_used: int = 0
+    """that answers hold"""
+    kv_pages_cached: int = 0
+    """that only the prefix cache holds"""
+    step_seconds: float = 0.0
+    step_rows: int = 0
+    """answers in the latest step"""
+    step_tokens: int = 0
+    prompt_tokens: int = 0
+    """read, those found in the prefix cache included"""
+    cached_tokens: int = 0
+    """of them, found there"""
+    generated_tokens: int = 0
+    preemptions: int = 0
+    """answers that lost their pages and were computed anew"""
+
+
 ToWorker = Load | Generate | GenerateText | Cancel | ChangeLoras | Sleep | Wake | Shutdown
 OfARequest = Started | Progress | Checkpoint | Preview | Finished | Failed
-Event = OfARequest | TextStep | TextFinished | LorasChanged | LorasRefused | MemoryChanged | Gauges
+Event = OfARequest | TextStep | TextFinished | LorasChanged | LorasRefused | MemoryChanged | Gauges | TextGauges
 FromWorker = Ready | LoadFailed | Event
 
 _encoder = msgspec.msgpack.Encoder()

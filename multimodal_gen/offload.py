@@ -1,10 +1,13 @@
-"""How the offload settings are written: `--offload-components`, `--prefetch-layers`, `--pin-memory`."""
+"""Where weights are: how the settings are written (`--offload-components`, `--prefetch-layers`, `--pin-memory`), and
+what workers tell of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+import msgspec
 
 from multimodal_gen.errors import did_you_mean
 from multimodal_gen.units import at_least, parse_size
@@ -74,3 +77,47 @@ def prefetch(value: object) -> Prefetch:
 def parse_pin(value: object) -> int | None:
     """`--pin-memory` in bytes; None for auto. Raises: ValueError saying what is wrong."""
     return None if isinstance(value, str) and value.strip().lower() == "auto" else parse_size(value)
+
+
+class WeightsPlan(msgspec.Struct, frozen=True):
+    """How the weights share the memory of rank 0; settled when the model is loaded."""
+
+    residency: dict[str, str]
+    """by component: resident, streamed or parked"""
+    resident_layers: dict[str, int]
+    """by streamed component: layers that stay on the device"""
+    slots: int
+    """of the ring that streamed layers pass through; 0 where nothing is streamed"""
+    slot_bytes: int
+    peak_bytes: int
+    """weights of the worst stage and working memory"""
+    limit_bytes: int | None
+    host_bytes: int
+    pinned_bytes: int
+    """of host_bytes, page-locked"""
+
+
+class WeightsUse(msgspec.Struct, frozen=True):
+    """Where the weights of rank 0 are, and what bringing them has cost since its process started."""
+
+    device_bytes: int = 0
+    pinned_bytes: int = 0
+    pageable_bytes: int = 0
+    file_bytes: int = 0
+    """that are only in the checkpoint's files, or in the kernel's cache of them"""
+    moved_bytes: int = 0
+    """onto the device"""
+    loads: int = 0
+    """layers and components brought there"""
+    stall_seconds: float = 0.0
+    """that compute waited for them"""
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Bytes by where they are."""
+        return {
+            "device": self.device_bytes,
+            "pinned": self.pinned_bytes,
+            "pageable": self.pageable_bytes,
+            "file": self.file_bytes,
+        }

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from multimodal_gen.config import ServerConfig
+from multimodal_gen.config import NO_MODEL, ServerConfig
 from multimodal_gen.errors import ConfigError, did_you_mean
 
 ENV_PREFIX = "MMGEN_"
@@ -115,7 +115,16 @@ def settle(
     ):
         for name, value, origin in found:
             settled[name] = Setting(known[name], _convert(known[name], value, schema, origin), origin)
+    _leave_out_pictures(settled)
     return list(settled.values())
+
+
+def _leave_out_pictures(settled: dict[str, Setting]) -> None:
+    """A language model alone was asked for: nobody named a model of pictures beside it."""
+    if {"llm_path", "model_path"} <= set(settled):
+        model, language = settled["model_path"], settled["llm_path"]
+        if language.value is not None and model.origin == "default":
+            settled["model_path"] = msgspec.structs.replace(model, value=NO_MODEL)
 
 
 Found = Iterable[tuple[str, Any, str]]  # name, value, origin

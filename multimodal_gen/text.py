@@ -166,3 +166,22 @@ class TextCard(msgspec.Struct, frozen=True, kw_only=True):
     """whether it comes with a chat template"""
     defaults: TextSampling = TextSampling()
     """the checkpoint's own choice for what the user leaves open (generation_config.json)"""
+
+
+class TextInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A language model that is loaded; made by `TextCore`."""
+
+    device: str
+    dtype: str
+    backend: str
+    """what computes its matrices and attention, in words"""
+    parameters: int
+    context: int
+    """tokens that a prompt and its answer may have together: the model's, the setting's, or what the pages hold"""
+    kv_pages: int
+    kv_page_size: int
+    chunk_tokens: int
+    """of a step at most, besides one of each answer"""
+    weight_bytes: int = 0
+    """in memory, of this rank"""
+    kv_bytes: int = 0

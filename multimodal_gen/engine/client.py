@@ -16,11 +16,13 @@ import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
 from multimodal_gen.config import EngineConfig, ServerConfig, engine_part
+from multimodal_gen.engine.admitted import Admitted
+from multimodal_gen.engine.cards import describe
 from multimodal_gen.engine.group import Place
 from multimodal_gen.engine.process import LocalProcesses
-from multimodal_gen.engine.readings import total, total_use
+from multimodal_gen.engine.readings import total, total_text, total_use
 from multimodal_gen.engine.replica import STOP_SECONDS, Replica
-from multimodal_gen.engine.ticket import Ticket
+from multimodal_gen.engine.ticket import AnyTicket, TextTicket, Ticket
 from multimodal_gen.engine.transaction import change_all, sleep_all, wake_all
 from multimodal_gen.environment import worker_threads
 from multimodal_gen.errors import (
@@ -31,13 +33,25 @@ from multimodal_gen.errors import (
     ModelLoading,
     QueueFull,
     ShuttingDown,
+    UnsupportedEndpoint,
     WorkerCrashed,
 )
 from multimodal_gen.lora.sources import start_change
-from multimodal_gen.messages import Finished, Gauges, LorasChanged, MemoryChanged, Ready, RowState, WeightsUse
+from multimodal_gen.messages import (
+    Finished,
+    Gauges,
+    Load,
+    LorasChanged,
+    MemoryChanged,
+    Ready,
+    RowState,
+    TextFinished,
+    TextGauges,
+)
+from multimodal_gen.offload import WeightsUse
 from multimodal_gen.parallel.plan import plan
-from multimodal_gen.pipelines import registry
 from multimodal_gen.request import AnyRequest, ModelCard
+from multimodal_gen.text import TextCard, TextRequest
 
 MAX_RETRY_AFTER = 60.0
 
@@ -53,33 +67,52 @@ class EngineClient:
     def __init__(self, config: ServerConfig) -> None:
         """Checks and describes the model. Raises: ModelNotFound, CorruptModel, RemoteCodeRefused, ConfigError."""
         self.config = config
-        self.card = registry.describe(config)
-        self.plan = plan(config, self.card)
+        self.cards = describe(config)
+        self.plan = plan(config, self.cards.pictures, text=self.cards.text)
         start_change(config)  # a file that is not there is told before the model is loaded
         self.ready: Ready | None = None  # of the first replica, once all have been ready
         self.failure: MmgenError | None = None
         self.failed = asyncio.Event()
         self._phase: Literal["stopped", "open", "draining"] = "stopped"
         self._ready_or_failed = asyncio.Event()
-        self._tickets: dict[str, Ticket] = {}
-        self._nothing_left = asyncio.Event()
-        self._nothing_left.set()
+        self.admitted = Admitted()
         self.replicas = [Replica(number, *self._placed(number), self) for number in range(self.plan.dp)]
         self._supervisors: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()  # of adapters, to sleep or to wake: one after another
         self._rest: Literal["awake", "asleep", "waking"] = "awake"  # asleep: as soon as it is asked for
         self._loras: LoraState | None = None  # before the change of adapters that is under way
 
-    def _placed(self, number: int) -> tuple[ModelCard, EngineConfig, Place]:
-        """What a replica loads, with which settings, and where its ranks run."""
+    def _placed(self, number: int) -> tuple[Load, Place]:
+        """What a replica loads, and where its ranks run."""
         ranks, level = self.plan.degrees.world, self.config.log_level
         if self.config.executor == "ray":
             from multimodal_gen.engine.ray_place import RayActors
 
             part = engine_part(self.config)
-            return self.card, part, RayActors(ranks, self.plan.workers, part, level)
+            return self._load(part), RayActors(ranks, self.plan.workers, part, level)
         part = worker_threads(self.config, self.plan.workers)
-        return self.card, part, LocalProcesses(ranks, number * ranks, level)
+        return self._load(part), LocalProcesses(ranks, number * ranks, level)
+
+    def _load(self, part: EngineConfig) -> Load:
+        return Load(self.cards.pictures, part, self.cards.text)
+
+    @property
+    def card(self) -> ModelCard:
+        """The model of pictures or videos. Raises: UnsupportedEndpoint where there is none."""
+        if self.cards.pictures is None:
+            raise UnsupportedEndpoint(
+                "This server makes no pictures: it was started with a language model alone (--model-path none)."
+            )
+        return self.cards.pictures
+
+    @property
+    def text_card(self) -> TextCard:
+        """The language model. Raises: UnsupportedEndpoint where there is none."""
+        if self.cards.text is None:
+            raise UnsupportedEndpoint(
+                "This server writes no text: it was started without a language model (--llm-path)."
+            )
+        return self.cards.text
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -102,16 +135,16 @@ class EngineClient:
         if self._phase == "open" and self.failure is None:
             self._phase = "draining"
         try:
-            await asyncio.wait_for(self._nothing_left.wait(), timeout_s)
+            await asyncio.wait_for(self.admitted.none_left.wait(), timeout_s)
         except asyncio.TimeoutError:
-            log.warning("%d requests were not finished after %g s", len(self._tickets), timeout_s)
+            log.warning("%d requests were not finished after %g s", len(self.admitted), timeout_s)
 
     async def stop(self, patience_s: float = STOP_SECONDS) -> None:
         """End the workers, killing them after `patience_s`; requests that are left fail."""
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
-        for ticket in list(self._tickets.values()):
+        for ticket in self.admitted:
             message = "The server shut down before this request was finished."
             self.answered(ticket, GenerationFailed(message) if ticket.started else ShuttingDown(message))
         for replica in self.replicas:
@@ -148,6 +181,19 @@ class EngineClient:
         return total([gauges for gauges in found if gauges is not None])
 
     @property
+    def text_gauges(self) -> TextGauges:
+        """The text side of all replicas together."""
+        return total_text([replica.readings.text for replica in self.replicas])
+
+    @property
+    def text_context(self) -> int:
+        """Tokens that a prompt and its answer may have together. Raises: UnsupportedEndpoint, ModelLoading."""
+        assert self.text_card
+        if self.ready is None or self.ready.text is None:
+            raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
+        return self.ready.text.context
+
+    @property
     def weights(self) -> WeightsUse:
         """Where the weights are, of all replicas together."""
         return total_use([replica.readings.weights for replica in self.replicas])
@@ -165,21 +211,6 @@ class EngineClient:
         """Process id of the first worker."""
         return next(iter(self.replicas[0].pids), None)
 
-    @property
-    def outstanding_cost(self) -> int:
-        """Token-steps admitted and not yet answered."""
-        return sum(ticket.request.cost for ticket in self._tickets.values())
-
-    @property
-    def waiting(self) -> int:
-        """Requests admitted and not yet started."""
-        return sum(not ticket.started for ticket in self._tickets.values())
-
-    @property
-    def running(self) -> int:
-        """Requests started and not yet answered."""
-        return len(self._tickets) - self.waiting
-
     # --- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, request: AnyRequest, resume: Sequence[RowState] = ()) -> Ticket:
@@ -188,7 +219,7 @@ class EngineClient:
         Raises: ModelLoading, Asleep, ShuttingDown, QueueFull with an estimate of when to come back.
         """
         self.check_open()
-        waiting = self.outstanding_cost
+        waiting = self.admitted.pictures_cost
         if waiting and waiting + request.cost > self.config.max_queue_cost:
             raise QueueFull(
                 f"The queue holds {waiting:,} token-steps; with this request's {request.cost:,} it would pass its "
@@ -196,14 +227,32 @@ class EngineClient:
                 retry_after=self._retry_after(waiting + request.cost - self.config.max_queue_cost),
             )
         ticket = Ticket(request, self.cancel, time.monotonic(), list(resume))
-        self._tickets[request.id] = ticket
-        self._nothing_left.clear()
+        self.admitted.add(ticket)
+        self._dispatch([ticket])
+        return ticket
+
+    def submit_text(self, request: TextRequest) -> TextTicket:
+        """Admit a text.
+
+        Raises: UnsupportedEndpoint without a language model; ModelLoading, Asleep, ShuttingDown, QueueFull.
+        """
+        assert self.text_card, "requests are made for a card"
+        self.check_open()
+        waiting, most = self.admitted.texts_waiting, self.config.max_queued_requests
+        if waiting >= most:
+            raise QueueFull(
+                f"{waiting} texts wait already, which is the limit of this server (--max-queued-requests). Try again "
+                "later.",
+                retry_after=min(MAX_RETRY_AFTER, max(1.0, waiting * self.text_gauges.step_seconds)),
+            )
+        ticket = TextTicket(request, self.cancel, time.monotonic())
+        self.admitted.add(ticket)
         self._dispatch([ticket])
         return ticket
 
     def cancel(self, request_id: str) -> None:
         """Stop a request before its next step; its ticket then raises Cancelled. Unknown ids are ignored."""
-        ticket = self._tickets.get(request_id)
+        ticket = self.admitted.get(request_id)
         if ticket is None:
             return
         if ticket.replica is not None:
@@ -225,7 +274,7 @@ class EngineClient:
         if self.state in ("draining", "stopped", "failed"):
             raise ShuttingDown("The server is shutting down and takes no new requests.")
 
-    def _dispatch(self, tickets: Iterable[Ticket]) -> None:
+    def _dispatch(self, tickets: Iterable[AnyTicket]) -> None:
         for ticket in tickets:
             ticket.replica = least_loaded(self.replicas)
             if ticket.replica is not None:
@@ -271,7 +320,7 @@ class EngineClient:
     async def _sleep(self) -> MemoryChanged:
         async with self._changing:
             self._rest = "asleep"  # it may have been woken a moment ago
-            await self._nothing_left.wait()
+            await self.admitted.none_left.wait()
             self._check_up()
             return await sleep_all(self.replicas)
 
@@ -298,22 +347,20 @@ class EngineClient:
 
     # --- what replicas tell ---------------------------------------------------------------------------------------
 
-    def answered(self, ticket: Ticket, answer: Finished | MmgenError) -> None:
+    def answered(self, ticket: AnyTicket, answer: Finished | TextFinished | MmgenError) -> None:
         """A ticket's last word."""
-        del self._tickets[ticket.request.id]
+        self.admitted.remove(ticket)
         ticket.replica = None
-        ticket.push(answer)
-        if not self._tickets:
-            self._nothing_left.set()
+        ticket.end(answer)
 
     def replica_ready(self) -> None:
         """A replica takes requests from now on."""
         if self.ready is None and all(replica.state == "ready" for replica in self.replicas):
             self.ready = self.replicas[0].ready
             self._ready_or_failed.set()
-        self._dispatch([ticket for ticket in self._tickets.values() if ticket.replica is None])
+        self._dispatch([ticket for ticket in self.admitted if ticket.replica is None])
 
-    def replica_died(self, waiting: list[Ticket]) -> None:
+    def replica_died(self, waiting: list[AnyTicket]) -> None:
         """A replica is starting again; these tickets had not been started."""
         for ticket in waiting:
             ticket.replica = None
@@ -328,14 +375,14 @@ class EngineClient:
         if self.failure is not None:
             return
         self.failure = error
-        for ticket in list(self._tickets.values()):
+        for ticket in self.admitted:
             self.answered(ticket, WorkerCrashed("The worker process cannot be kept alive; the server is stopping."))
         self._ready_or_failed.set()
         self.failed.set()
 
 
 def least_loaded(replicas: Sequence[Replica]) -> Replica | None:
-    """The ready replica with the fewest token-steps to do; None where no replica is ready."""
+    """The ready replica with the least to do, pictures and texts together; None where no replica is ready."""
     return min((r for r in replicas if r.state == "ready"), key=lambda replica: replica.cost, default=None)
 
 

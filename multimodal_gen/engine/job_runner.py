@@ -186,7 +186,7 @@ class JobRunner:
         engine = self.engine
         if self._draining or engine.ready is None or engine.state != "ready":
             return None
-        return self.queue.take(engine.outstanding_cost, self.config.max_queue_cost)
+        return self.queue.take(engine.admitted.pictures_cost, self.config.max_queue_cost)
 
     async def _guarded(self, running: Running) -> None:
         """One job from the queue to its end; nothing it raises is lost."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from multimodal_gen.messages import Gauges, MemoryChanged, Ready, WeightsUse
+from multimodal_gen.messages import Gauges, MemoryChanged, Ready, TextGauges
+from multimodal_gen.offload import WeightsUse
 
 COUNTED = ("moved_bytes", "loads", "stall_seconds")  # of a process since its start: they outlive it here
+COUNTED_TEXT = ("prompt_tokens", "cached_tokens", "generated_tokens", "preemptions")  # as well
 
 
 @dataclass
@@ -18,6 +20,8 @@ class Readings:
 
     gauges: Gauges | None = None  # filled by the first step of a group
     tokens_per_second: float = 0.0  # of recent steps
+    _text: TextGauges = field(default_factory=TextGauges)  # of the group that lives
+    _past_text: TextGauges = field(default_factory=TextGauges)  # of those before it, as far as it is counted
     _weights: WeightsUse = field(default_factory=WeightsUse)  # of the group that lives
     _past: WeightsUse = field(default_factory=WeightsUse)  # of those before it, as far as it is counted
 
@@ -26,8 +30,16 @@ class Readings:
         """Where the weights are, and what all groups so far have moved and waited."""
         return total_use([self._weights, self._past])
 
-    def note(self, message: Ready | Gauges | MemoryChanged) -> None:
+    @property
+    def text(self) -> TextGauges:
+        """The text side, what all groups so far have counted included."""
+        return total_text([self._text, self._past_text])
+
+    def note(self, message: Ready | Gauges | TextGauges | MemoryChanged) -> None:
         """Take in what a message says."""
+        if isinstance(message, TextGauges):
+            self._text = message
+            return
         self._weights = message.weights
         if isinstance(message, Gauges):
             self.gauges = message
@@ -41,6 +53,8 @@ class Readings:
         seen = msgspec.structs.asdict(self.weights)
         self._past = WeightsUse(**{name: seen[name] for name in COUNTED})
         self.gauges, self._weights = None, WeightsUse()
+        told = msgspec.structs.asdict(self.text)
+        self._past_text, self._text = TextGauges(**{name: told[name] for name in COUNTED_TEXT}), TextGauges()
 
 
 def total_use(parts: Sequence[WeightsUse]) -> WeightsUse:
@@ -57,3 +71,10 @@ def total(parts: Sequence[Gauges]) -> Gauges | None:
     sums = {name: sum(each[name] for each in values) for name in Gauges.__struct_fields__ if name != "weights"}
     longest = {name: max(each[name] for each in values) for name in ("step_seconds", "step_stall_seconds")}
     return Gauges(**{**sums, **longest, "weights": total_use([part.weights for part in parts])})
+
+
+def total_text(parts: Sequence[TextGauges]) -> TextGauges:
+    """Gauges of several replicas as one: the longest of the latest steps, sums of the rest."""
+    values = [msgspec.structs.asdict(part) for part in parts]
+    sums = {name: sum(each[name] for each in values) for name in TextGauges.__struct_fields__}
+    return TextGauges(**{**sums, "step_seconds": max(each["step_seconds"] for each in values)})

@@ -13,12 +13,11 @@ from typing import Literal, Protocol
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.config import EngineConfig, engine_part
 from multimodal_gen.engine.group import Place, Placed, WorkerGroup
 from multimodal_gen.engine.orders import Orders, rebuilt
 from multimodal_gen.engine.patience import Patience
 from multimodal_gen.engine.readings import Readings
-from multimodal_gen.engine.ticket import Ticket
+from multimodal_gen.engine.ticket import AnyTicket, TextTicket, Ticket
 from multimodal_gen.errors import (
     Cancelled,
     CorruptModel,
@@ -36,7 +35,6 @@ from multimodal_gen.messages import (
     Finished,
     FromWorker,
     Gauges,
-    Generate,
     Load,
     LoadFailed,
     LorasChanged,
@@ -49,10 +47,10 @@ from multimodal_gen.messages import (
     Sleep,
     Started,
     TextFinished,
+    TextGauges,
     TextStep,
     Wake,
 )
-from multimodal_gen.request import ModelCard
 
 STORM_RESTARTS = 5
 STORM_SECONDS = 600.0
@@ -67,13 +65,13 @@ log = logging.getLogger(__name__)
 class Owner(Protocol):
     """Whoever holds the tickets."""
 
-    def answered(self, ticket: Ticket, answer: Finished | MmgenError) -> None:
+    def answered(self, ticket: AnyTicket, answer: Finished | TextFinished | MmgenError) -> None:
         """A ticket's last word."""
 
     def replica_ready(self) -> None:
         """A replica takes requests from now on."""
 
-    def replica_died(self, waiting: list[Ticket]) -> None:
+    def replica_died(self, waiting: list[AnyTicket]) -> None:
         """A replica is starting again; these tickets had not been started, and any replica may have them."""
 
     def replicas_loading(self) -> int:
@@ -86,20 +84,20 @@ class Owner(Protocol):
 class Replica:
     """Supervision of one group; all methods belong to the event loop of its owner."""
 
-    def __init__(self, number: int, card: ModelCard, config: EngineConfig, place: Place, owner: Owner) -> None:
+    def __init__(self, number: int, load: Load, place: Place, owner: Owner) -> None:
+        """`load`: what its groups are told first, but for what only the moment knows."""
         self.number = number
         self.state: State = "stopped"
         self.ready: Ready | None = None
         self.readings = Readings()
         self.loras = LoraState()
         self.restarts = 0
-        self.tickets: dict[str, Ticket] = {}
-        self._card = card
-        self._config = engine_part(config)
+        self.tickets: dict[str, AnyTicket] = {}
+        self._load = load
         self.place = place
         self._owner = owner
         self._group: WorkerGroup | None = None
-        self._patience = Patience(config.step_timeout_s)
+        self._patience = Patience(load.config.step_timeout_s)
         self._spoke = 0.0  # monotonic seconds when the silence of now began; 0: there is no work
         self._deaths: deque[float] = deque()
         self._failure: MmgenError | None = None
@@ -116,27 +114,26 @@ class Replica:
 
     @property
     def cost(self) -> float:
-        """Token-steps in its hands that are still to be done."""
+        """Token-steps of pictures in its hands that are still to be done, and tokens of text."""
         return sum(ticket.cost_left for ticket in self.tickets.values())
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def take(self, ticket: Ticket) -> None:
+    def take(self, ticket: AnyTicket) -> None:
         """Send a ticket's request to the group, which must be ready."""
         assert self._group is not None, self.state
-        request = ticket.request
-        if request.deadline_s is not None:
-            left = request.deadline_s - (time.monotonic() - ticket.arrived)
+        left = ticket.request.deadline_s
+        if left is not None:
+            left -= time.monotonic() - ticket.arrived
             if left <= 0:
                 error = DeadlineExceeded("The request's deadline passed before it was started.")
                 self._owner.answered(ticket, error)
                 return
-            request = msgspec.structs.replace(request, deadline_s=left)
-        self._group.send(Generate(request, ticket.resume))
-        self.tickets[request.id] = ticket
+        self._group.send(ticket.message(left))
+        self.tickets[ticket.request.id] = ticket
         self._spoke = self._spoke or time.monotonic()
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: AnyTicket) -> None:
         """Stop a request that it has taken, before the next step."""
         assert self._group is not None, self.state
         ticket.cancelled = True
@@ -255,7 +252,8 @@ class Replica:
             # A machine that is short of memory needs a moment; the first death is most often an accident.
             await asyncio.sleep(min(MAX_BACKOFF_SECONDS, len(self._deaths) - 1))
             # An injected fault belongs to the first group only.
-            self._config = msgspec.structs.replace(self._config, fault=None)
+            unharmed = msgspec.structs.replace(self._load.config, fault=None)
+            self._load = msgspec.structs.replace(self._load, config=unharmed)
 
     async def _until_wanted(self) -> None:
         """While the model is to sleep, no group is started: the memory stays free, whatever ended the last one."""
@@ -268,8 +266,8 @@ class Replica:
     async def _one_life(self) -> str:
         """From the start of a group to its end, which is told in words."""
         loras = self.loras if self.ready else None
-        load = Load(self._card, self._config, loras=loras, loading=self._owner.replicas_loading())
-        self._group, self._patience, self._spoke = None, Patience(self._config.step_timeout_s), 0.0
+        load = msgspec.structs.replace(self._load, loras=loras, loading=self._owner.replicas_loading())
+        self._group, self._patience, self._spoke = None, Patience(load.config.step_timeout_s), 0.0
         try:
             self._group = WorkerGroup(await self._place(load))
         except Exception as error:
@@ -288,7 +286,7 @@ class Replica:
 
     async def _place(self, load: Load) -> Placed:
         """Raises: WorkerCrashed once the time for loading is over; whatever else keeps the ranks from being started."""
-        limit = self._config.load_timeout_s
+        limit = self._load.config.load_timeout_s
         try:
             return await asyncio.wait_for(self.place.start(load), limit)
         except asyncio.TimeoutError:
@@ -299,9 +297,9 @@ class Replica:
         if self.state == "asleep":
             return None
         if self.state != "ready":
-            return self._config.load_timeout_s
+            return self._load.config.load_timeout_s
         if self._orders.pending:
-            return self._config.step_timeout_s
+            return self._load.config.step_timeout_s
         if not self.tickets:
             self._spoke = 0.0
             return None
@@ -310,7 +308,11 @@ class Replica:
     def _note_silence(self, message: FromWorker) -> None:
         now = time.monotonic()
         if self._spoke:
-            self._patience.spoke(now - self._spoke, message.step_tokens if isinstance(message, Gauges) else 0)
+            self._patience.spoke(
+                now - self._spoke,
+                message.step_tokens if isinstance(message, Gauges) else 0,
+                message.step_tokens if isinstance(message, TextGauges) else 0,
+            )
         self._spoke = now if self.tickets else 0.0
 
     def _handle(self, message: FromWorker) -> None:
@@ -318,6 +320,7 @@ class Replica:
         if isinstance(message, Ready):
             self.ready, self.loras = message, self._restored(message)
             self._patience.batch_tokens = message.max_batch_tokens
+            self._patience.chunk_tokens = message.text.chunk_tokens if message.text is not None else 0
             self.state = "ready"
             self.readings.note(message)
             self._orders.ready(message)
@@ -329,7 +332,7 @@ class Replica:
             else:
                 log.error("the model could not be loaded again: %s", error.message)
                 self._orders.fail(WeightsUnavailable(error.message) if isinstance(error, CorruptModel) else error)
-        elif isinstance(message, Gauges):
+        elif isinstance(message, (Gauges, TextGauges)):
             self.readings.note(message)
         elif isinstance(message, MemoryChanged):
             self.readings.note(message)
@@ -338,7 +341,9 @@ class Replica:
             if isinstance(message, LorasChanged):
                 self.loras = message.state
             self._orders.answered(message)
-        elif not isinstance(message, (TextStep, TextFinished)) and message.request_id in self.tickets:
+        elif isinstance(message, TextStep):
+            self._deliver_deltas(message)
+        elif message.request_id in self.tickets:
             self._deliver(self.tickets[message.request_id], message)
 
     def _restored(self, message: Ready) -> LoraState:
@@ -351,18 +356,28 @@ class Replica:
         missing = {pin.digest: message.lora_error.message for pin in self.loras.active}
         return msgspec.structs.replace(message.loras, active=self.loras.active, missing=missing)
 
-    def _deliver(self, ticket: Ticket, message: OfARequest) -> None:
-        if isinstance(message, Finished):
+    def _deliver(self, ticket: AnyTicket, message: OfARequest | TextFinished) -> None:
+        if isinstance(message, Failed):
+            self._answer(ticket, rebuilt(message.error))
+        elif isinstance(message, (Finished, TextFinished)):
             self._patience.finished(ticket.request)
             self._answer(ticket, message)
-        elif isinstance(message, Failed):
-            self._answer(ticket, rebuilt(message.error))
+        elif isinstance(message, Started):
+            ticket.started = True
+            ticket.push(message)
         else:
-            ticket.started |= isinstance(message, Started)
+            assert isinstance(ticket, Ticket), f"{type(message).__name__} is of pictures"
             ticket.steps_done += isinstance(message, Progress)
             ticket.push(message)
 
-    def _answer(self, ticket: Ticket, answer: Finished | MmgenError) -> None:
+    def _deliver_deltas(self, message: TextStep) -> None:
+        for delta in message.deltas:
+            ticket = self.tickets.get(delta.request_id)
+            if isinstance(ticket, TextTicket):  # it may just have been cancelled
+                ticket.tokens_done += len(delta.token_ids)
+                ticket.push(delta)
+
+    def _answer(self, ticket: AnyTicket, answer: Finished | TextFinished | MmgenError) -> None:
         del self.tickets[ticket.request.id]
         self._owner.answered(ticket, answer)
 

@@ -20,7 +20,8 @@ from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.memory.shares import MemoryPlan
 from multimodal_gen.memory.use import MemoryUse
-from multimodal_gen.messages import MemoryChanged, Sleep, Wake, WeightsPlan, WeightsUse
+from multimodal_gen.messages import MemoryChanged, Sleep, Wake
+from multimodal_gen.offload import WeightsPlan, WeightsUse
 from multimodal_gen.pipelines.contract import Pipeline
 
 

@@ -9,6 +9,7 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.request import ModelCard
+from multimodal_gen.text import TextCard
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,25 @@ class Plan:
         return self.dp * self.degrees.world
 
 
-def plan(config: EngineConfig, card: ModelCard, cuda_devices: int | None = None) -> Plan:
+def plan(
+    config: EngineConfig, card: ModelCard | None, cuda_devices: int | None = None, *, text: TextCard | None = None
+) -> Plan:
     """Settle what the settings leave open and check all of it.
 
     Without --num-gpus the ranks are the product of the sizes. With it, ranks that no size claims share the sequence: by
     Ulysses, which sends the least, as far as the heads can be shared out, and by ring beyond that.
+
+    A language model beside pictures is shared out as they are: over the ranks of --tp-size where its heads divide, and
+    else whole on every rank. Alone, it is shared out by --tp-size only.
 
     Args:
         cuda_devices: visible CUDA devices, where the caller knows; None leaves that check to the workers.
 
     Raises: ConfigError naming both numbers.
     """
+    if card is None:
+        assert text is not None, "an engine hosts something"
+        return _plan_text(config, text, cuda_devices)
     degrees = _fill(config, card)
     made = Plan(config.dp_size, degrees)
     _check_model(card, degrees)
@@ -42,6 +51,39 @@ def plan(config: EngineConfig, card: ModelCard, cuda_devices: int | None = None)
     _check_ring(config, degrees)
     _check_devices(config, made, cuda_devices)
     return made
+
+
+def _plan_text(config: EngineConfig, text: TextCard, cuda_devices: int | None) -> Plan:
+    """Of a language model alone: all ranks of a replica share every layer."""
+    for name, size in (("ulysses_degree", config.ulysses_degree), ("ring_degree", config.ring_degree)):
+        if (size or 1) > 1:
+            raise ConfigError(f"{_flag(name)} {size} shares out pictures, and none are made here.", param=name)
+    if config.enable_cfg_parallel:
+        raise ConfigError(
+            "--enable-cfg-parallel shares out pictures, and none are made here.", param="enable_cfg_parallel"
+        )
+    tp = config.tp_size
+    if config.num_gpus is not None:
+        share, odd = divmod(config.num_gpus, config.dp_size)
+        if odd or (share != tp and tp > 1):
+            raise ConfigError(
+                f"--num-gpus {config.num_gpus} is not what the sizes come to: dp {config.dp_size} x tp {tp}.",
+                param="num_gpus",
+            )
+        tp = share
+    if text.heads % tp:
+        raise ConfigError(
+            f"The {text.heads} attention heads of {text.name} cannot be shared out over {tp} ranks; their number must "
+            f"divide {text.heads}. Use --dp-size for several replicas.",
+            param="tp_size",
+        )
+    made = Plan(config.dp_size, Degrees(tp=tp))
+    _check_devices(config, made, cuda_devices)
+    return made
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _fill(config: EngineConfig, card: ModelCard) -> Degrees:

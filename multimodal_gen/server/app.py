@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from multimodal_gen.config import ServerConfig
 from multimodal_gen.server import docs_page, health, images, loras, memory, models, videos
-from multimodal_gen.server.context import Context
+from multimodal_gen.server.context import Context, main_name
 from multimodal_gen.server.errors import install_handlers
 from multimodal_gen.server.guard import Guard
 from multimodal_gen.server.metrics import Metrics
@@ -19,12 +19,16 @@ from multimodal_gen.version import __version__
 if TYPE_CHECKING:
     from multimodal_gen.engine.client import EngineClient
     from multimodal_gen.engine.job_runner import JobRunner
+    from multimodal_gen.llm.front import TextFront
 
 
-def create_app(config: ServerConfig, engine: EngineClient, jobs: JobRunner | None = None) -> FastAPI:
-    """The application over an engine, and the jobs of models of videos, that somebody else starts and stops."""
-    metrics = Metrics(engine, config.served_model_name or engine.card.name, jobs)
-    context = Context(config, engine, metrics, jobs)
+def create_app(
+    config: ServerConfig, engine: EngineClient, jobs: JobRunner | None = None, text: TextFront | None = None
+) -> FastAPI:
+    """The application over an engine, the jobs of a model of videos and the front of a language model, that somebody
+    else starts and stops."""
+    metrics = Metrics(engine, main_name(engine.cards, config), jobs)
+    context = Context(config, engine, metrics, jobs, text)
     if jobs is not None:
         jobs.observer = metrics
 
@@ -36,7 +40,7 @@ def create_app(config: ServerConfig, engine: EngineClient, jobs: JobRunner | Non
     app = FastAPI(
         title="multimodal_gen",
         version=__version__,
-        description=f"{engine.card.media.capitalize()}s with {context.model_name}, for any OpenAI client.",
+        description=f"{_what(engine)} with {engine.cards.name}, for any OpenAI client.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -48,3 +52,9 @@ def create_app(config: ServerConfig, engine: EngineClient, jobs: JobRunner | Non
     for routes in (*(room.router(context) for room in rooms), docs_page.router(app)):
         app.include_router(routes)
     return app
+
+
+def _what(engine: EngineClient) -> str:
+    pictures, text = engine.cards.pictures, engine.cards.text
+    made = [] if pictures is None else [f"{pictures.media}s"]
+    return " and ".join(made + ([] if text is None else ["text"])).capitalize()

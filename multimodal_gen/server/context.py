@@ -16,11 +16,14 @@ from multimodal_gen.config import ServerConfig
 from multimodal_gen.errors import AdapterUnavailable
 from multimodal_gen.request import ModelCard
 from multimodal_gen.server.metrics import Metrics
+from multimodal_gen.text import TextCard
 
 if TYPE_CHECKING:
+    from multimodal_gen.engine.cards import Cards
     from multimodal_gen.engine.client import EngineClient
     from multimodal_gen.engine.job_runner import JobRunner
-    from multimodal_gen.engine.ticket import Ticket
+    from multimodal_gen.engine.ticket import AnyTicket
+    from multimodal_gen.llm.front import TextFront
 
 
 class Running:
@@ -30,17 +33,17 @@ class Running:
     """
 
     def __init__(self) -> None:
-        self._tickets: dict[tuple[str, str], list[Ticket]] = {}
+        self._tickets: dict[tuple[str, str], list[AnyTicket]] = {}
 
     @contextmanager
-    def hold(self, owner: str, request_id: str, ticket: Ticket) -> Iterator[None]:
+    def hold(self, owner: str, request_id: str, ticket: AnyTicket) -> Iterator[None]:
         """Keep a ticket findable; one that is left unfinished is cancelled."""
         tickets = self._tickets.setdefault((owner, request_id), [])
         tickets.append(ticket)
         try:
             yield
         except BaseException:
-            # Whatever ends the answer early (an error, a disconnect, a shutdown), nobody waits for the images.
+            # Whatever ends the answer early (an error, a disconnect, a shutdown), nobody waits for it.
             ticket.cancel()
             raise
         finally:
@@ -64,6 +67,7 @@ class Context:
     engine: EngineClient
     metrics: Metrics
     jobs: JobRunner | None = None  # of models that make videos
+    text: TextFront | None = None  # of language models
     running: Running = field(default_factory=Running)
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
     encoders: ThreadPoolExecutor = field(
@@ -72,13 +76,30 @@ class Context:
 
     @property
     def card(self) -> ModelCard:
-        """The model that is served."""
+        """The model of pictures or videos. Raises: UnsupportedEndpoint where there is none."""
         return self.engine.card
 
     @property
+    def text_card(self) -> TextCard:
+        """The language model. Raises: UnsupportedEndpoint where there is none."""
+        return self.engine.text_card
+
+    @property
     def model_name(self) -> str:
-        """The id under which the model is listed."""
-        return self.config.served_model_name or self.card.name
+        """The id under which the model of pictures is listed, or the language model where it is alone."""
+        return main_name(self.engine.cards, self.config)
+
+    @property
+    def text_name(self) -> str:
+        """The id under which the language model is listed. Raises: UnsupportedEndpoint where there is none."""
+        return self.model_name if self.engine.cards.pictures is None else self.text_card.name
+
+
+def main_name(cards: Cards, config: ServerConfig) -> str:
+    """What `--served-model-name` names: the model of pictures, or the language model where it is alone."""
+    main = cards.pictures or cards.text
+    assert main is not None, "a server serves something"
+    return config.served_model_name or main.name
 
 
 def lost_adapters(state: LoraState) -> AdapterUnavailable:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from multimodal_gen.messages import WeightsPlan
+from multimodal_gen.offload import WeightsPlan
 from multimodal_gen.server.context import Context
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.json_body import read_fields

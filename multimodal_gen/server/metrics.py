@@ -46,7 +46,7 @@ class Metrics:
         self._step_seconds = Histogram(
             "mmgen_step_seconds", "Mean denoising step of a request.", buckets=STEP_SECONDS, registry=registry
         )
-        media = engine.card.media
+        media = "image" if engine.cards.pictures is None else engine.cards.pictures.media
         self._outputs = Counter(f"mmgen_{media}s", f"{media.capitalize()}s made.", registry=registry)
         self._jobs_done = Counter(
             "mmgen_jobs_done",
@@ -131,8 +131,12 @@ class _EngineState(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, gauges = self._engine, self._engine.gauges
         yield GaugeMetricFamily("mmgen_ready", "1 while requests are accepted.", float(engine.state == "ready"))
-        yield GaugeMetricFamily("mmgen_queue_depth", "Requests waiting for their first step.", engine.waiting)
-        yield GaugeMetricFamily("mmgen_queue_cost", "Token-steps of all unfinished requests.", engine.outstanding_cost)
+        yield GaugeMetricFamily(
+            "mmgen_queue_depth", "Requests waiting for their first step.", engine.admitted.pictures_waiting
+        )
+        yield GaugeMetricFamily(
+            "mmgen_queue_cost", "Token-steps of all unfinished requests.", engine.admitted.pictures_cost
+        )
         yield CounterMetricFamily(
             "mmgen_worker_restarts", "Restarts of a replica, all its ranks together.", engine.restarts
         )
@@ -142,7 +146,7 @@ class _EngineState(Collector):
             ready.add_metric([str(replica.number)], float(replica.state == "ready"))
             cost.add_metric([str(replica.number)], replica.cost)
         yield from (ready, cost)
-        yield GaugeMetricFamily("mmgen_running", "Requests being worked on.", engine.running)
+        yield GaugeMetricFamily("mmgen_running", "Requests being worked on.", engine.admitted.pictures_running)
         yield GaugeMetricFamily(
             "mmgen_last_step_seconds", "The latest step of the batch.", gauges.step_seconds if gauges else 0
         )

@@ -17,13 +17,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from multimodal_gen.config import ServerConfig, check_bind
 from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
 from multimodal_gen.observe.watchdog import stacks_after, watch_loop
-from multimodal_gen.request import ModelCard
 from multimodal_gen.server.app import create_app
 from multimodal_gen.server.errors import error_response
 from multimodal_gen.server.protocol import Limits, guarded
 from multimodal_gen.server.security import OPEN_PATHS, request_id
 
 if TYPE_CHECKING:
+    from multimodal_gen.engine.cards import Cards
     from multimodal_gen.engine.client import EngineClient
     from multimodal_gen.engine.job_runner import JobRunner
 
@@ -115,7 +115,7 @@ class _Server:
             return _complain(error)
         url = url_of(self.listener)
         print(
-            f"Listening at {url}, loading {engine.card.name}; GET {url}/health/ready tells.",
+            f"Listening at {url}, loading {engine.cards.name}; GET {url}/health/ready tells.",
             file=sys.stderr,
             flush=True,
         )
@@ -171,8 +171,8 @@ class _Server:
         url = url_of(self.listener)
         key = "" if self.config.api_key is None else ' -H "Authorization: Bearer $MMGEN_API_KEY"'
         print(
-            f"Ready at {url}: {self.config.served_model_name or engine.card.name} on {ready.device} in {ready.dtype}, "
-            f"loaded in {ready.load_seconds:.1f} s. Try:\ncurl {url}{_example(engine.card, key)}",
+            f"Ready at {url}: {_served(engine, self.config)} on {ready.device} in {ready.dtype}, "
+            f"loaded in {ready.load_seconds:.1f} s. Try:\ncurl {url}{_example(engine.cards, key)}",
             flush=True,
         )
 
@@ -212,8 +212,20 @@ class _Server:
         )
 
 
-def _example(card: ModelCard, key: str) -> str:
-    """Path and arguments of a curl command that this model can answer."""
+def _served(engine: EngineClient, config: ServerConfig) -> str:
+    named, cards = config.served_model_name, engine.cards
+    beside = named is not None and cards.pictures is not None and cards.text is not None
+    return f"{named} and {cards.text.name}" if beside and cards.text is not None else named or cards.name
+
+
+def _example(cards: Cards, key: str) -> str:
+    """Path and arguments of a curl command that these models can answer."""
+    card = cards.pictures
+    if card is None:
+        return (
+            f"/v1/chat/completions{key} -H 'Content-Type: application/json' "
+            '-d \'{"messages": [{"role": "user", "content": "Hello!"}]}\''
+        )
     if card.video is not None and card.video.image == "required":
         return f"/v1/videos{key} -F prompt='it moves' -F input_reference=@first.png"
     path = "/v1/images/generations" if card.video is None else "/v1/videos"
@@ -226,7 +238,7 @@ async def _all(waits: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 def _jobs(config: ServerConfig, engine: EngineClient) -> JobRunner | None:
     """The jobs of a model that makes videos. Raises: ConfigError."""
-    if engine.card.media != "video":
+    if engine.cards.pictures is None or engine.cards.pictures.media != "video":
         return None
     from multimodal_gen.engine.job_runner import JobRunner
 

@@ -53,7 +53,7 @@ def test_a_crash_while_loading_is_tried_again() -> None:
                 await asyncio.sleep(0.05)
             with pytest.raises(ModelLoading):
                 submit(client, "still early")
-            assert client.outstanding_cost == 0
+            assert client.admitted.pictures_cost == 0
             await client.wait_ready()
             assert (await submit(client, "a").result()).outputs
 
@@ -101,7 +101,7 @@ def test_a_crash_fails_what_had_started_and_keeps_what_waits() -> None:
                 await asyncio.wait_for(running.result(), 5)
             assert (await asyncio.wait_for(waiting.result(), 60)).outputs
             assert client.restarts == 1
-            assert client.outstanding_cost == 0
+            assert client.admitted.pictures_cost == 0
 
     asyncio.run(main())
 

@@ -67,14 +67,14 @@ def test_two_replicas_work_at_the_same_time(two: Running) -> None:
     two.first_step(first)
     two.first_step(second)
     assert holding(two) == [1, 1]
-    assert two.client.running == 2
+    assert two.client.admitted.pictures_running == 2
     two.cancel(first)
     wait_for(lambda: holding(two) == [0, 1], 5, "the cancel")
     third = two.submit(steps=LONG)
     wait_for(lambda: holding(two) == [1, 1], 5, "dispatch to the idle one")
     for ticket in (second, third):
         two.cancel(ticket)
-    wait_for(lambda: two.client.outstanding_cost == 0, 5, "the cancels")
+    wait_for(lambda: two.client.admitted.pictures_cost == 0, 5, "the cancels")
 
 
 def test_the_work_of_a_dead_replica_goes_on_elsewhere(two: Running) -> None:

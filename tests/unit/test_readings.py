@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from multimodal_gen.engine.readings import Readings, total, total_use
-from multimodal_gen.messages import Gauges, MemoryChanged, WeightsUse
+from multimodal_gen.messages import Gauges, MemoryChanged
+from multimodal_gen.offload import WeightsUse
 
 pytestmark = [pytest.mark.unit]
 
