@@ -349,9 +349,7 @@ class EngineClient:
 
     def answered(self, ticket: AnyTicket, answer: Finished | TextFinished | MmgenError) -> None:
         """A ticket's last word."""
-        self.admitted.remove(ticket)
-        ticket.replica = None
-        ticket.end(answer)
+        self.admitted.answered(ticket, answer)
 
     def replica_ready(self) -> None:
         """A replica takes requests from now on."""

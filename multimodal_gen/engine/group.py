@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from multimodal_gen.engine.channel import ChannelClosed
+from multimodal_gen.errors import WorkerCrashed
 from multimodal_gen.messages import FromWorker, Load, LoadFailed, decode_from_worker
 
 WATCH_SECONDS = 1.0
@@ -60,6 +61,31 @@ class Place(Protocol):
 
     async def start(self, load: Load) -> Placed:
         """Start the ranks. Raises: whatever keeps them from being started; nothing runs then."""
+
+
+async def placed_in_time(place: Place, load: Load) -> Placed:
+    """Start the ranks of a replica. Raises: WorkerCrashed where that takes as long as loading may; as `Place.start`."""
+    limit, placed = load.config.load_timeout_s, None
+    # Not asyncio.wait_for: before Python 3.12 it forgets that it was cancelled when the ranks start at that moment.
+    starting = asyncio.create_task(place.start(load))
+    try:
+        if not (await asyncio.wait([starting], timeout=limit))[0]:
+            raise WorkerCrashed(f"The worker processes had not started after {limit:g} s (--load-timeout-s).")
+        placed = starting.result()
+    finally:
+        if placed is None:
+            await _undo(starting)
+    return placed
+
+
+async def _undo(starting: asyncio.Task[Placed]) -> None:
+    """Nobody wants these ranks any more, whether they are on their way or just there."""
+    starting.cancel()
+    await asyncio.wait([starting])
+    if not starting.cancelled() and starting.exception() is None:
+        for worker in starting.result().workers:
+            worker.kill()
+        starting.result().release()
 
 
 class WorkerGroup:

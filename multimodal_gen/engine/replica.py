@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.engine.group import Place, Placed, WorkerGroup
+from multimodal_gen.engine.group import Place, WorkerGroup, placed_in_time
 from multimodal_gen.engine.orders import Orders, rebuilt
 from multimodal_gen.engine.patience import Patience
 from multimodal_gen.engine.readings import Readings
@@ -93,7 +93,7 @@ class Replica:
         self.loras = LoraState()
         self.restarts = 0
         self.tickets: dict[str, AnyTicket] = {}
-        self._load = load
+        self._load = msgspec.structs.replace(load, replica=number)
         self.place = place
         self._owner = owner
         self._group: WorkerGroup | None = None
@@ -269,7 +269,7 @@ class Replica:
         load = msgspec.structs.replace(self._load, loras=loras, loading=self._owner.replicas_loading())
         self._group, self._patience, self._spoke = None, Patience(load.config.step_timeout_s), 0.0
         try:
-            self._group = WorkerGroup(await self._place(load))
+            self._group = WorkerGroup(await placed_in_time(self.place, load))
         except Exception as error:
             log.error("no worker could be started", exc_info=None if isinstance(error, MmgenError) else error)
             if self.ready is None:
@@ -283,14 +283,6 @@ class Replica:
         self.state = "restarting" if self.ready else "loading"  # requests go elsewhere from now on
         self.readings.forget()
         return await self._group.stop(STOP_SECONDS)
-
-    async def _place(self, load: Load) -> Placed:
-        """Raises: WorkerCrashed once the time for loading is over; whatever else keeps the ranks from being started."""
-        limit = self._load.config.load_timeout_s
-        try:
-            return await asyncio.wait_for(self.place.start(load), limit)
-        except asyncio.TimeoutError:
-            raise WorkerCrashed(f"The worker processes had not started after {limit:g} s (--load-timeout-s).") from None
 
     def _stall_limit(self) -> float | None:
         """Seconds of silence after which the group counts as hung; None while silence is natural."""

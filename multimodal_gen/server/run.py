@@ -102,9 +102,6 @@ class _Server:
     async def run(self) -> int:
         from multimodal_gen.engine.client import EngineClient
 
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self.signals.put_nowait, int(number))
         try:
             with stacks_after(self.config.load_timeout_s):
                 engine = EngineClient(self.config)
@@ -113,6 +110,9 @@ class _Server:
                     await jobs.start()
         except MmgenError as error:
             return _complain(error)
+        # Not before: a signal that only the event loop sees could not end a start that hangs, or a long download.
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self.signals.put_nowait, int(number))
         url = url_of(self.listener)
         print(
             f"Listening at {url}, loading {engine.cards.name}; GET {url}/health/ready tells.",
