@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,6 +20,52 @@ class PagedSpan(Protocol):
     def stop(self) -> int: ...
     @property
     def pages(self) -> Sequence[int]: ...
+
+
+class PagedBatch(Protocol):
+    """New tokens of several sequences, laid end to end: B of them, T tokens."""
+
+    @property
+    def spans(self) -> Sequence[PagedSpan]: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T]: of each token in its sequence."""
+
+    @property
+    def page_table(self) -> Tensor:
+        """int32 [B, pages of the longest]."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [B]: tokens of each sequence, the new ones included."""
+
+
+Attend = Callable[[Tensor, Tensor], Tensor]  # q [T, H, D], one layer's cache (`paged_attention`) → [T, H, D]
+
+
+class PagedBackend(Protocol):
+    """A way to compute it. What does not depend on the layer is made once per forward."""
+
+    name: str
+
+    def plan(self, batch: PagedBatch) -> Attend:
+        """Attention for this batch, once per layer."""
+
+
+class Reference:
+    """Span by span."""
+
+    name = "reference"
+
+    def plan(self, batch: PagedBatch) -> Attend:
+        """Nothing is made ahead."""
+        return partial(_attend, batch.spans)
+
+
+def _attend(spans: Sequence[PagedSpan], q: Tensor, cache: Tensor) -> Tensor:
+    return paged_attention(q, cache, spans)
 
 
 def paged_attention(q: Tensor, cache: Tensor, spans: Sequence[PagedSpan]) -> Tensor:

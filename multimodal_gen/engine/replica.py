@@ -166,7 +166,7 @@ class Replica:
         A group that cannot is ended: one that is starting, and one whose weights nobody but diffusers knows of.
         """
         self._wanted.clear()
-        if self.state == "ready" and self.ready is not None and self.ready.plan is not None:
+        if self.state == "ready" and self.ready is not None and self.ready.rests:
             with contextlib.suppress(WorkerCrashed, ShuttingDown):
                 done = await self._orders.rest(Sleep(uuid.uuid4().hex), self._group)
                 if done.error is None:

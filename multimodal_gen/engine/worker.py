@@ -19,27 +19,14 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from multimodal_gen.engine.channel import ChannelClosed, WorkerChannel
 from multimodal_gen.errors import GenerationFailed, MmgenError, PeerLost
-from multimodal_gen.messages import (
-    Cancel,
-    ChangeLoras,
-    ErrorInfo,
-    Event,
-    Generate,
-    Load,
-    LoadFailed,
-    Ready,
-    Shutdown,
-    Sleep,
-    ToWorker,
-    Turn,
-    Wake,
-)
+from multimodal_gen.messages import ErrorInfo, Event, Load, LoadFailed, Shutdown, ToWorker, Turn
 
 if TYPE_CHECKING:
-    from multimodal_gen.engine.core import EngineCore
-    from multimodal_gen.engine.ranks import Ranks
+    from multimodal_gen.engine.host import Host
 
 EXIT_LOAD_FAILED = 3
 EXIT_SICK = 4
@@ -92,8 +79,8 @@ def serve(channel: WorkerChannel, log_level: str) -> int:
 def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
     begin, clock = time.monotonic(), TurnClock()
     try:
-        ranks, core = _load(load, clock)
-        lora_error = _bring_adapters(core, load)
+        host = _load(load, clock)
+        lora_error = _bring_adapters(host, load)
     except PeerLost:
         raise
     except MmgenError as error:
@@ -104,33 +91,17 @@ def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
         failure = GenerationFailed(f"The model could not be loaded ({type(error).__name__}: {error}).")
         channel.send(LoadFailed(ErrorInfo(failure.code, failure.message)))
         return EXIT_LOAD_FAILED
-    if ranks.leads:
-        info = core.pipeline.info
-        channel.send(
-            Ready(
-                info.device,
-                info.dtype,
-                info.attention_backend,
-                info.parameters,
-                time.monotonic() - begin,
-                threads=core.threads,
-                max_batch_tokens=core.scheduler.max_batch_tokens,
-                targets=tuple(core.pipeline.trees),
-                loras=core.loras.state,
-                lora_error=lora_error,
-                plan=core.sleeper.plan,
-                weights=core.sleeper.weights,
-            )
-        )
-        core.changes.on_staged = channel.wake
-    return _loop(channel, core, clock, rest)
+    if host.ranks.leads:
+        channel.send(msgspec.structs.replace(host.ready(time.monotonic() - begin), lora_error=lora_error))
+        if host.pictures is not None:
+            host.pictures.changes.on_staged = channel.wake
+    return _loop(channel, host, clock, load.config.max_consecutive_errors, rest)
 
 
-def _load(load: Load, clock: TurnClock) -> tuple[Ranks, EngineCore]:
-    import msgspec
+def _load(load: Load, clock: TurnClock) -> Host:
     import torch
 
-    from multimodal_gen.engine.core import EngineCore
+    from multimodal_gen.engine.host import Host
     from multimodal_gen.engine.ranks import meet
     from multimodal_gen.nn.precision import resolve_device
     from multimodal_gen.parallel.plan import plan
@@ -141,22 +112,23 @@ def _load(load: Load, clock: TurnClock) -> tuple[Ranks, EngineCore]:
         config = msgspec.structs.replace(config, device=f"cuda:{load.seat.device}")
         device = resolve_device(config.device)
         torch.cuda.set_device(device)
-    assert load.card is not None, "text alone comes with the arbiter"
-    degrees = plan(load.config, load.card).degrees
+    degrees = plan(load.config, load.card, text=load.text).degrees
     ranks = meet(load.seat, degrees, device, config.load_timeout_s, config.step_timeout_s)
     ranks.mesh = dataclasses.replace(ranks.mesh, loading=load.loading)
-    core = EngineCore(load.card, config, ranks, clock)
+    host = Host(load.card, load.text, config, ranks, clock)
     ranks.all_here(config.load_timeout_s)
-    return ranks, core
+    return host
 
 
-def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
+def _bring_adapters(host: Host, load: Load) -> ErrorInfo | None:
     """Adapters of the worker before this one, or of the configuration; only the latter may fail the start.
 
     Files that are gone are told in the state; an error here is one of merging.
     """
+    if host.pictures is None:
+        return None
     try:
-        core.bring_adapters(load.loras)
+        host.pictures.bring_adapters(load.loras)
     except PeerLost:
         raise
     except MmgenError as error:
@@ -167,45 +139,40 @@ def _bring_adapters(core: EngineCore, load: Load) -> ErrorInfo | None:
     return None
 
 
-def _loop(channel: WorkerChannel, core: EngineCore, clock: TurnClock, messages: list[ToWorker]) -> int:
-    ranks, stopping = core.ranks, False
+def _loop(channel: WorkerChannel, host: Host, clock: TurnClock, most_errors: int, messages: list[ToWorker]) -> int:
+    ranks, stopping = host.ranks, False
     while True:
         asked = [message for message in messages if not isinstance(message, Load)]
         turn = ranks.share(Turn(time.monotonic(), asked) if ranks.leads else None)
         clock.now = turn.clock
+        host.begin_turn()
         for message in turn.messages:
-            if isinstance(message, Generate):
-                _tell(channel, core, core.add(message.request, message.resume))
-            elif isinstance(message, Cancel):
-                _tell(channel, core, core.cancel(message.request_id))
-            elif isinstance(message, ChangeLoras):
-                core.changes.begin(message.id, message.change)
-            elif isinstance(message, (Sleep, Wake)):
-                _tell(channel, core, [core.rest(message)])
-            elif isinstance(message, Shutdown):
+            if isinstance(message, Shutdown):
                 stopping = True
-        _tell(channel, core, core.finish_changes())
-        if core.idle and stopping:
+            else:
+                _tell(channel, host, host.take(message))
+        _tell(channel, host, host.finish_changes())
+        if host.idle and stopping:
             return 0
-        if not core.idle:
-            _tell(channel, core, core.step())
-        if core.sick:
-            log.error("%d requests failed in a row; this process ends", core.config.max_consecutive_errors)
+        if not host.idle:
+            _tell(channel, host, host.step())
+        if host.sick:
+            log.error("%d requests failed in a row; this process ends", most_errors)
             return EXIT_SICK
         if ranks.leads:
-            messages = _receive(channel, core, wait=core.idle and not stopping)
+            messages = _receive(channel, host, wait=host.idle and not stopping)
 
 
-def _receive(channel: WorkerChannel, core: EngineCore, *, wait: bool) -> list[ToWorker]:
+def _receive(channel: WorkerChannel, host: Host, *, wait: bool) -> list[ToWorker]:
     # Other ranks cannot wake this one.
-    polls = wait and not core.ranks.alone and core.changes.staged_here
+    polls = wait and not host.ranks.alone and host.waits_for_ranks
     return channel.receive(wait=wait, timeout_s=STAGING_SECONDS if polls else None)
 
 
-def _tell(channel: WorkerChannel, core: EngineCore, events: Iterable[Event]) -> None:
+def _tell(channel: WorkerChannel, host: Host, events: Iterable[Event]) -> None:
     """Have things happen and tell the front; the other ranks only have them happen."""
     for event in events:
-        if core.ranks.leads:
+        if host.ranks.leads:
             channel.send(event)
 
 

@@ -51,13 +51,17 @@ def test_every_option_has_help_and_one_of_the_known_shapes():
         "allowed_hosts",
         "allowed_origins",
         "lora",
+        "lora_paths",
         "lora_root",
         "offload_components",
     }
     assert {option.name: option.choices for option in options(ServerConfig) if option.choices} == {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "executor": ("process", "ray"),
+        "llm_dtype": ("auto", "float32", "bfloat16", "float16"),
+        "llm_quantization": ("none", "int8", "int4"),
         "offload": ("auto", "none", "layerwise", "component"),
+        "schedule_policy": ("fcfs", "lpm", "routing-key", "priority"),
         "lora_merge_mode": ("auto", "merge", "dynamic"),
         "unknown_fields": ("error", "warn"),
         "log_level": ("debug", "info", "warning", "error"),
@@ -254,3 +258,24 @@ def test_the_data_folder_is_where_the_user_says_or_where_the_desktop_does(monkey
     monkeypatch.setenv("XDG_DATA_HOME", "relative")
     assert data_folder(ServerConfig()) == Path("/home/x/.local/share/mmgen")
     assert data_folder(ServerConfig(data_dir="~/jobs")) == Path("/home/x/jobs")
+
+
+@pytest.mark.parametrize(
+    ("given", "model"),
+    [
+        ({}, "emoji-image"),
+        ({"llm_path": "smollm2"}, "none"),
+        ({"llm_path": "smollm2", "model_path": "emoji-image"}, "emoji-image"),
+        ({"model_path": "none"}, "none"),
+    ],
+)
+def test_a_language_model_alone_is_what_was_asked_for(given: dict[str, str], model: str) -> None:
+    assert load(ServerConfig, given, environ={}).model_path == model
+
+
+def test_the_language_model_may_stand_in_the_environment_and_the_other_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("model_path: emoji-image\n")
+    environ = {"MMGEN_LLM_PATH": "smollm2"}
+    assert load(EngineConfig, {}, environ=environ).model_path == "none"
+    assert load(EngineConfig, {}, environ=environ, file=file).model_path == "emoji-image"

@@ -1,0 +1,213 @@
+"""What one rank hosts: pictures, text, or both. One step at a time, of the side that the arbiter names.
+
+Several ranks run it in step, as `EngineCore` itself: what is chosen follows from the clocks of the turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import torch
+
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.engine.arbiter import Arbiter, Side
+from multimodal_gen.engine.ranks import Ranks
+from multimodal_gen.messages import (
+    Cancel,
+    ChangeLoras,
+    Event,
+    Generate,
+    GenerateText,
+    MemoryChanged,
+    Ready,
+    Sleep,
+    Wake,
+)
+from multimodal_gen.request import ModelCard
+from multimodal_gen.text import TextCard
+
+if TYPE_CHECKING:
+    from multimodal_gen.engine.core import EngineCore
+    from multimodal_gen.engine.text import TextSide
+
+Work = Generate | GenerateText | Cancel | ChangeLoras | Sleep | Wake
+
+
+class Part(Protocol):
+    """One side of the engine."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether `step` has nothing to do."""
+
+    @property
+    def sick(self) -> bool:
+        """Whether the process is not to be trusted any more."""
+
+    def cancel(self, request_id: str) -> list[Event]:
+        """Drop a request before its next step; unknown ids are ignored."""
+
+    def step(self) -> Iterator[Event]:
+        """One step; yields what happens, as it happens."""
+
+    def rest(self, order: Sleep | Wake) -> MemoryChanged:
+        """Sleep, or wake."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A step whose time is known when the next turn begins."""
+
+    side: Side
+    began: float
+    busy: frozenset[Side]  # who had work when it was chosen
+
+
+class Host:
+    """All that runs in one worker."""
+
+    def __init__(
+        self,
+        pictures: ModelCard | None,
+        text: TextCard | None,
+        config: EngineConfig,
+        ranks: Ranks,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Loads the models, text first: how pictures share the memory depends on what is left.
+
+        Raises: CorruptModel, ConfigError, OutOfMemory, PeerLost.
+        """
+        self.ranks = ranks
+        self._clock = clock
+        self._arbiter = Arbiter(config.tpot_budget_ms / 1000)
+        self._running: _Running | None = None
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.text: TextSide | None = None
+        self.pictures: EngineCore | None = None
+        if text is not None:
+            from multimodal_gen.engine.text import TextSide
+
+            self.text = TextSide(text, config, ranks, clock)
+        if pictures is not None:
+            from multimodal_gen.engine.core import EngineCore
+
+            self.pictures = EngineCore(pictures, config, ranks, clock)
+
+    @property
+    def parts(self) -> dict[Side, Part]:
+        """What there is."""
+        found: dict[Side, Part] = {}
+        if self.pictures is not None:
+            found["pictures"] = self.pictures
+        if self.text is not None:
+            found["text"] = self.text
+        return found
+
+    @property
+    def idle(self) -> bool:
+        """Whether `step` has nothing to do."""
+        return all(part.idle for part in self.parts.values())
+
+    @property
+    def sick(self) -> bool:
+        """Whether the process is not to be trusted any more."""
+        return any(part.sick for part in self.parts.values())
+
+    @property
+    def waits_for_ranks(self) -> bool:
+        """Whether a change of adapters is staged here and waits for the other ranks."""
+        return self.pictures is not None and self.pictures.changes.staged_here
+
+    def ready(self, load_seconds: float) -> Ready:
+        """What the front is told once all is loaded."""
+        text = None if self.text is None else self.text.info
+        if self.pictures is None:
+            assert text is not None, "an engine hosts something"
+            return Ready(
+                text.device,
+                text.dtype,
+                text.backend,
+                text.parameters,
+                load_seconds,
+                threads=torch.get_num_threads(),
+                rests=True,
+                text=text,
+            )
+        core, info = self.pictures, self.pictures.pipeline.info
+        return Ready(
+            info.device,
+            info.dtype,
+            info.attention_backend,
+            info.parameters,
+            load_seconds,
+            threads=core.threads,
+            max_batch_tokens=core.scheduler.max_batch_tokens,
+            targets=tuple(core.pipeline.trees),
+            loras=core.loras.state,
+            plan=core.sleeper.plan,
+            weights=core.sleeper.weights,
+            rests=core.sleeper.plan is not None,
+            text=text,
+        )
+
+    # --- turns ----------------------------------------------------------------------------------------------------
+
+    def begin_turn(self) -> None:
+        """The clock has moved on: the step before this turn is over."""
+        running, self._running = self._running, None
+        if running is not None:
+            seconds = self._clock() - running.began
+            busy = running.busy
+            self._arbiter.ran(running.side, seconds, pictures="pictures" in busy, text="text" in busy)
+
+    def take(self, message: Work) -> Iterable[Event]:
+        """Do what the front asks, between two steps."""
+        if isinstance(message, Cancel):
+            return [event for part in self.parts.values() for event in part.cancel(message.request_id)]
+        if isinstance(message, (Sleep, Wake)):
+            return [self._rest(message)]
+        if isinstance(message, GenerateText):
+            assert self.text is not None, "the front knows that no text is written here"
+            return self.text.add(message.request)
+        assert self.pictures is not None, "the front knows that no pictures are made here"
+        if isinstance(message, Generate):
+            return self.pictures.add(message.request, message.resume)
+        self.pictures.changes.begin(message.id, message.change)
+        return []
+
+    def finish_changes(self) -> list[Event]:
+        """Commit the changes of adapters that are staged."""
+        return [] if self.pictures is None else self.pictures.finish_changes()
+
+    def step(self) -> Iterator[Event]:
+        """One step of one side."""
+        parts = self.parts
+        busy = frozenset(side for side, part in parts.items() if not part.idle)
+        side = self._arbiter.choose(pictures="pictures" in busy, text="text" in busy)
+        if side is None:
+            return
+        began = self._clock()
+        yield from parts[side].step()
+        if not self.idle:  # else rank 0 sleeps before the next turn
+            self._running = _Running(side, began, busy)
+
+    def _rest(self, order: Sleep | Wake) -> MemoryChanged:
+        """Both sides sleep, or both wake; where one cannot wake, both sleep."""
+        done = [part.rest(order) for part in self.parts.values()]
+        error = next((each.error for each in done if each.error is not None), None)
+        if error is not None and isinstance(order, Wake):
+            for part in self.parts.values():
+                part.rest(Sleep(order.id))
+        whole = done[0]  # of pictures, where there are any: they know of weights
+        return msgspec.structs.replace(
+            whole,
+            seconds=sum(each.seconds for each in done),
+            freed_bytes=sum(each.freed_bytes for each in done),
+            error=error,
+        )
