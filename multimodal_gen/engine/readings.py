@@ -41,6 +41,8 @@ class Readings:
             self._text = message
             return
         self._weights = message.weights
+        if isinstance(message, Ready) and message.text is not None:
+            self._text = TextGauges(kv_pages=message.text.kv_pages)
         if isinstance(message, Gauges):
             self.gauges = message
             rate, before = message.step_tokens / max(message.step_seconds, 1e-6), self.tokens_per_second
