@@ -40,6 +40,19 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+class PackedWeight:
+    """A packed weight as layers hold it (`nn.linear.Packed`)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """`weight` [out, in] may be let go of afterwards."""
+        self._packed = pack(weight)
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] → [T, out]."""
+        return packed_linear(x, self._packed, bias)
+
+
 def packed_linear(
     x: Tensor,
     packed: Tensor,

@@ -14,26 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from multimodal_gen.attention.paged import PagedSpan
+
 SMALLEST = 64  # tokens of the smallest lane
 STEP = 32  # scores are computed for multiples of this many tokens: few different shapes, few kernels to prepare
-
-
-class OwnedSpan(Protocol):
-    """New tokens of one sequence: `stop - start` of them, after `start` that came before."""
-
-    @property
-    def owner(self) -> int | None: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def pages(self) -> Sequence[int]: ...
 
 
 @dataclass
@@ -114,7 +102,7 @@ class DecodeWindow:
         """Give all memory back."""
         self._lanes.clear()
 
-    def begin(self, spans: Sequence[OwnedSpan], cache: Sequence[Tensor]) -> list[LanePlan]:
+    def begin(self, spans: Sequence[PagedSpan], cache: Sequence[Tensor]) -> list[LanePlan]:
         """Bring the copies of these sequences, and of no others, to where their spans start.
 
         Args:
@@ -132,17 +120,17 @@ class DecodeWindow:
         self._lanes = {room: lane for room, lane in self._lanes.items() if lane.owners}
         return [self._plan(lane, spans, homes) for lane in self._lanes.values()]
 
-    def attend(self, plans: Sequence[LanePlan], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, D], k and v [B, Hkv, D] → [B, H, D]; scale 1/√D."""
+    def attend(self, plans: Sequence[LanePlan], layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """q [B, H, D], kv [B, 2, Hkv, D] → [B, H, D]; scale 1/√D."""
         if len(plans) == 1 and plans[0].tokens is None:
-            return _attend(plans[0], layer, q, k, v)
+            return _attend(plans[0], layer, q, kv)
         out = torch.empty_like(q)
         for plan in plans:
             own = slice(None) if plan.tokens is None else plan.tokens
-            out[own] = _attend(plan, layer, q[own], k[own], v[own])
+            out[own] = _attend(plan, layer, q[own], kv[own])
         return out
 
-    def _home(self, span: OwnedSpan, cache: Sequence[Tensor]) -> Lane:
+    def _home(self, span: PagedSpan, cache: Sequence[Tensor]) -> Lane:
         assert span.owner is not None, "only sequences that say who they are have a copy"
         lane = self._lane(_room(span.stop))
         if lane.row(span.owner, span.start) is None:
@@ -161,7 +149,7 @@ class DecodeWindow:
             self._lanes[room] = Lane(room, keys, values)
         return self._lanes[room]
 
-    def _plan(self, lane: Lane, spans: Sequence[OwnedSpan], homes: Sequence[Lane]) -> LanePlan:
+    def _plan(self, lane: Lane, spans: Sequence[PagedSpan], homes: Sequence[Lane]) -> LanePlan:
         row_of = {owner: row for row, owner in enumerate(lane.owners)}
         token_of = [0] * len(row_of)
         for token, span in enumerate(spans):
@@ -191,7 +179,7 @@ def _room(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _fill(lane: Lane, row: int, span: OwnedSpan, cache: Sequence[Tensor]) -> None:
+def _fill(lane: Lane, row: int, span: PagedSpan, cache: Sequence[Tensor]) -> None:
     page_size = cache[0].shape[3]
     pages = torch.tensor(span.pages[: -(-span.start // page_size)], dtype=torch.long)
     for layer, pool in enumerate(cache):
@@ -200,11 +188,11 @@ def _fill(lane: Lane, row: int, span: OwnedSpan, cache: Sequence[Tensor]) -> Non
         lane.values[layer][row, :, : span.start] = values
 
 
-def _attend(plan: LanePlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(plan: LanePlan, layer: int, q: Tensor, kv: Tensor) -> Tensor:
     keys, values, n = plan.lane.keys[layer], plan.lane.values[layer], len(plan.rows)
-    keys[plan.rows, :, :, plan.at] = k.float()
-    values[plan.rows, :, plan.at] = v
-    heads, dim = k.shape[1:]
+    keys[plan.rows, :, :, plan.at] = kv[:, 0].float()
+    values[plan.rows, :, plan.at] = kv[:, 1]
+    heads, dim = kv.shape[2:]
     grouped = q.float().view(n * heads, -1, dim)  # neighbouring heads share keys
     scores = torch.bmm(grouped, keys[:n].flatten(0, 1)[:, :, : plan.span]).mul_(dim**-0.5)
     if plan.mask is not None:

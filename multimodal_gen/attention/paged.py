@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +20,9 @@ class PagedSpan(Protocol):
     def stop(self) -> int: ...
     @property
     def pages(self) -> Sequence[int]: ...
+    @property
+    def owner(self) -> int | None:
+        """A number of the sequence's own; None: nothing is remembered of it between forwards."""
 
 
 class PagedBatch(Protocol):
@@ -42,7 +45,11 @@ class PagedBatch(Protocol):
         """int32 [B]: tokens of each sequence, the new ones included."""
 
 
-Attend = Callable[[Tensor, Tensor], Tensor]  # q [T, H, D], one layer's cache (`paged_attention`) → [T, H, D]
+class Attend(Protocol):
+    """Attention of one forward."""
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """q [T, H, D] → [T, H, D]. kv [T, 2, Hkv, D] are the new keys and values; they are in their pages by now."""
 
 
 class PagedBackend(Protocol):
@@ -50,8 +57,20 @@ class PagedBackend(Protocol):
 
     name: str
 
-    def plan(self, batch: PagedBatch) -> Attend:
-        """Attention for this batch, once per layer."""
+    def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
+        """Attention for this batch over a model's cache: by layer, as of `paged_attention`."""
+
+    def clear(self) -> None:
+        """Let go of what is kept between forwards."""
+
+
+@dataclass(frozen=True)
+class _SpanBySpan:
+    spans: Sequence[PagedSpan]
+    cache: Sequence[Tensor]
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        return paged_attention(q, self.cache[layer], self.spans)
 
 
 class Reference:
@@ -59,13 +78,12 @@ class Reference:
 
     name = "reference"
 
-    def plan(self, batch: PagedBatch) -> Attend:
+    def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
         """Nothing is made ahead."""
-        return partial(_attend, batch.spans)
+        return _SpanBySpan(batch.spans, cache)
 
-
-def _attend(spans: Sequence[PagedSpan], q: Tensor, cache: Tensor) -> Tensor:
-    return paged_attention(q, cache, spans)
+    def clear(self) -> None:
+        """Nothing is kept."""
 
 
 def paged_attention(q: Tensor, cache: Tensor, spans: Sequence[PagedSpan]) -> Tensor:

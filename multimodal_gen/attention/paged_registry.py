@@ -10,6 +10,7 @@ from multimodal_gen.attention.paged import PagedBackend
 
 PAGED = (
     # device type ("*": any) → class
+    ("cpu", "multimodal_gen.attention.windowed:Windowed"),
     ("*", "multimodal_gen.attention.paged:Reference"),
 )
 

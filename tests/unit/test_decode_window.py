@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from multimodal_gen.attention.cached import WindowedAttention
-from multimodal_gen.attention.decode_window import DecodeWindow
 from multimodal_gen.attention.paged import paged_attention
+from multimodal_gen.attention.windowed import Windowed
 from multimodal_gen.llm.batch import Batch, Span
 
 pytestmark = [pytest.mark.unit]
@@ -32,8 +31,7 @@ class World:
     def __init__(self, seed: int, dtype: torch.dtype, window_bytes: int) -> None:
         self.rng, self.dtype = random.Random(seed), dtype
         self.pool = [torch.zeros(2, PAGES, KV_HEADS, PAGE, DIM, dtype=dtype) for _ in range(LAYERS)]
-        self.window = DecodeWindow(LAYERS, KV_HEADS, DIM, dtype)
-        self.attention = WindowedAttention(self.pool, self.window, window_bytes)
+        self.attention = Windowed(window_bytes)
         self.free = self.rng.sample(range(PAGES), PAGES)
         self.known: dict[int, Known] = {}
         self.made = 0
@@ -63,13 +61,21 @@ class World:
         if not spans:
             return worst
         batch = Batch.of(spans, PAGE, CPU)
-        plan = self.attention.begin(spans, batch.slots)
+        attend = self.attention.plan(batch, self.pool)
         for layer in range(LAYERS):
             q, k, v = (torch.randn(batch.tokens, heads, DIM, dtype=self.dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
-            found = self.attention(layer, q, k, v, plan)
+            kv = write(self.pool[layer], k, v, batch)
+            found = attend(layer, q, kv)
             want = paged_attention(q.float(), self.pool[layer].float(), spans)
             worst = max(worst, float((found.float() - want).abs().max()))
         return worst
+
+
+def write(pool: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Put new keys and values into their pages; → [T, 2, Hkv, D]."""
+    kv, (page, offset) = torch.stack((k, v), 1), batch.slots_at
+    pool[:, page, :, offset] = kv
+    return kv
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,10 +92,10 @@ def test_the_copies_take_no_more_than_they_may() -> None:
     world = World(1, torch.bfloat16, 150_000)
     for _ in range(120):
         world.step()
-        assert world.window.nbytes <= 2 * 150_000  # rows double when they grow
-    assert world.window.nbytes > 0
-    world.window.clear()
-    assert world.window.nbytes == 0
+        assert world.attention.nbytes <= 2 * 150_000  # rows double when they grow
+    assert world.attention.nbytes > 0
+    world.attention.clear()
+    assert world.attention.nbytes == 0
 
 
 def test_a_row_of_a_large_batch_is_what_it_is_alone() -> None:
@@ -99,10 +105,9 @@ def test_a_row_of_a_large_batch_is_what_it_is_alone() -> None:
     q, k, v = (torch.randn(8, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
 
     def attend(picked: list[int]) -> torch.Tensor:
-        attention = WindowedAttention([pool[0].clone()], DecodeWindow(1, KV_HEADS, DIM, torch.float32), 1 << 30)
-        chosen = [spans[i] for i in picked]
-        batch = Batch.of(chosen, PAGE, CPU)
-        return attention(0, q[picked], k[picked], v[picked], attention.begin(chosen, batch.slots))
+        batch = Batch.of([spans[i] for i in picked], PAGE, CPU)
+        attend = Windowed(1 << 30).plan(batch, pool)
+        return attend(0, q[picked], write(pool[0], k[picked], v[picked], batch))
 
     together = attend(list(range(8)))
     for i in range(8):

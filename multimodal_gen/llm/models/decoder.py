@@ -93,8 +93,9 @@ class Attention(nn.Module):
         if self.norm is not None:
             qk.copy_(self.norm(qk, heads))
         at.rotation.turn_(qk)
-        cache.write(layer, states[:, heads:].unflatten(1, (2, kv_heads)), at.batch.slots_at)
-        mixed = at.attend(states[:, :heads], cache.layers[layer])
+        kv = states[:, heads:].unflatten(1, (2, kv_heads))
+        cache.write(layer, kv, at.batch.slots_at)
+        mixed = at.attend(layer, states[:, :heads], kv)
         return self.out(mixed.flatten(1), at.batch.routing)
 
 
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute the batch's tokens and keep their keys and values; → float32 [R, vocabulary] (`Batch.logits_at`)."""
         x = self.embedding.embed(batch.ids)
-        at = At(batch, self.rope(batch.positions, x.dtype), self.backend.plan(batch))
+        at = At(batch, self.rope(batch.positions, x.dtype), self.backend.plan(batch, cache.layers))
         for index, layer in enumerate(self.layers):
             x = layer(x, at, cache, index)
         head = self.embedding if self.head is None else self.head
