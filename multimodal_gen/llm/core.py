@@ -27,12 +27,12 @@ from multimodal_gen.errors import (
     UserError,
     WeightsUnavailable,
 )
-from multimodal_gen.llm import loading
 from multimodal_gen.llm.adapter_tree import DecoderTree
 from multimodal_gen.llm.adapters import TextAdapters
 from multimodal_gen.llm.attempt import Attempt, attempt_alone
 from multimodal_gen.llm.detokenizer import Detokenizer, Piece
 from multimodal_gen.llm.holdings import Holdings
+from multimodal_gen.llm.loading import TextModel, load
 from multimodal_gen.llm.models.tables import RENAMES
 from multimodal_gen.llm.runner import Runner
 from multimodal_gen.llm.sampling import Sampled
@@ -62,15 +62,19 @@ class TextCore:
         config: EngineConfig,
         mesh: Mesh | None = None,
         clock: Callable[[], float] = time.monotonic,
-        attempt: Attempt | None = None,
+        attempt: Attempt = attempt_alone,
+        model: TextModel | None = None,
     ) -> None:
-        """Loads the model, or this rank's share of it; `clock` decides about deadlines and waiting.
+        """
+        Args:
+            clock: decides about deadlines and waiting.
+            model: loaded already, with these settings; None: load it, or this rank's share of it.
 
         Raises: CorruptModel, ConfigError, PeerLost.
         """
         self.card, self.config = card, config
         self.mesh = mesh or Mesh.solo()
-        self.model = loading.load(card, config, self.mesh)
+        self.model = model or load(card, config, self.mesh)
         page_size, device = config.kv_page_size, self.model.device.type
         self.room = settle(card, config, self.model.page_bytes(page_size), self._free(), device)
         self.holdings = Holdings(self.room.pages, page_size, prefix_cache=config.prefix_cache)
@@ -82,7 +86,7 @@ class TextCore:
         self.adapters = TextAdapters(tree, config, self.mesh.control)
         self.runner = Runner(self.model, self.adapters, self.room.pages, page_size, self.mesh.control)
         self.detokenizer = Detokenizer(Tokenizer.load(card))
-        self._attempt = attempt or attempt_alone
+        self._attempt = attempt
         self._counts = Counts()
         self._writings: dict[str, Writing] = {}
         self._failures = 0  # requests failed in a row
