@@ -29,6 +29,7 @@ from multimodal_gen.messages import (
     Sleep,
     Wake,
 )
+from multimodal_gen.observe.status_log import Standing
 from multimodal_gen.request import ModelCard
 from multimodal_gen.text import TextCard
 
@@ -170,6 +171,18 @@ class Host:
             text=text,
         )
 
+    def standings(self) -> list[Standing]:
+        """What each side has in its hands."""
+        schedulers = {
+            "pictures": None if self.pictures is None else self.pictures.scheduler,
+            "text": None if self.text is None else self.text.core.scheduler,
+        }
+        return [
+            Standing(side, tuple(scheduler.running_ids), tuple(scheduler.queued_ids))
+            for side, scheduler in schedulers.items()
+            if scheduler is not None
+        ]
+
     # --- turns ----------------------------------------------------------------------------------------------------
 
     def begin_turn(self) -> None:
@@ -185,7 +198,7 @@ class Host:
         if isinstance(message, Cancel):
             return [event for part in self.parts.values() for event in part.cancel(message.request_id)]
         if isinstance(message, (Sleep, Wake)):
-            return [self._rest(message)]
+            return [self._rest(message), *([] if self.text is None or self.text.asleep else [self.text.core.gauges()])]
         if isinstance(message, GenerateText):
             assert self.text is not None, "the front knows that no text is written here"
             return self.text.add(message.request)

@@ -64,7 +64,8 @@ class TextSide:
 
     def cancel(self, request_id: str) -> list[Event]:
         """Drop a request before its next step; an unknown id is one that has just finished."""
-        return self.core.cancel(request_id)
+        events = self.core.cancel(request_id)
+        return [*events, self.core.gauges()] if events else []  # there may be no step any more that would tell
 
     def step(self) -> Iterator[Event]:
         """One forward; yields what happens, as it happens."""
