@@ -71,6 +71,8 @@ class Load(Message, frozen=True):
     loras: LoraStates | None = None
     """of the worker before this one; None: the first worker loads those of the configuration"""
     seat: Seat = Seat()
+    replica: int = 0
+    """which of the server's; for its log"""
     loading: int = 1
     """replicas that load now and share out what is free, this one included"""
 

@@ -350,9 +350,7 @@ class EngineClient:
 
     def answered(self, ticket: AnyTicket, answer: Finished | TextFinished | MmgenError) -> None:
         """A ticket's last word."""
-        self.admitted.remove(ticket)
-        ticket.replica = None
-        ticket.end(answer)
+        self.admitted.answered(ticket, answer)
         self.text_loras.answered()
 
     def replica_ready(self) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraStates, Side
-from multimodal_gen.engine.group import Place, WorkerGroup
+from multimodal_gen.engine.group import Place, WorkerGroup, placed_in_time
 from multimodal_gen.engine.orders import Orders, rebuilt
 from multimodal_gen.engine.patience import Patience
 from multimodal_gen.engine.readings import Readings
@@ -93,7 +93,7 @@ class Replica:
         self.adapters = LoraStates()
         self.restarts = 0
         self.tickets: dict[str, AnyTicket] = {}
-        self._load = load
+        self._load = msgspec.structs.replace(load, replica=number)
         self.place = place
         self._owner = owner
         self._group: WorkerGroup | None = None
@@ -269,7 +269,7 @@ class Replica:
         load = msgspec.structs.replace(self._load, loras=adapters, loading=self._owner.replicas_loading())
         self._group, self._patience, self._spoke = None, Patience(load.config.step_timeout_s), 0.0
         try:
-            self._group = WorkerGroup(await self.place.start(load))
+            self._group = WorkerGroup(await placed_in_time(self.place, load))
         except Exception as error:
             log.error("no worker could be started", exc_info=None if isinstance(error, MmgenError) else error)
             if self.ready is None:

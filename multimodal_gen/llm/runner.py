@@ -36,6 +36,7 @@ class Runner:
         """Whether weights, keys and values are gone."""
         return self._cache is None
 
+    @torch.inference_mode()
     def run(self, slots: Sequence[Slot], writings: Mapping[str, Writing]) -> list[Sampled]:
         """What was chosen for each slot: one token, or none inside a prompt. Nothing else has changed by then, but for
         keys and values, and what the writings know of their prompts' tokens.
