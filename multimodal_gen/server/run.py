@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from multimodal_gen.config import ServerConfig, check_bind
 from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
+from multimodal_gen.observe.watchdog import stacks_after, watch_loop
 from multimodal_gen.server.app import create_app
 from multimodal_gen.server.errors import error_response
 from multimodal_gen.server.protocol import Limits, guarded
@@ -101,16 +102,17 @@ class _Server:
     async def run(self) -> int:
         from multimodal_gen.engine.client import EngineClient
 
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self.signals.put_nowait, int(number))
         try:
-            engine = EngineClient(self.config)
-            jobs = _jobs(self.config, engine)
-            if jobs is not None:
-                await jobs.start()
+            with stacks_after(self.config.load_timeout_s):
+                engine = EngineClient(self.config)
+                jobs = _jobs(self.config, engine)
+                if jobs is not None:
+                    await jobs.start()
         except MmgenError as error:
             return _complain(error)
+        # Not before: a signal that only the event loop sees could not end a start that hangs, or a long download.
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self.signals.put_nowait, int(number))
         url = url_of(self.listener)
         print(
             f"Listening at {url}, loading {engine.cards.name}; GET {url}/health/ready tells.",
@@ -119,6 +121,7 @@ class _Server:
         )
         front = _Front(self._uvicorn(engine, jobs))
         serving = asyncio.create_task(front.serve(sockets=[self.listener]))
+        watching = asyncio.create_task(watch_loop())
         code = 1
         try:
             await engine.start()
@@ -134,6 +137,7 @@ class _Server:
         else:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
+        watching.cancel()
         return code
 
     async def _watch(self, engine: EngineClient, jobs: JobRunner | None, serving: asyncio.Task[None]) -> int:
