@@ -17,6 +17,8 @@ from multimodal_gen.errors import AdapterMismatch, AdapterNotFound, InvalidValue
 
 Target = Literal["all", "transformer", "transformer_2", "text_encoder"]
 MergeMode = Literal["auto", "merge", "dynamic"]
+Side = Literal["pictures", "text"]
+"""which model of a worker: that of pictures and videos, or the language model"""
 TARGETS: tuple[Target, ...] = get_args(Target)
 MERGE_MODES: tuple[MergeMode, ...] = get_args(MergeMode)
 
@@ -120,6 +122,13 @@ class LoadLora(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     source: AdapterSource
 
 
+class SwapLoras(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Forget these nicknames and load these files, together; of the language model, where requests name adapters."""
+
+    sources: tuple[AdapterSource, ...] = ()
+    unload: tuple[str, ...] = ()
+
+
 class UnloadLora(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Forget a nickname; it must not be active."""
 
@@ -145,7 +154,7 @@ class RestoreLora(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     state: LoraState
 
 
-Change = SetLora | LoadLora | UnloadLora | MergeLora | UnmergeLora | RestoreLora
+Change = SetLora | LoadLora | SwapLoras | UnloadLora | MergeLora | UnmergeLora | RestoreLora
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from multimodal_gen.adapters import Change, LoraState
+from multimodal_gen.adapters import Change, LoraState, Side
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.offload import WeightsPlan, WeightsUse
 from multimodal_gen.request import AnyRequest, ModelCard, Timings
@@ -70,6 +70,8 @@ class Load(Message, frozen=True):
     """None: no text is written"""
     loras: LoraState | None = None
     """of the worker before this one; None: the first worker loads those of the configuration"""
+    text_loras: LoraState | None = None
+    """the same of the language model"""
     seat: Seat = Seat()
     loading: int = 1
     """replicas that load now and share out what is free, this one included"""
@@ -106,6 +108,7 @@ class ChangeLoras(Message, frozen=True):
 
     id: str
     change: Change
+    side: Side = "pictures"
 
 
 class Sleep(Message, frozen=True):
@@ -166,6 +169,8 @@ class Ready(Message, frozen=True):
     targets: tuple[str, ...] = ()
     """module trees that adapters can change"""
     loras: LoraState = LoraState()
+    text_loras: LoraState = LoraState()
+    """those of the language model; what could not be loaded again is `missing`"""
     lora_error: ErrorInfo | None = None
     """why the adapters of the worker before this one could not be brought back"""
     plan: WeightsPlan | None = None
@@ -266,6 +271,7 @@ class LorasChanged(Message, frozen=True):
     state: LoraState
     changed: bool
     seconds: float
+    side: Side = "pictures"
 
 
 class LorasRefused(Message, frozen=True):

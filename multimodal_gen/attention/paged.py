@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +20,70 @@ class PagedSpan(Protocol):
     def stop(self) -> int: ...
     @property
     def pages(self) -> Sequence[int]: ...
+    @property
+    def owner(self) -> int | None:
+        """A number of the sequence's own; None: nothing is remembered of it between forwards."""
+
+
+class PagedBatch(Protocol):
+    """New tokens of several sequences, laid end to end: B of them, T tokens."""
+
+    @property
+    def spans(self) -> Sequence[PagedSpan]: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T]: of each token in its sequence."""
+
+    @property
+    def page_table(self) -> Tensor:
+        """int32 [B, pages of the longest]."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [B]: tokens of each sequence, the new ones included."""
+
+
+class Attend(Protocol):
+    """Attention of one forward."""
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """q [T, H, D] → [T, H, D]. kv [T, 2, Hkv, D] are the new keys and values; they are in their pages by now."""
+
+
+class PagedBackend(Protocol):
+    """A way to compute it. What does not depend on the layer is made once per forward."""
+
+    name: str
+
+    def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
+        """Attention for this batch over a model's cache: by layer, as of `paged_attention`."""
+
+    def clear(self) -> None:
+        """Let go of what is kept between forwards."""
+
+
+@dataclass(frozen=True)
+class _SpanBySpan:
+    spans: Sequence[PagedSpan]
+    cache: Sequence[Tensor]
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        return paged_attention(q, self.cache[layer], self.spans)
+
+
+class Reference:
+    """Span by span."""
+
+    name = "reference"
+
+    def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
+        """Nothing is made ahead."""
+        return _SpanBySpan(batch.spans, cache)
+
+    def clear(self) -> None:
+        """Nothing is kept."""
 
 
 def paged_attention(q: Tensor, cache: Tensor, spans: Sequence[PagedSpan]) -> Tensor:

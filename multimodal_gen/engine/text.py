@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.attempt import Attempts
+from multimodal_gen.engine.attempt import agreed
 from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.errors import MmgenError
@@ -29,7 +30,7 @@ class TextSide:
     ) -> None:
         """Loads the model. Raises: CorruptModel, ConfigError, OutOfMemory, PeerLost."""
         self._ranks = ranks
-        self._attempt = Attempts(ranks, lambda: None)
+        self._attempt = partial(agreed, ranks)
         self._load_timeout_s = config.load_timeout_s
         self.core = TextCore(card, config, ranks.mesh, clock, self._attempt)
         self.asleep = False

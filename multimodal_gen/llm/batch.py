@@ -20,6 +20,7 @@ class Span:
     start: int  # tokens of the sequence whose KV is there already
     pages: Sequence[int]  # of the KV cache, in order; they hold start + len(ids) tokens at least
     logits: int = 1  # of how many of its last tokens logits are wanted: 0 inside a prompt, 1 at its end, more for echo
+    owner: int | None = None  # a number of the sequence's own; None: nothing is remembered of it between forwards
 
     @property
     def stop(self) -> int:
@@ -60,6 +61,11 @@ class Batch:
     def tokens(self) -> int:
         """T."""
         return len(self.ids)
+
+    @cached_property
+    def slots_at(self) -> tuple[Tensor, Tensor]:
+        """Page and offset of each slot, int64 [T] each."""
+        return self.slots // self.page_size, self.slots % self.page_size
 
     @cached_property
     def page_table(self) -> Tensor:

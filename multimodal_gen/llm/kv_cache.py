@@ -28,9 +28,7 @@ class KVCache:
         """Bytes of one page, in all layers."""
         return 2 * layers * page_size * kv_heads * head_dim * dtype.itemsize
 
-    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Put k and v [T, Hkv, D] at slots [T]."""
-        keys, values = self.layers[layer]
-        page, offset = slots // self.page_size, slots % self.page_size
-        keys[page, :, offset] = k
-        values[page, :, offset] = v
+    def write(self, layer: int, kv: Tensor, at: tuple[Tensor, Tensor]) -> None:
+        """Put keys and values [T, 2, Hkv, D] at pages and offsets within them, both [T] (`Batch.slots_at`)."""
+        page, offset = at
+        self.layers[layer][:, page, :, offset] = kv

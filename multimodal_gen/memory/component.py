@@ -68,7 +68,7 @@ class Component:
         for tensor in self._own:
             storage = tensor.untyped_storage()
             if storage.nbytes() == 0:
-                storage.resize_(_span(tensor))
+                storage.resize_(span_bytes(tensor))
         clear_padding(self.model)
         self.weights.fill(self.weights.places.keys() - self.streamed)
         self.weights.absent = self.streamed
@@ -97,7 +97,7 @@ class Component:
         return list({(place.layer, place.name): place.tensor for place in places}.values())
 
 
-def _span(tensor: Tensor) -> int:
+def span_bytes(tensor: Tensor) -> int:
     """Bytes of a storage that holds the tensor, whatever its order in memory."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int(tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0

@@ -10,6 +10,7 @@ every part), or by rows of the input, where each rank adds its inputs' share and
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,17 @@ def _weight(rows: int, columns: int, *, padded: bool, dtype: torch.dtype | None 
     return nn.Parameter(make(rows, columns, dtype=dtype), requires_grad=False)
 
 
+class Packed(Protocol):
+    """A layer's weight in another form: in an order that the processor likes, or in fewer bits."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in as stored] → a new tensor [T, out] in the dtype of x."""
+
+
 class Linear(Slotted):
     """y [..., out] = x [..., in] · Wᵀ + b.
 
@@ -60,6 +72,7 @@ class Linear(Slotted):
         self.in_features = in_features
         self.aligned = stored_in is not None
         self.group = SOLO  # the ranks whose outputs add up; filled by shard_
+        self.packed: Packed | None = None  # computed with instead of the weight; filled by whoever packed it
         padded = stored_in not in (None, in_features)
         self.weight = _weight(out_features, stored_in or in_features, padded=padded, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
@@ -85,7 +98,8 @@ class Linear(Slotted):
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         alone = self.group.size == 1
-        y = linear(x, self.weight, self.bias if alone else None)
+        bias = self.bias if alone else None
+        y = linear(x, self.weight, bias) if self.packed is None else self.packed(x, bias)
         if routing is not None:
             routing.add_(self, x, y)
         if alone:
@@ -121,6 +135,7 @@ class FusedLinear(Slotted):
         self.sizes = tuple(parts.values())
         self.multiple = multiple
         self.stored = [align(size, multiple) for size in parts.values()]
+        self.packed: Packed | None = None  # as of Linear
         padded = tuple(self.stored) != self.sizes
         assert not (bias and padded), "no layer has needed both"
         self.weight = _weight(sum(self.stored), in_features, padded=padded)
@@ -142,5 +157,5 @@ class FusedLinear(Slotted):
         self.bias = None if self.bias is None else hollow((sum(self.stored),), self.bias)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        y = linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias) if self.packed is None else self.packed(x, self.bias)
         return y if routing is None else routing.add_(self, x, y)

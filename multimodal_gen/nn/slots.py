@@ -51,7 +51,7 @@ class Slotted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cuts: dict[str, Cut] = {}  # parameter → what of each checkpoint tensor is held here; filled by shard_
+        self.cuts: dict[str, Cut] = {}  # parameter → what of its checkpoint tensors is held here; filled by shard_
 
     def extent(self, part: str | None) -> Extent:
         """The block of the weight that the checkpoint tensor of `part` fills."""
@@ -75,6 +75,10 @@ class Slotted(nn.Module):
             start = extent.rows.stop
         found += [self.weight[start:], self.weight[:, max(extent.columns.stop for extent in extents) :]]
         return [view for view in found if view.numel()]
+
+    def cut(self, parameter: str, part: str | None) -> Cut | None:
+        """What of the checkpoint's tensor of `part` is held here; None: all of it."""
+        return self.cuts.get(parameter)
 
     def shard_(self, how: How, group: Group, name: str) -> None:
         """Keep this rank's share only; the layer is still on the meta device.

@@ -138,7 +138,7 @@ def _component(folder: Path, name: str, library: str, class_name: str) -> Compon
     files: tuple[Path, ...] = ()
     tensors: dict[str, TensorInfo] = {}
     if _kind(class_name) == "model":
-        files, tensors = _weights(folder, name)
+        files, tensors = component_weights(folder, name)
     elif _kind(class_name) == "tokenizer" and not any((folder / name / file).exists() for file in TOKENIZER_DATA):
         raise CorruptModel(f"{name}/ holds no vocabulary; expected one of {', '.join(TOKENIZER_DATA)}.")
     return Component(
@@ -179,11 +179,17 @@ def _check_configs(folder: Path, name: str, class_name: str) -> None:
         if file.name == "special_tokens_map.json" or file.name.endswith(".index.json"):
             continue
         relative = f"{name}/{file.name}"
-        if "auto_map" in read_json(folder, relative):
-            raise _remote_code(relative, "has an 'auto_map', which asks for the model's own code")
+        refuse_remote_code(relative, read_json(folder, relative))
 
 
-def _weights(folder: Path, name: str) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+def refuse_remote_code(relative: str, content: dict[str, Any]) -> None:
+    """Raises: RemoteCodeRefused for a configuration that names code of the model's own."""
+    if "auto_map" in content:
+        raise _remote_code(relative, "has an 'auto_map', which asks for the model's own code")
+
+
+def component_weights(folder: Path, name: str) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+    """The safetensors files of `folder / name`, checked by their headers, and all tensors. Raises: CorruptModel."""
     for base in WEIGHT_BASES:
         index = f"{name}/{base}.safetensors.index.json"
         if (folder / index).exists():

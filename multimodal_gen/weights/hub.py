@@ -12,7 +12,7 @@ from multimodal_gen.weights.checkpoint import INDEX_FILE, read_index
 
 ASSETS = Path(str(files("multimodal_gen"))) / "assets"
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Fetched from each component's folder. Weights at a repository's root are other formats of the same model.
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.model")
 UNWANTED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*/flax_*", "*/openvino_*", "*/onnx*")
@@ -32,14 +32,14 @@ def resolve(model_path: str, *, revision: str | None, local_files_only: bool) ->
     """
     if model_path in bundled():
         return ASSETS / model_path
-    local = _local(model_path)
+    local = find_local(model_path)
     if local is not None and local.is_dir():
         return local
     if local is not None:
         raise ModelNotFound(
             f"{model_path!r} is a file; a model is a folder with {INDEX_FILE} in it.", param="model_path"
         )
-    if not _REPOSITORY.fullmatch(model_path):
+    if not REPOSITORY.fullmatch(model_path):
         raise ModelNotFound(
             f"No model {model_path!r}: not a bundled model ({', '.join(bundled())}), no folder of that name here, and "
             "not a hub repository id (owner/name)." + did_you_mean(model_path, bundled()),
@@ -48,7 +48,7 @@ def resolve(model_path: str, *, revision: str | None, local_files_only: bool) ->
     return _from_hub(model_path, revision, local_files_only)
 
 
-def _local(model_path: str) -> Path | None:
+def find_local(model_path: str) -> Path | None:
     """The file or folder of that name, if there is one."""
     try:
         path = Path(model_path).expanduser()
@@ -58,12 +58,12 @@ def _local(model_path: str) -> Path | None:
 
 
 def _from_hub(repository: str, revision: str | None, local_files_only: bool) -> Path:
-    first = _snapshot(repository, revision, local_files_only, [INDEX_FILE])
+    first = snapshot(repository, revision, local_files_only, [INDEX_FILE])
     if not (first / INDEX_FILE).exists():
         raise ModelNotFound(
             f"{repository!r} has no {INDEX_FILE}: it is not a pipeline in diffusers format.", param="model_path"
         )
-    return _snapshot(repository, revision, local_files_only, wanted_files(read_index(first).components))
+    return snapshot(repository, revision, local_files_only, wanted_files(read_index(first).components))
 
 
 def wanted_files(parts: Iterable[str]) -> list[str]:
@@ -71,7 +71,10 @@ def wanted_files(parts: Iterable[str]) -> list[str]:
     return [INDEX_FILE, *(f"{part}/{kind}" for part in parts for kind in WANTED)]
 
 
-def _snapshot(repository: str, revision: str | None, local_files_only: bool, wanted: list[str]) -> Path:
+def snapshot(
+    repository: str, revision: str | None, local_files_only: bool, wanted: list[str], param: str = "model_path"
+) -> Path:
+    """The folder of a repository's files that match `wanted`, downloaded if need be. Raises: ModelNotFound."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -104,5 +107,5 @@ def _snapshot(repository: str, revision: str | None, local_files_only: bool, wan
     raise ModelNotFound(
         f"No model {repository!r}{at}: no bundled model or local folder of that name, and {reason}."
         + did_you_mean(repository, bundled()),
-        param="model_path",
+        param=param,
     )

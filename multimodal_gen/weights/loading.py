@@ -1,4 +1,4 @@
-"""Safetensors shards, read one tensor at a time straight into the places where the model computes with them.
+"""Tensors of checkpoint files, read one at a time straight into the places where the model computes with them.
 
 The model is constructed first, in its final dtype on the meta device, shared out among ranks where there are several,
 and given memory; every checkpoint tensor, or the share of it that this rank holds, is then read (and cast) from the
@@ -56,7 +56,7 @@ class Place:
     @property
     def cut(self) -> Cut | None:
         """Which piece of the checkpoint's tensor is held; None: all of it."""
-        return self.layer.cuts.get(self.name) if isinstance(self.layer, Slotted) else None
+        return self.layer.cut(self.name, self.part) if isinstance(self.layer, Slotted) else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,13 +101,14 @@ class WeightTree:
     def __init__(
         self,
         model: nn.Module,
-        files: Sequence[Path],
+        files: Sequence[Path | TensorFile],
         renames: Sequence[Rename] = (),
         ignored: Sequence[str] = (),
     ) -> None:
         """`ignored` are patterns of checkpoint keys that the model has no use for. Raises: CorruptModel."""
         self.model = model
-        self.files = {path: TensorFile(path) for path in files}
+        opened = [file if isinstance(file, TensorFile) else TensorFile(file) for file in files]
+        self.files = {file.path: file for file in opened}
         self.shapes: dict[str, tuple[int, ...]] = {}  # every tensor of the files, those without use included
         self.places: dict[str, Place] = {}  # every tensor that the model has a place for
         self.recipes: Mapping[str, Recipe] = {}  # of the tensors that are changed; filled by `alter`

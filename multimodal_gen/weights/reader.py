@@ -48,6 +48,14 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a file are."""
+
+    tensors: dict[str, TensorInfo]  # in file order
+    start: int  # byte of the file that their offsets are counted from
+
+
+@dataclass(frozen=True)
 class Stamp:
     """What tells without reading whether a file is as it was."""
 
@@ -79,13 +87,14 @@ _buffers = _Buffers()
 class TensorFile:
     """One file; any thread may read."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises: CorruptModel."""
+    def __init__(self, path: Path, layout: Layout | None = None) -> None:
+        """`layout` is that of a file in another format than safetensors. Raises: CorruptModel."""
         self.path = path
-        self.tensors: dict[str, TensorInfo] = read_header(path, str(path))
+        self.tensors: dict[str, TensorInfo] = read_header(path, str(path)) if layout is None else layout.tensors
         with self._opened(os.O_RDONLY) as file:
             found = os.fstat(file)
-            self._start = found.st_size - max((info.end for info in self.tensors.values()), default=0)
+            end = max((info.end for info in self.tensors.values()), default=0)
+            self._start = found.st_size - end if layout is None else layout.start
             self._stamp = Stamp.of(found)
             self._print = self._fingerprint(file)
 
@@ -116,8 +125,11 @@ class TensorFile:
                 stop = min(start + step, last)
                 begin = self._start + info.begin + start * row_bytes
                 data = self._staged(file, begin, (stop - start) * row_bytes, direct)
-                block = torch.frombuffer(data, dtype=_dtype(info, self.path)).view(stop - start, *shape[1:])
-                yield slice(start - first, stop - first), block
+                yield slice(start - first, stop - first), self._decoded(key, data, (stop - start, *shape[1:]))
+
+    def _decoded(self, key: str, data: memoryview, shape: tuple[int, ...]) -> Tensor:
+        """Whole rows as a tensor, which may lie in `data`."""
+        return torch.frombuffer(data, dtype=_dtype(self.tensors[key], self.path)).view(shape)
 
     def rows_of_a_block(self, key: str) -> int:
         """Of all blocks of a tensor but the last."""

@@ -1,0 +1,88 @@
+"""y [T, out] = x [T, in] · Wᵀ with W in the order in which the processor's matrix unit reads it, through oneDNN.
+
+A plain weight is reordered, or read against the grain, in every call. On Zen 5 a packed bfloat16 weight is read 1.5
+times as fast by one token, and 32 tokens take two thirds of the time. What follows the product (SiLU, adding,
+multiplying) is done while its result is in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PACKED_FOR = 32  # rows that the order is chosen for; measured equal from 1 to 256
+
+After = Literal["none", "silu"]
+With = Literal["add", "mul"]
+
+
+def unavailable(dtype: torch.dtype) -> str:
+    """Why weights of this dtype cannot be packed here, or an empty string."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no bfloat16 matrix product"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"weights are {dtype}"
+    return ""
+
+
+def pack(weight: Tensor) -> Tensor:
+    """W [out, in] on a CPU → an opaque tensor of the same bytes, for `packed_linear`. Raises: AssertionError."""
+    why = unavailable(weight.dtype)
+    assert not why, why
+    assert weight.dim() == 2, weight.shape
+    assert weight.device.type == "cpu", weight.device
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR)
+    return packed
+
+
+class PackedWeight:
+    """A packed weight as layers hold it (`nn.linear.Packed`)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """`weight` [out, in] may be let go of afterwards."""
+        self._packed = pack(weight)
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] → [T, out]."""
+        return packed_linear(x, self._packed, bias)
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    after: After = "none",
+    other: Tensor | None = None,
+    how: With = "add",
+) -> Tensor:
+    """after(x · Wᵀ + bias), or (x · Wᵀ + bias) `how` other where `other` [T, out] is given."""
+    assert x.dtype == packed.dtype, (x.dtype, packed.dtype)
+    if other is not None:
+        assert after == "none", "one thing is done afterwards"
+        joined: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, how)
+        return joined
+    plain: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish" if after == "silu" else after, [], "")
+    return plain
+
+
+def packed_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    after: After = "none",
+    other: Tensor | None = None,
+    how: With = "add",
+) -> Tensor:
+    """The same in float32 steps, rounded once, from the plain weight [out, in]."""
+    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if other is not None:
+        y = y + other.float() if how == "add" else y * other.float()
+    return (F.silu(y) if after == "silu" else y).to(x.dtype)

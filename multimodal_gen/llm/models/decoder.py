@@ -1,0 +1,143 @@
+"""The decoder of all families: what a batch of spans makes of tokens, one layer after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from multimodal_gen.attention.paged import Attend, PagedBackend
+from multimodal_gen.errors import ConfigError
+from multimodal_gen.llm.batch import Batch
+from multimodal_gen.llm.kv_cache import KVCache
+from multimodal_gen.llm.models.config import DecoderConfig
+from multimodal_gen.llm.models.rope import Rope, Rotation
+from multimodal_gen.llm.models.vocabulary import Vocabulary
+from multimodal_gen.nn.linear import FusedLinear, Linear
+from multimodal_gen.nn.mlp import SwiGLU
+from multimodal_gen.nn.norm import RMSNorm, rms_normalize
+from multimodal_gen.nn.slots import Cut, How, hollow
+from multimodal_gen.parallel.group import Group
+
+
+class QKV(FusedLinear):
+    """Queries, keys and values of all heads; ranks share heads, and those that share keys have the same ones."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, bias: bool) -> None:
+        parts = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+        super().__init__(width, parts, bias=bias)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim  # held here
+        self.kv_cut: Cut | None = None  # filled by shard_
+
+    def cut(self, parameter: str, part: str | None) -> Cut | None:
+        """Keys and values may be held by several ranks."""
+        return super().cut(parameter, part) if part == "q" else self.kv_cut
+
+    def shard_(self, how: How, group: Group, name: str) -> None:
+        """Raises: ConfigError naming both numbers."""
+        assert how == "column", f"{name}: heads are shared out by column, not by {how}"
+        pieces = min(group.size, self.kv_heads)
+        if self.heads % group.size or self.kv_heads % pieces or group.size % pieces:
+            raise ConfigError(
+                f"{self.heads} attention heads and {self.kv_heads} of keys and values cannot be shared out over "
+                f"--tp-size {group.size} ranks: it must divide {self.heads}, and divide {self.kv_heads} or be a "
+                "multiple of it.",
+                param="tp_size",
+            )
+        self.heads, self.kv_heads = self.heads // group.size, self.kv_heads // pieces
+        self.sizes = tuple(heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads))
+        self.stored = list(self.sizes)
+        self.cuts = {parameter: Cut(0, group.rank, group.size) for parameter in ("weight", "bias")}
+        self.kv_cut = Cut(0, group.rank * pieces // group.size, pieces)
+        self.weight = hollow((sum(self.sizes), self.weight.shape[1]), self.weight)
+        self.bias = None if self.bias is None else hollow((sum(self.sizes),), self.bias)
+
+
+@dataclass(frozen=True)
+class At:
+    """What all layers of one forward share."""
+
+    batch: Batch
+    rotation: Rotation
+    attend: Attend
+
+
+class HeadNorm(nn.Module):
+    """RMS norms of queries and of keys, per head."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.q, self.k = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
+
+    def forward(self, qk: Tensor, heads: int) -> Tensor:
+        """qk [T, H + Hkv, D]: the first `heads` are queries."""
+        normal = rms_normalize(qk, self.q.eps)
+        normal[:, :heads].mul_(self.q.weight)
+        normal[:, heads:].mul_(self.k.weight)
+        return normal
+
+
+class Attention(nn.Module):
+    """Causal attention over the pages of each sequence."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.qkv = QKV(config.width, config.heads, config.kv_heads, config.head_dim, config.qkv_bias)
+        self.norm = HeadNorm(config.head_dim, config.eps) if config.qk_norm else None
+        self.out = Linear(config.heads * config.head_dim, config.width, config.out_bias)
+
+    def forward(self, x: Tensor, at: At, cache: KVCache, layer: int) -> Tensor:
+        heads, kv_heads = self.qkv.heads, self.qkv.kv_heads
+        states = self.qkv(x, at.batch.routing).unflatten(1, (heads + 2 * kv_heads, -1))  # [T, H + 2 · Hkv, D]
+        qk = states[:, : heads + kv_heads]
+        if self.norm is not None:
+            qk.copy_(self.norm(qk, heads))
+        at.rotation.turn_(qk)
+        kv = states[:, heads:].unflatten(1, (2, kv_heads))
+        cache.write(layer, kv, at.batch.slots_at)
+        mixed = at.attend(layer, states[:, :heads], kv)
+        return self.out(mixed.flatten(1), at.batch.routing)
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward network, each added to what it reads."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.eps)
+        self.mlp = SwiGLU(config.width, config.hidden)
+
+    def forward(self, x: Tensor, at: At, cache: KVCache, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), at, cache, layer)
+        return x.add_(self.mlp(self.mlp_norm(x), at.batch.routing))
+
+
+class Decoder(nn.Module):
+    """Tokens → logits."""
+
+    def __init__(self, config: DecoderConfig, backend: PagedBackend) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.embedding = Vocabulary(config.vocab_size, config.width, embeds=True)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.eps)
+        self.head = None if config.tied else Vocabulary(config.vocab_size, config.width, embeds=False)
+        self.rope = Rope(config.rope)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values that are computed here."""
+        layer = self.layers[0]
+        assert isinstance(layer, Layer)
+        return layer.attention.qkv.kv_heads
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Compute the batch's tokens and keep their keys and values; → float32 [R, vocabulary] (`Batch.logits_at`)."""
+        x = self.embedding.embed(batch.ids)
+        at = At(batch, self.rope(batch.positions, x.dtype), self.backend.plan(batch, cache.layers))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, at, cache, index)
+        head = self.embedding if self.head is None else self.head
+        return head.logits(self.norm(x[batch.logits_at]))

@@ -1,0 +1,72 @@
+"""Logits of the decoder against those of transformers, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.text_models import FAMILIES, logits_of, make_model, open_model, reference
+
+pytestmark = [pytest.mark.parity]
+
+LENGTHS = (1, 9, 4, 23)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "biases": ("llama", {"attention_bias": True}),
+    "own head width": ("llama", {"head_dim": 20}),
+    "one head of keys": ("qwen2", {"num_key_value_heads": 1}),
+    "as many heads of keys": ("qwen3", {"num_key_value_heads": 6}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}}),
+    "llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+            }
+        },
+    ),
+    "yarn": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "beta_fast": 8.0},
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+
+
+def sequences(seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 320, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@torch.no_grad()
+def expected(model: Any, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids])).logits[0].float()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
+    family, changes = VARIANTS[variant]
+    folder = make_model(family, tmp_path / "model", **changes)
+    theirs, ours = reference(folder), open_model(folder)
+    for chunk in (None, 5, 1):
+        for ids, logits in zip(sequences(), logits_of(ours, sequences(), chunk), strict=True):
+            torch.testing.assert_close(logits, expected(theirs, ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_logits_differ_from_transformers_by_rounding_only(family: str, tmp_path: Path) -> None:
+    folder = make_model(family, tmp_path / "model", dtype=torch.bfloat16)
+    exact, rounded, ours = reference(folder), reference(folder, torch.bfloat16), open_model(folder, "bfloat16")
+    for ids, logits in zip(sequences(), logits_of(ours, sequences()), strict=True):
+        wanted = expected(exact, ids)
+        theirs = (expected(rounded, ids) - wanted).square().mean().sqrt()
+        assert (logits - wanted).square().mean().sqrt() < 1.2 * theirs
