@@ -8,15 +8,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from multimodal_gen.config import ServerConfig
 from multimodal_gen.errors import InvalidValue, UnknownParameter, UnsupportedParameter
-from multimodal_gen.llm.parsers.reasoning import ReasoningFormat, after_reasoning
-from multimodal_gen.llm.parsers.tools.registry import ToolFormat, forced, offered
+from multimodal_gen.llm.front import TextFront
+from multimodal_gen.llm.parsers.reasoning import ReasoningFormat, after_reasoning, reasoning_format
+from multimodal_gen.llm.parsers.tools.registry import ToolFormat, forced, offered, tool_format
 from multimodal_gen.server.schemas import shown
 from multimodal_gen.server.text_schemas import TextWish
 from multimodal_gen.server.tool_wishes import ToolWish
 from multimodal_gen.text import GrammarKind
 
 MAX_GRAMMAR_CHARS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Forms:
+    """How this server's model writes what is not plain text."""
+
+    tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
+
+    @classmethod
+    def of(cls, config: ServerConfig, front: TextFront | None) -> Forms:
+        """As the settings say, else as the model's chat template shows. Raises: ConfigError."""
+        source = None if front is None or front.template is None else front.template.source
+        return cls(tool_format(config.tool_call_parser, source), reasoning_format(config.reasoning_parser, source))
 
 
 @dataclass(frozen=True)
