@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from multimodal_gen.adapters import AdapterInfo, AdapterSource, Change, LoraState, RestoreLora, SwapLoras
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, AdapterMergeOnly, AdapterNotFound, AdapterUnavailable, did_you_mean
-from multimodal_gen.llm.adapter_tree import DecoderTree
 from multimodal_gen.llm.adapter_turns import ReadyAdapters
 from multimodal_gen.lora.changes import Staged
 from multimodal_gen.lora.overlay import make_overlay
 from multimodal_gen.lora.store import AdapterStore, Limits, Loaded
+from multimodal_gen.lora.tree import AdaptedTree
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.group import SOLO, Group
@@ -27,7 +27,7 @@ class TextStager:
     """The state before a change; `stage` reads files and raises the AdapterError family."""
 
     store: AdapterStore
-    tree: DecoderTree
+    tree: AdaptedTree
     state: LoraState
 
     def stage(self, change: Change) -> Staged:
@@ -82,7 +82,7 @@ class TextStager:
 class TextAdapters:
     """One per language model; all methods but `stager().stage` belong to the engine's thread."""
 
-    def __init__(self, tree: DecoderTree, config: EngineConfig, ranks: Group = SOLO) -> None:
+    def __init__(self, tree: AdaptedTree, config: EngineConfig, ranks: Group = SOLO) -> None:
         """`ranks` are all of the replica: each calls the same methods at the same point."""
         self.state = LoraState()
         self._tree = tree

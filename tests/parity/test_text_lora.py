@@ -200,7 +200,7 @@ def test_after_a_thousand_random_requests_and_aborts_nothing_is_held(llama: Sett
             swapped = rng.choice(NAMES)
             load(core, swapped, llama.files[rng.choice(NAMES)])
     assert not alive
-    assert len(driver.heard.finished) + len(driver.heard.failed) == 1000
+    assert len(driver.heard.finished) + len(driver.heard.failed) == count >= 1000
     assert {error.code for error in driver.heard.failed.values()} == {"cancelled"}
     assert core.adapters.held == 0
     assert core.gauges().kv_pages_used == 0
@@ -259,18 +259,20 @@ def test_what_cannot_run_beside_the_weights_is_refused_when_it_is_loaded(llama: 
     head = write_peft(theirs, tmp_path / "head", seed=1, targets=["lm_head"])
     with pytest.raises(AdapterError, match="lm_head"):
         load(core, "head", head)
-    norm = {"model.norm.diff": torch.ones(96)}
-    save_file(norm, tmp_path / "norm.safetensors")
-    with pytest.raises(AdapterMergeOnly):
-        load(core, "norm", tmp_path / "norm.safetensors")
-    wide = {key: torch.nn.functional.pad(value, (0, 1)) for key, value in norm.items()}
-    save_file({"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 7)} | wide, tmp_path / "wrong.safetensors")
-    with pytest.raises(AdapterError):
+    save_file({"model.layers.0.mlp.up_proj.diff": torch.ones(200, 96)}, tmp_path / "whole.safetensors")
+    with pytest.raises(AdapterMergeOnly, match="whole"):
+        load(core, "whole", tmp_path / "whole.safetensors")
+    up = "model.layers.0.mlp.up_proj"
+    save_file(
+        {f"{up}.lora_A.weight": torch.ones(2, 97), f"{up}.lora_B.weight": torch.ones(200, 2)},
+        tmp_path / "wrong.safetensors",
+    )
+    with pytest.raises(AdapterMismatch, match="97"):
         load(core, "wrong", tmp_path / "wrong.safetensors")
     with pytest.raises(AdapterMismatch):
         load(core, "other", renamed(llama.files["a"], tmp_path / "other", {"self_attn": "attn"}))
-    huge = {k: v * 1e38 for k, v in load_file(llama.files["b"] / "adapter_model.safetensors").items()}
-    save_file(huge, tmp_path / "huge.safetensors")
+    huge = {f"{up}.lora_A.weight": torch.ones(2, 96), f"{up}.lora_B.weight": torch.full((200, 2), 3e38)}
+    save_file({**huge, f"{up}.alpha": torch.tensor(4.0)}, tmp_path / "huge.safetensors")
     with pytest.raises(AdapterError, match="overflow"):
         load(core, "huge", tmp_path / "huge.safetensors")
     assert core.adapters.state == before
