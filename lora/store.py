@@ -150,6 +150,9 @@ class AdapterStore:
         """Pins that were not released."""
         return self._pinned.total()
 
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
     def __contains__(self, digest: str) -> bool:
         return digest in self._by_digest
 

@@ -105,6 +105,21 @@ class LoraState(msgspec.Struct, frozen=True, kw_only=True):
     """tree → why `auto` chose as it did"""
 
 
+class LoraStates(msgspec.Struct, frozen=True):
+    """Of both models of a worker."""
+
+    pictures: LoraState = LoraState()
+    text: LoraState = LoraState()
+
+    def of(self, side: Side) -> LoraState:
+        """That of one of them."""
+        return self.text if side == "text" else self.pictures
+
+    def changed(self, side: Side, state: LoraState) -> LoraStates:
+        """The same with another state of one of them."""
+        return LoraStates(self.pictures, state) if side == "text" else LoraStates(state, self.text)
+
+
 # --- changes: what a worker is asked to do, each a transaction ------------------------------------------------------
 
 

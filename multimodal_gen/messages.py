@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from multimodal_gen.adapters import Change, LoraState, Side
+from multimodal_gen.adapters import Change, LoraState, LoraStates, Side
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.offload import WeightsPlan, WeightsUse
 from multimodal_gen.request import AnyRequest, ModelCard, Timings
@@ -68,10 +68,8 @@ class Load(Message, frozen=True):
     config: EngineConfig
     text: TextCard | None = None
     """None: no text is written"""
-    loras: LoraState | None = None
+    loras: LoraStates | None = None
     """of the worker before this one; None: the first worker loads those of the configuration"""
-    text_loras: LoraState | None = None
-    """the same of the language model"""
     seat: Seat = Seat()
     replica: int = 0
     """which of the server's; for its log"""
@@ -170,9 +168,7 @@ class Ready(Message, frozen=True):
     """of a step of several rows"""
     targets: tuple[str, ...] = ()
     """module trees that adapters can change"""
-    loras: LoraState = LoraState()
-    text_loras: LoraState = LoraState()
-    """those of the language model; what could not be loaded again is `missing`"""
+    loras: LoraStates = LoraStates()
     lora_error: ErrorInfo | None = None
     """why the adapters of the worker before this one could not be brought back"""
     plan: WeightsPlan | None = None

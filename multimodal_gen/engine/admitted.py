@@ -70,6 +70,10 @@ class Admitted:
         """Requests for pictures that have."""
         return sum(ticket.started for ticket in self.pictures)
 
+    def users(self, digest: str) -> int:
+        """Requests for texts that use an adapter of the language model."""
+        return sum(ticket.request.adapter == digest for ticket in self.texts)
+
     @property
     def texts_waiting(self) -> int:
         """Requests for texts that have not started."""

@@ -187,7 +187,7 @@ def _check(found: list[Staging]) -> None:
 def as_change_error(error: BaseException) -> MmgenError:
     """What the one who asked for a change is told of an unexpected failure."""
     if isinstance(error, Exception) and is_out_of_memory(error):
-        return OutOfMemory("There was not enough memory for this change of adapters; the set before is still active.")
+        return OutOfMemory("There was not enough memory for this change of adapters; all is as it was before.")
     return GenerationFailed(
-        f"The change of adapters failed ({type(error).__name__}) and the set before is still active; the log has more."
+        f"The change of adapters failed ({type(error).__name__}), and all is as it was before; the log has more."
     )

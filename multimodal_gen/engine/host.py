@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
+from multimodal_gen.adapters import LoraState, LoraStates, Side
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.arbiter import Arbiter, Side
+from multimodal_gen.engine.arbiter import Arbiter
+from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.messages import (
     Cancel,
@@ -57,6 +59,16 @@ class Part(Protocol):
 
     def rest(self, order: Sleep | Wake) -> MemoryChanged:
         """Sleep, or wake."""
+
+    @property
+    def changes(self) -> Changes:
+        """Of its adapters."""
+
+    def finish_changes(self) -> list[Event]:
+        """Commit those that are staged."""
+
+    def bring_adapters(self, state: LoraState | None) -> None:
+        """Before the first request. Raises: the AdapterError family."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +135,14 @@ class Host:
     @property
     def waits_for_ranks(self) -> bool:
         """Whether a change of adapters is staged here and waits for the other ranks."""
-        return self.pictures is not None and self.pictures.changes.staged_here
+        return any(part.changes.staged_here for part in self.parts.values())
 
     def ready(self, load_seconds: float) -> Ready:
         """What the front is told once all is loaded."""
         text = None if self.text is None else self.text.info
         if self.pictures is None:
-            assert text is not None, "an engine hosts something"
+            assert self.text is not None, "an engine hosts something"
+            text = self.text.info
             return Ready(
                 text.device,
                 text.dtype,
@@ -137,6 +150,7 @@ class Host:
                 text.parameters,
                 load_seconds,
                 threads=torch.get_num_threads(),
+                loras=LoraStates(text=self.text.changes.manager.state),
                 rests=True,
                 text=text,
             )
@@ -150,7 +164,7 @@ class Host:
             threads=core.threads,
             max_batch_tokens=core.scheduler.max_batch_tokens,
             targets=tuple(core.pipeline.trees),
-            loras=core.loras.state,
+            loras=LoraStates(core.loras.state, LoraState() if self.text is None else self.text.changes.manager.state),
             plan=core.sleeper.plan,
             weights=core.sleeper.weights,
             rests=core.sleeper.plan is not None,
@@ -188,15 +202,23 @@ class Host:
         if isinstance(message, GenerateText):
             assert self.text is not None, "the front knows that no text is written here"
             return self.text.add(message.request)
+        if isinstance(message, ChangeLoras):
+            self.parts[message.side].changes.begin(message.id, message.change)
+            return []
         assert self.pictures is not None, "the front knows that no pictures are made here"
-        if isinstance(message, Generate):
-            return self.pictures.add(message.request, message.resume)
-        self.pictures.changes.begin(message.id, message.change)
-        return []
+        return self.pictures.add(message.request, message.resume)
+
+    def bring_adapters(self, states: LoraStates | None) -> None:
+        """Before the first request: those of the worker before this one, or of the configuration.
+
+        Raises: the AdapterError family.
+        """
+        for side, part in self.parts.items():
+            part.bring_adapters(None if states is None else states.of(side))
 
     def finish_changes(self) -> list[Event]:
         """Commit the changes of adapters that are staged."""
-        return [] if self.pictures is None else self.pictures.finish_changes()
+        return [event for part in self.parts.values() for event in part.finish_changes()]
 
     def step(self) -> Iterator[Event]:
         """One step of one side."""

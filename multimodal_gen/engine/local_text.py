@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from multimodal_gen.adapters import LoraState
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.background import Background
 from multimodal_gen.engine.orders import rebuilt
@@ -52,6 +53,7 @@ class LocalTextEngine:
         """Loads the model. Raises: CorruptModel, ConfigError, OutOfMemory."""
         self._card = card
         self._config = config
+        self._loras: LoraState | None = None  # of a side that was let go
         self._side: TextSide | None = self._load()
 
     def _load(self) -> TextSide:
@@ -64,6 +66,7 @@ class LocalTextEngine:
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         side = TextSide(self._card, self._config, Ranks(Mesh.solo()))
+        side.bring_adapters(self._loras)
         # An injected fault belongs to the first engine only, as it does to the first worker of a server.
         self._config = msgspec.structs.replace(self._config, fault=None)
         return side
@@ -73,7 +76,7 @@ class LocalTextEngine:
         """The engine proper; one that is not to be trusted any more is let go of first."""
         if self._side is not None and self._side.sick and not self._side.asleep:
             log.warning("%d failures in a row: loading %s anew", self._config.max_consecutive_errors, self._card.name)
-            self._side = None
+            self._loras, self._side = self._side.changes.manager.state, None
         if self._side is None:
             self._side = self._load()
         return self._side

@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from multimodal_gen.adapters import LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.attempt import agreed
+from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.failures import info_of
+from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
-from multimodal_gen.errors import MmgenError
+from multimodal_gen.errors import MmgenError, PeerLost
+from multimodal_gen.llm.adapter_names import start_change
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.messages import Event, MemoryChanged, Sleep, Wake
@@ -33,6 +37,9 @@ class TextSide:
         self._attempt = partial(agreed, ranks)
         self._load_timeout_s = config.load_timeout_s
         self.core = TextCore(card, config, ranks.mesh, clock, self._attempt)
+        fault = Fault.parse(config.fault, ranks.mesh.rank)
+        self.changes = Changes(self.core.adapters, fault, ranks, side="text")
+        self._config = config
         self.asleep = False
         self._told = 0.0  # monotonic seconds of the latest gauges
 
@@ -70,6 +77,29 @@ class TextSide:
         if self.idle or not heard or now - self._told >= GAUGE_SECONDS:
             self._told = now
             yield self.core.gauges()
+
+    def bring_adapters(self, state: LoraState | None) -> None:
+        """Before the first request: the adapters of the engine before this one, or those of the configuration.
+
+        Raises: the AdapterError family for those of the configuration; the others are `missing` where they fail.
+        """
+        if state is None:
+            change = start_change(self._config)
+            if change is not None:
+                self.changes.run(change, weights_too=False)
+            return
+        try:
+            self.changes.run(RestoreLora(state=state), weights_too=False)
+        except PeerLost:
+            raise
+        except Exception as error:
+            log.exception("the adapters of the worker before could not be brought back")
+            why = error.message if isinstance(error, MmgenError) else f"Loading it failed ({type(error).__name__})."
+            self.core.adapters.lose(state, why)
+
+    def finish_changes(self) -> list[Event]:
+        """Commit the changes of adapters that are staged; to be called between steps."""
+        return [*self.changes.finish(weights_too=False)]
 
     def rest(self, order: Sleep | Wake) -> MemoryChanged:
         """Sleep or wake; nothing happens where that is so already. After an error it sleeps. Raises: PeerLost."""

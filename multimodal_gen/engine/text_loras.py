@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource, LoraState, SwapLoras
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.engine.transaction import to_its_end
 from multimodal_gen.errors import AdapterInUse, AdapterLimit, AdapterNotFound, did_you_mean
+from multimodal_gen.llm.adapter_names import pinned_names, start_change
 from multimodal_gen.messages import LorasChanged
 
 UNLOAD_SECONDS = 30.0  # for the requests that use an adapter to end
@@ -53,12 +55,16 @@ class TextLoras:
             change: makes a change in all replicas or in none.
             users: unanswered requests that use the adapter of a digest.
             unload_s: how long unloading waits for them.
+
+        Raises: InvalidValue, AdapterNotFound, UnsafeFormat for `--lora-paths`.
         """
+        start_change(config)  # a file that is not there is told before the model is loaded
         self._limit = config.max_loras if config.max_loaded_loras is None else config.max_loaded_loras
         self._max_bytes = config.max_lora_mb << 20
         self._change = change
         self._users = users
         self._unload_s = unload_s
+        self._pinned = pinned_names(config)
         self._entries: dict[str, Entry] = {}  # least recently used first
         self._changing = asyncio.Lock()
         self._answered = asyncio.Event()  # set, and replaced, whenever a request was answered
@@ -89,10 +95,10 @@ class TextLoras:
 
     # --- changes ------------------------------------------------------------------------------------------------------
 
-    def begin(self, state: LoraState, pinned: Iterable[str]) -> None:
-        """What the first workers have loaded."""
+    def begin(self, state: LoraState) -> None:
+        """What the first workers have loaded, as the settings say."""
         self._settle(state)
-        for name in pinned:
+        for name in self._pinned:
             self._entries[name].pinned = True
 
     async def load(self, source: AdapterSource, *, pinned: bool = False) -> Loading:
@@ -100,6 +106,9 @@ class TextLoras:
 
         Raises: AdapterLimit where nobody may leave; the change's own error, after which all is as before.
         """
+        return await to_its_end(self._load(source, pinned))
+
+    async def _load(self, source: AdapterSource, pinned: bool) -> Loading:
         async with self._changing:
             name = source.nickname
             if name in self._entries and self._entries[name].leaving:
@@ -124,6 +133,9 @@ class TextLoras:
         Raises: AdapterNotFound; AdapterInUse where they have not, after which it can be used as before; the change's
         own error.
         """
+        return await to_its_end(self._unload(name))
+
+    async def _unload(self, name: str) -> LorasChanged:
         entry = self._entries.get(name)
         if entry is None or entry.leaving:
             raise AdapterNotFound(

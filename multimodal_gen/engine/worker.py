@@ -94,8 +94,8 @@ def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
         return EXIT_LOAD_FAILED
     if host.ranks.leads:
         channel.send(msgspec.structs.replace(host.ready(time.monotonic() - begin), lora_error=lora_error))
-        if host.pictures is not None:
-            host.pictures.changes.on_staged = channel.wake
+        for part in host.parts.values():
+            part.changes.on_staged = channel.wake
     config, leads = load.config, host.ranks.leads  # the others know no more
     target = config.scheduler_status_target if leads else None
     status = open_status_log(target, config.scheduler_status_interval_s, load.replica, load.seat.rank)
@@ -133,10 +133,8 @@ def _bring_adapters(host: Host, load: Load) -> ErrorInfo | None:
 
     Files that are gone are told in the state; an error here is one of merging.
     """
-    if host.pictures is None:
-        return None
     try:
-        host.pictures.bring_adapters(load.loras)
+        host.bring_adapters(load.loras)
     except PeerLost:
         raise
     except MmgenError as error:

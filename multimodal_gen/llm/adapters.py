@@ -6,17 +6,17 @@ share a forward. Changes are staged in any thread and committed between two step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource, Change, LoraState, RestoreLora, SwapLoras
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, AdapterMergeOnly, AdapterNotFound, AdapterUnavailable, did_you_mean
-from multimodal_gen.llm.adapter_tree import DecoderTree
 from multimodal_gen.llm.adapter_turns import ReadyAdapters
 from multimodal_gen.lora.changes import Staged
 from multimodal_gen.lora.overlay import make_overlay
 from multimodal_gen.lora.store import AdapterStore, Limits, Loaded
+from multimodal_gen.lora.tree import AdaptedTree
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.group import SOLO, Group
@@ -27,7 +27,7 @@ class TextStager:
     """The state before a change; `stage` reads files and raises the AdapterError family."""
 
     store: AdapterStore
-    tree: DecoderTree
+    tree: AdaptedTree
     state: LoraState
 
     def stage(self, change: Change) -> Staged:
@@ -82,7 +82,7 @@ class TextStager:
 class TextAdapters:
     """One per language model; all methods but `stager().stage` belong to the engine's thread."""
 
-    def __init__(self, tree: DecoderTree, config: EngineConfig, ranks: Group = SOLO) -> None:
+    def __init__(self, tree: AdaptedTree, config: EngineConfig, ranks: Group = SOLO) -> None:
         """`ranks` are all of the replica: each calls the same methods at the same point."""
         self.state = LoraState()
         self._tree = tree
@@ -109,9 +109,10 @@ class TextAdapters:
         self.state = staged.state
         self._forget_dropped()
 
-    def restore(self, state: LoraState) -> None:
-        """Before the first request: the adapters of the engine before this one; files that are gone are `missing`."""
-        self.commit(self.stager().stage(RestoreLora(state=state)), weights_too=False)
+    def lose(self, state: LoraState, why: str) -> None:
+        """The adapters of the engine before this one cannot be had: requests are told instead of served by less."""
+        missing = {info.digest: why for info in state.loaded}
+        self.commit(Staged({}, LoraState(loaded=state.loaded, missing=missing), {}, changed=True), weights_too=False)
 
     def change(self, change: Change) -> None:
         """Make a change from beginning to end. Raises: the AdapterError family; nothing has changed then."""
@@ -144,6 +145,16 @@ class TextAdapters:
     def held(self) -> int:
         """Uses of adapters that were not let go of."""
         return self._store.pinned
+
+    @property
+    def ready(self) -> Collection[str | None]:
+        """Those that can compute at once, the base model among them, the least recently used first."""
+        return self._ready.held
+
+    @property
+    def kept(self) -> int:
+        """Adapters in memory, with a name or without."""
+        return len(self._store)
 
     def routing(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> Routing | None:
         """What the spans of a batch compute with; at most `max_loras_per_batch` different ones, None counted.

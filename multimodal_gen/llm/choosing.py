@@ -17,7 +17,8 @@ from multimodal_gen.llm.sampling import SamplingRow
 
 # Candidates that are sorted first. Nearly always they hold the top-p set; where they do not, all are sorted.
 FEW = 256
-BLOCK = 256
+# Sums over a vocabulary are sums of sums over so many neighbours. Usual vocabularies are multiples of it.
+BLOCK = 128
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -70,7 +71,7 @@ def _by_rank(scores: Tensor, weights: Tensor, rows: list[SamplingRow], width: in
     sums = best.double().exp().cumsum(-1)
     kept = (best >= kth[:, None]).sum(-1)
     inside = sums.gather(1, (kept - 1)[:, None])[:, 0]
-    total = torch.where(k > 0, inside, weights.sum(-1, dtype=torch.float64))
+    total = torch.where(k > 0, inside, block_sums(weights)[1][:, -1])
     top_p = torch.tensor([row.sampling.top_p for row in rows], dtype=torch.float64).to(scores.device)
     wanted = top_p * total
     rank = (sums < wanted[:, None]).sum(-1)
@@ -88,16 +89,25 @@ def _by_rank(scores: Tensor, weights: Tensor, rows: list[SamplingRow], width: in
 def pick(weights: Tensor, uniform: Tensor) -> Tensor:
     """int64 [R]: the token at which the running sum of weights [R, V] passes uniform [R] of the whole. A token of no
     weight is never picked."""
+    by_block, sums = block_sums(weights)
+    block, rest = _passes(sums, uniform * sums[:, -1])
+    inner = by_block[torch.arange(len(weights), device=weights.device), block].double().cumsum(-1)
+    place, _ = _passes(inner, rest)
+    return block * BLOCK + place
+
+
+def block_sums(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights [R, V] as [R, blocks, BLOCK], float64 [R, blocks] sums up to the end of each block).
+
+    A row's sum has the same bits in every batch, which `sum` over a whole row does not: a single one is shared out
+    among threads.
+    """
     count, vocabulary = weights.shape
     blocks = -(-vocabulary // BLOCK)
     if vocabulary % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocabulary))
     by_block = weights.view(count, blocks, BLOCK)
-    sums = by_block.sum(-1, dtype=torch.float64).cumsum(-1)
-    block, rest = _passes(sums, uniform * sums[:, -1])
-    inner = by_block[torch.arange(count, device=weights.device), block].double().cumsum(-1)
-    place, _ = _passes(inner, rest)
-    return block * BLOCK + place
+    return by_block, by_block.sum(-1).double().cumsum(-1)
 
 
 def _passes(sums: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

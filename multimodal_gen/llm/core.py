@@ -27,13 +27,12 @@ from multimodal_gen.errors import (
     UserError,
     WeightsUnavailable,
 )
-from multimodal_gen.llm.adapter_tree import DecoderTree
+from multimodal_gen.llm.adapter_target import DECODER
 from multimodal_gen.llm.adapters import TextAdapters
 from multimodal_gen.llm.attempt import Attempt, attempt_alone
 from multimodal_gen.llm.detokenizer import Detokenizer, Piece
 from multimodal_gen.llm.holdings import Holdings
 from multimodal_gen.llm.loading import TextModel, load
-from multimodal_gen.llm.models.tables import RENAMES
 from multimodal_gen.llm.runner import Runner
 from multimodal_gen.llm.sampling import Sampled
 from multimodal_gen.llm.scheduler import Limits, TextScheduler
@@ -41,6 +40,7 @@ from multimodal_gen.llm.sequence import Slot
 from multimodal_gen.llm.sizing import settle
 from multimodal_gen.llm.tokenizer import Tokenizer
 from multimodal_gen.llm.writing import Writing, Written, end_ids
+from multimodal_gen.lora.tree import AdaptedTree
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.messages import ErrorInfo, Event, Failed, Started, TextDelta, TextFinished, TextGauges, TextStep
 from multimodal_gen.parallel.mesh import Mesh
@@ -82,8 +82,7 @@ class TextCore:
             self.room.step_tokens, config.max_running_requests, config.max_loras_per_batch, config.schedule_policy
         )
         self.scheduler = TextScheduler(limits, self.holdings, clock)
-        tree = DecoderTree(self.model.decoder, RENAMES, card.layers)
-        self.adapters = TextAdapters(tree, config, self.mesh.control)
+        self.adapters = TextAdapters(AdaptedTree(DECODER, self.model.tree), config, self.mesh.control)
         self.runner = Runner(self.model, self.adapters, self.room.pages, page_size, self.mesh.control)
         self.detokenizer = Detokenizer(Tokenizer.load(card))
         self._attempt = attempt

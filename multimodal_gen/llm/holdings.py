@@ -42,32 +42,33 @@ class Holdings:
 
     def open(self, sequence: Sequence) -> None:
         """Give a sequence that has nothing the pages that the tree has of it; one token at least stays to be read."""
-        assert not sequence.path, "the sequence has pages already"
-        assert not sequence.own, "the sequence has pages already"
+        assert not sequence.pages, "the sequence has pages already"
         request = sequence.request
         reads_all = request.prompt_logprobs and sequence.index == 0 and not sequence.generated
         usable = 0 if reads_all else (len(sequence.tokens) - 1) // self.page_size
         sequence.path = self.tree.match(sequence.owner, sequence.tokens, usable)
+        sequence.pages = [node.page for node in sequence.path]
         sequence.computed = len(sequence.path) * self.page_size
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Have pages for so many of its tokens, evicting others; False, and nothing, where there is no room."""
-        missing = self.pages_for(tokens) - len(sequence.path) - len(sequence.own)
+        missing = self.pages_for(tokens) - len(sequence.pages)
         if missing <= 0:
             return True
         if missing > self.room:
             return False
         self.tree.evict(missing - self.pool.free)
-        sequence.own += [self.pool.take() for _ in range(missing)]
+        sequence.pages += [self.pool.take() for _ in range(missing)]
         return True
 
     def commit(self, sequence: Sequence, tokens: int) -> None:
         """So many of its tokens are computed now: pages that are full go into the tree."""
         sequence.computed, size = tokens, self.page_size
         while (len(sequence.path) + 1) * size <= tokens:
-            start = len(sequence.path) * size
-            page = tuple(sequence.tokens[start : start + size])
-            node = self.tree.add(sequence.owner, sequence.path, page, sequence.own.pop(0))
+            at = len(sequence.path)
+            page = tuple(sequence.tokens[at * size : (at + 1) * size])
+            node = self.tree.add(sequence.owner, sequence.path, page, sequence.pages[at])
+            sequence.pages[at] = node.page
             sequence.path.append(node)
 
     def pin(self, sequence: Sequence) -> None:
@@ -77,7 +78,8 @@ class Holdings:
     def close(self, sequence: Sequence, *, spoilt: bool = False) -> None:
         """Take all pages back; `spoilt`: what is in them is no good to anybody."""
         leave = self.tree.forget if spoilt else self.tree.unlock
+        own = sequence.pages[len(sequence.path) :]
         leave(sequence.owner, sequence.path)
-        for page in sequence.own:
+        for page in own:
             self.pool.release(page)
-        sequence.path, sequence.own, sequence.computed = [], [], 0
+        sequence.path, sequence.pages, sequence.computed = [], [], 0

@@ -204,12 +204,11 @@ class TextScheduler:
 
     def _room(self, sequence: Sequence) -> int:
         """Tokens that it can read before pages run out."""
-        held = len(sequence.path) + len(sequence.own)
-        return (held + self.holdings.room) * self.holdings.page_size - sequence.computed
+        return (len(sequence.pages) + self.holdings.room) * self.holdings.page_size - sequence.computed
 
     def _outstanding(self, sequence: Sequence) -> int:
         """Pages that it will want soon: for all that it has to read, and one to write on."""
-        return self.holdings.pages_for(len(sequence.tokens)) + 1 - len(sequence.path) - len(sequence.own)
+        return self.holdings.pages_for(len(sequence.tokens)) + 1 - len(sequence.pages)
 
     def _next(self, job: Job) -> Sequence:
         """The job's next sequence, with what the tree has of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -19,19 +20,15 @@ class Sequence:
     owner: Owner  # filled by Holdings.open: in which tree its pages are found
     tokens: list[int]  # prompt and answer so far; the core appends
     computed: int = 0  # tokens whose keys and values are in its pages; moved by Holdings and Scheduler.advance
-    path: list[Node] = field(default_factory=list)  # its pages that are in the tree, from the start; by Holdings
-    own: list[int] = field(default_factory=list)  # its pages behind those, that nobody else has; by Holdings
+    pages: list[int] = field(default_factory=list)  # of its tokens, in order; kept by Holdings
+    path: list[Node] = field(default_factory=list)  # those that are in the tree, from the start; the others are its own
     cached: int = 0  # tokens of the prompt that were found in the tree at its first start; by Scheduler
+    number: int = field(default_factory=itertools.count().__next__)  # no other sequence of this process has it
 
     @property
     def key(self) -> tuple[str, int]:
         """Names it among all."""
         return self.request.id, self.index
-
-    @property
-    def pages(self) -> list[int]:
-        """All its pages, in order."""
-        return [node.page for node in self.path] + self.own
 
     @property
     def remaining(self) -> int:

@@ -134,8 +134,11 @@ def run(code: str) -> str:
         "plan(EngineConfig(ring_degree=2), registry.describe(EngineConfig()))",
         "from multimodal_gen.memory.plan import Sizes, Wishes, plan\n"
         "plan([Sizes('transformer', 'denoise', 1, (1, 1))], Wishes(), {}, 100, 'cuda')",
+        "from multimodal_gen.llm.card import describe\n"
+        "from multimodal_gen.config import EngineConfig\n"
+        "describe(EngineConfig(llm_path='smollm2'))",
     ],
-    ids=["cli", "server", "public names", "describe", "plan", "memory plan"],
+    ids=["cli", "server", "public names", "describe", "plan", "memory plan", "describe text"],
 )
 def test_what_runs_without_a_model_loads_no_torch(code: str) -> None:
     loaded = run(f"{code}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules])").split()

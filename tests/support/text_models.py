@@ -19,7 +19,7 @@ from tests.support.checkpoints import build
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 96,
-    "intermediate_size": 200,
+    "intermediate_size": 224,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,

@@ -122,7 +122,8 @@ def test_nothing_is_marked_in_names_parts_and_tools_either(tokenizer: Tokenizer)
 def test_templates_still_find_what_is_marked(thinking: Tokenizer) -> None:
     cuts = of(
         "{% for m in messages %}<|im_start|>{% if '</think>' in m.content %}"
-        "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}<think>\n\n"
+        "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+        "<think>\n\n"
     )
     ids = cuts.encode(
         thinking,

@@ -26,12 +26,13 @@ class Workers:
     def __init__(self, unload_s: float = 5.0, **config: Any) -> None:
         self.state = LoraState()
         self.broken = False
+        self.seconds = 0.0  # that a change takes
         self.bytes = 1000  # of every adapter
         self.users = Counter[str]()
         self.names = TextLoras(EngineConfig(**config), self.change, lambda digest: self.users[digest], unload_s)
 
     async def change(self, change: SwapLoras) -> LorasChanged:
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.seconds)
         if self.broken:
             raise CorruptAdapter("The file is broken.")
         loaded = {info.nickname: info for info in self.state.loaded if info.nickname not in change.unload}
@@ -137,8 +138,9 @@ def test_nobody_can_begin_with_what_is_on_its_way_out():
     async def work() -> None:
         workers = Workers(max_loaded_loras=1)
         await loaded(workers, "a")
+        workers.seconds = 0.05
         loading = asyncio.create_task(workers.names.load(source("b")))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
         with pytest.raises(AdapterNotFound):
             workers.names.find("a")
         await loading
