@@ -104,6 +104,8 @@ class _Server:
     async def run(self) -> int:
         from multimodal_gen.engine.client import EngineClient
 
+        # A start that hangs, or a long download, must end as any program does: the event loop would not see a signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             with stacks_after(self.config.load_timeout_s):
                 engine = EngineClient(self.config)
@@ -113,7 +115,6 @@ class _Server:
                     await jobs.start()
         except MmgenError as error:
             return _complain(error)
-        # Not before: a signal that only the event loop sees could not end a start that hangs, or a long download.
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self.signals.put_nowait, int(number))
         url = url_of(self.listener)
