@@ -10,7 +10,7 @@ import msgspec
 
 from multimodal_gen.llm.tokenizer import Tokenizer
 from multimodal_gen.messages import TextFinished
-from multimodal_gen.server.text_replies import Heading, closing, finite
+from multimodal_gen.server.text_replies import Heading, closing, finite, spoken
 from multimodal_gen.text import TextOutput, TextTimings, TextUsage, TokenLogprob
 
 
@@ -77,7 +77,8 @@ def _choice(
         "finish_reason": output.finish_reason,
     }
     if form.logprobs:
-        told = [*finished.prompt_logprobs, *((output.logprobs or ()) if form.written else ())]
+        own = spoken(output.logprobs or (), output.finish_reason, output.stop_reason, form.tokenizer)
+        told = [*finished.prompt_logprobs, *(own if form.written else ())]
         choice["logprobs"] = completion_logprobs(told, form.tokenizer)
     if output.stop_reason is not None:
         choice["stop_reason"] = output.stop_reason

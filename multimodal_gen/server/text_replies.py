@@ -119,10 +119,11 @@ def _chat_choice(form: ChatForm, index: int, output: TextOutput) -> dict[str, An
     parser, told = form.parser(), Told()
     told.add(parser.feed(output.text))
     told.add(parser.finish())
+    logprobs = spoken(output.logprobs or (), output.finish_reason, output.stop_reason, form.tokenizer)
     choice: dict[str, Any] = {
         "index": index,
         "message": told.message(),
-        "logprobs": {"content": chat_logprobs(output.logprobs or (), form.tokenizer)} if form.logprobs else None,
+        "logprobs": {"content": chat_logprobs(logprobs, form.tokenizer)} if form.logprobs else None,
         "finish_reason": finish_reason(output.finish_reason, parser.calls),
     }
     if output.stop_reason is not None:
@@ -144,6 +145,16 @@ def usage_view(usage: TextUsage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def spoken(
+    logprobs: Sequence[TokenLogprob], finish: FinishReason | None, stop_reason: str | int | None, tokenizer: Tokenizer
+) -> Sequence[TokenLogprob]:
+    """Without the token that only ended the answer: its text is no part of it."""
+    if finish != "stop" or not logprobs:
+        return logprobs
+    last = logprobs[-1].token_id
+    return logprobs[:-1] if last == stop_reason or (stop_reason is None and last in tokenizer.eos_ids) else logprobs
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dict[str, Any]]:

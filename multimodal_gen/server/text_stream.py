@@ -20,6 +20,7 @@ from multimodal_gen.server.text_replies import (
     chat_logprobs,
     data_bytes,
     finish_reason,
+    spoken,
     usage_view,
 )
 from multimodal_gen.text import TextUsage
@@ -81,7 +82,8 @@ class _ChatChoice:
         self.begun = True
         self.told.add(self.parser.feed(delta.text))
         if self.form.logprobs:
-            self.logprobs += chat_logprobs(delta.logprobs, self.form.tokenizer)
+            own = spoken(delta.logprobs, delta.finish, delta.stop_reason, self.form.tokenizer)
+            self.logprobs += chat_logprobs(own, self.form.tokenizer)
         if delta.finish is not None:
             self.told.add(self.parser.finish())
         fields = self.told.delta()
@@ -146,7 +148,8 @@ class CompletionStream(EventStream):
         self.offsets[index] = offset + len(text)
         choice: dict[str, Any] = {"index": index, "text": echo + text, "logprobs": None, "finish_reason": delta.finish}
         if self.form.logprobs:
-            choice["logprobs"] = completion_logprobs(delta.logprobs, self.form.tokenizer, offset)
+            own = spoken(delta.logprobs, delta.finish, delta.stop_reason, self.form.tokenizer)
+            choice["logprobs"] = completion_logprobs(own, self.form.tokenizer, offset)
         if delta.stop_reason is not None:
             choice["stop_reason"] = delta.stop_reason
         return choice

@@ -6,6 +6,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from multimodal_gen.errors import (
@@ -17,6 +18,7 @@ from multimodal_gen.errors import (
     UnsupportedParameter,
     did_you_mean,
 )
+from multimodal_gen.llm.adapter_names import read_name, split_model
 from multimodal_gen.llm.answers import Answers
 from multimodal_gen.llm.asking import TextParams, settle
 from multimodal_gen.llm.front import TextFront
@@ -51,27 +53,47 @@ def text_front(context: Context) -> TextFront:
     return context.text
 
 
-def check_text_model(wish_model: str | None, context: Context) -> None:
+def check_text_model(name: str | None, context: Context) -> None:
     """Raises: ModelNotFound unless the name is absent or the language model's. Nothing is ever loaded on request."""
-    names = list(dict.fromkeys((context.text_name, context.text_card.name)))
-    if wish_model is None or wish_model in names:
+    names = _names(context)
+    if name is None or name in names:
         return
     raise ModelNotFound(
-        f"This server's language model is not {wish_model[:100]!a}.{did_you_mean(wish_model[:100], names)} It is "
-        f"{names[0]!r}; leave 'model' out to use it.",
+        f"This server's language model is not {name[:100]!a}.{did_you_mean(name[:100], names)} It is {names[0]!r}; "
+        "leave 'model' out to use it.",
         param="model",
     )
 
 
-def adapter_of(wish: TextWish, context: Context) -> str | None:
-    """The digest of the adapter that a request names; None: the base model.
+def _names(context: Context) -> list[str]:
+    return list(dict.fromkeys((context.text_name, context.text_card.name)))
 
-    Raises: ModelNotFound, AdapterNotFound, UnsupportedParameter.
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter that a request names."""
+
+    name: str
+    param: str  # the field that names it
+
+
+def adapter_of(wish: TextWish, context: Context) -> Named | None:
+    """The adapter in `model` (`id:adapter`) or `lora_path`; None: the base model.
+
+    Raises: ModelNotFound, AdapterNotFound, InvalidValue.
     """
-    check_text_model(wish.model, context)
+    model, adapter = (None, None) if wish.model is None else split_model(wish.model, _names(context))
+    check_text_model(model, context)
+    if adapter is not None and wish.lora_path is not None:
+        raise InvalidValue("'model' names an adapter already; leave 'lora_path' out.", param="lora_path")
     if wish.lora_path is not None:
-        raise UnsupportedParameter("This server has no adapters of its language model.", param="lora_path")
-    return None
+        named = Named(read_name(wish.lora_path), "lora_path")
+    elif adapter is not None:
+        named = Named(adapter, "model")
+    else:
+        return None
+    context.engine.text_loras.find(named.name, named.param)
+    return named
 
 
 def params_of(wish: TextWish, **more: Any) -> TextParams:
@@ -121,7 +143,7 @@ def submit(
     params: TextParams,
     *,
     grammar: Grammar | None,
-    adapter: str | None,
+    adapter: Named | None,
     names: Mapping[str, str],
 ) -> list[TextTicket]:
     """One admitted request for each prompt, or none. `names`: field of `TextParams` → the client's name for it.
@@ -133,6 +155,8 @@ def submit(
     try:
         if ready is None or ready.text is None:
             raise still_loading()
+        # Found again: nothing may come between this and its use by the request.
+        digest = None if adapter is None else context.engine.text_loras.find(adapter.name, adapter.param)
         requests = [
             settle(
                 # Client-chosen request ids may repeat; the engine's must not.
@@ -142,9 +166,9 @@ def submit(
                 card=context.text_card,
                 context=ready.text.context,
                 grammar=grammar,
-                adapter=adapter,
+                adapter=digest,
                 fair_key=fingerprint(exchange.owner, wish.safety_identifier or wish.user or ""),
-                routing_key=None,
+                routing_key=exchange.routing_key,
             )
             for prompt in prompts
         ]
