@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -44,12 +43,9 @@ class Runner:
         Raises: whatever the model or its adapters raise; PeerLost.
         """
         assert self._cache is not None, "nothing runs while the model sleeps"
-        by_adapter: dict[str | None, list[int]] = {}  # places of slots: those with one adapter compute side by side
-        for at, slot in enumerate(slots):
-            by_adapter.setdefault(slot.sequence.request.adapter, []).append(at)
-        order = list(chain.from_iterable(by_adapter.values()))
+        order = _side_by_side(slots)
         planned = [slots[at] for at in order]
-        spans = [Span(slot.ids, slot.sequence.computed, slot.sequence.pages, slot.logits) for slot in planned]
+        spans = [_span(slot) for slot in planned]
         adapters = [slot.sequence.request.adapter for slot in planned]
         routing = self.adapters.routing([slot.count for slot in planned], adapters)
         batch = Batch.of(spans, self._page_size, self.model.device, routing)
@@ -101,6 +97,23 @@ class Runner:
         """Have it again. Raises: CorruptModel."""
         self.model.wake()
         self._cache = self.model.new_cache(self._pages, self._page_size)
+
+
+def _side_by_side(slots: Sequence[Slot]) -> list[int]:
+    """Places of slots: single tokens first, and those with one adapter together."""
+    adapters = list(dict.fromkeys(slot.sequence.request.adapter for slot in slots))
+    return sorted(range(len(slots)), key=lambda at: _place(slots[at], adapters))
+
+
+def _place(slot: Slot, adapters: list[str | None]) -> tuple[bool, int]:
+    longer, adapter = slot.count > 1, adapters.index(slot.sequence.request.adapter)
+    # The last adapter of the single tokens is the first of the longer spans.
+    return longer, -adapter if longer else adapter
+
+
+def _span(slot: Slot) -> Span:
+    sequence = slot.sequence
+    return Span(slot.ids, sequence.computed, sequence.pages, slot.logits, sequence.number)
 
 
 def _echo(slot: Slot, writing: Writing, logits: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)  # of its tokens, in order; kept by Holdings
     path: list[Node] = field(default_factory=list)  # those that are in the tree, from the start; the others are its own
     cached: int = 0  # tokens of the prompt that were found in the tree at its first start; by Scheduler
+    number: int = field(default_factory=itertools.count().__next__)  # no other sequence of this process has it
 
     @property
     def key(self) -> tuple[str, int]:
