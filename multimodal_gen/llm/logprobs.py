@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from multimodal_gen.llm.choosing import block_sums
 from multimodal_gen.text import TokenLogprob
 
 # Rows whose logits are looked at together: a prompt of thousands of tokens would need gigabytes beside its logits.
@@ -26,7 +27,9 @@ class Thoughts:
     def of(cls, logits: Tensor, tops: Sequence[int]) -> Thoughts:
         """Of float32 [R, V], where tops[r] candidates of row r are asked for."""
         values, ids = logits.topk(min(max(tops), logits.shape[1]), dim=-1)
-        return cls(logits.logsumexp(-1), values, ids)
+        best = logits.amax(-1, keepdim=True)
+        _, sums = block_sums((logits - best).exp_())
+        return cls(best[:, 0] + sums[:, -1].log().float(), values, ids)
 
     def tell(self, ids: Sequence[int], chosen: Tensor, tops: Sequence[int]) -> list[TokenLogprob]:
         """About tokens ids[r] whose logits are chosen [R]."""

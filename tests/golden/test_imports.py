@@ -22,8 +22,9 @@ _LAYERS = {"attention", "nn", "parallel", "weights"}
 _MODELS = {"llm", "lora", "memory", "pipelines"} | _LAYERS | {"kernels"}
 # Room → the rooms it may import besides itself and the contract modules.
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"server", "generator", "engine", "media", "observe"} | _MODELS,
+    "cli": {"server", "generator", "llm_api", "engine", "media", "observe"} | _MODELS,
     "server": {"engine", "media", "observe"} | _MODELS,
+    "llm_api": {"engine"} | _MODELS,
     "generator": {"engine", "media", "observe"} | _MODELS,
     "engine": {"media", "observe"} | _MODELS,
     "pipelines": _MODELS,
@@ -49,7 +50,7 @@ ENGINE_FOR_THE_SERVER = {
 }
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
 TORCH_ON_PURPOSE = {"multimodal_gen/cli/hardware.py"}  # `mmgen doctor` imports it when it runs
-NO_TORCH = {"cli", "server", "generator", "media", "observe", *CONTRACT}
+NO_TORCH = {"cli", "server", "generator", "llm_api", "media", "observe", *CONTRACT}
 
 
 def modules() -> Iterator[tuple[str, str, ast.Module]]:
@@ -123,7 +124,7 @@ def run(code: str) -> str:
     [
         "import multimodal_gen, multimodal_gen.generator, multimodal_gen.cli.main",
         "import multimodal_gen.engine.client, multimodal_gen.server.app",
-        "from multimodal_gen import DiffGenerator, GenerationResult, SamplingParams, errors",
+        "from multimodal_gen import LLM, DiffGenerator, GenerationResult, SamplingParams, TextOutput, TextParams",
         "from multimodal_gen.pipelines import registry\n"
         "from multimodal_gen.config import EngineConfig\n"
         "registry.describe(EngineConfig()), registry.families(), registry.fallback()",
