@@ -5,6 +5,8 @@ A program computes all queries that share a head of keys (GQA) over one part of 
 whose results are joined by their log-sum-exp in a second kernel (Flash-Decoding: Dao et al., 2023).
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"
+
 from __future__ import annotations
 
 import torch
@@ -21,70 +23,92 @@ MAX_SPLITS = 32
 
 @triton.jit
 def _decode(
-    q_ptr, cache_ptr, table_ptr, lengths_ptr, out_ptr, lse_ptr,
-    q_token, cache_side, cache_page, cache_head, cache_slot, table_row, scale, part_tiles,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Program (sequence, head of keys, part). out is float32 [B, H, SPLITS, DIM], lse [B, H, SPLITS]; where SPLITS is 1
-    out has the dtype of q."""
-    sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    q_ptr,
+    cache_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    lse_ptr,
+    q_token,  # strides, in numbers
+    cache_side,
+    cache_page,
+    cache_head,
+    cache_slot,
+    table_row,
+    scale,
+    part_tiles,  # tiles of each part
+    heads: tl.constexpr,
+    group: tl.constexpr,  # heads that share keys
+    rows: tl.constexpr,  # at least `group`
+    dim: tl.constexpr,
+    width: tl.constexpr,  # at least `dim`
+    page_size: tl.constexpr,
+    tile: tl.constexpr,
+    splits: tl.constexpr,
+):
+    """Program (sequence, head of keys, part). out is float32 [B, H, splits, dim], lse [B, H, splits]; where splits is 1
+    out has the dtype of q, and there is no lse."""
+    sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + sequence)
-    first = part * part_tiles * TILE
-    last = tl.minimum(length, first + part_tiles * TILE)
+    first = part * part_tiles * tile
+    last = tl.minimum(length, first + part_tiles * tile)
 
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    own = (rows < GROUP)[:, None] & (columns < DIM)[None, :]
-    heads = head * GROUP + rows
-    q = tl.load(q_ptr + sequence * q_token + heads[:, None] * DIM + columns[None, :], mask=own, other=0.0)
+    row, column = tl.arange(0, rows), tl.arange(0, width)
+    head = kv_head * group + row
+    own = (row < group)[:, None] & (column < dim)[None, :]
+    q = tl.load(q_ptr + sequence * q_token + head[:, None] * dim + column[None, :], mask=own, other=0.0)
 
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(first, last, TILE):
-        tokens = start + tl.arange(0, TILE)
-        here = tokens < last
-        pages = tl.load(table_ptr + sequence * table_row + tokens // PAGE, mask=here, other=0).to(tl.int64)
-        at = cache_ptr + pages * cache_page + head * cache_head + (tokens % PAGE) * cache_slot
-        keys = tl.load(
-            at[None, :] + columns[:, None], mask=here[None, :] & (columns < DIM)[:, None], other=0.0
-        )  # [WIDTH, TILE]
+    top = tl.full((rows,), float("-inf"), tl.float32)
+    total = tl.zeros((rows,), tl.float32)
+    mixed = tl.zeros((rows, width), tl.float32)
+    for start in range(first, last, tile):
+        token = start + tl.arange(0, tile)
+        here = token < last
+        page = tl.load(table_ptr + sequence * table_row + token // page_size, mask=here, other=0).to(tl.int64)
+        at = cache_ptr + page * cache_page + kv_head * cache_head + (token % page_size) * cache_slot
+        inside = here[None, :] & (column < dim)[:, None]  # [width, tile]
+        keys = tl.load(at[None, :] + column[:, None], mask=inside, other=0.0)
         scores = tl.dot(q, keys, input_precision="ieee") * scale
         scores = tl.where(here[None, :], scores, float("-inf"))
         now = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp(scores - now[:, None])
         shrink = tl.exp(top - now)
-        values = tl.load(
-            at[:, None] + cache_side + columns[None, :], mask=here[:, None] & (columns < DIM)[None, :], other=0.0
-        )  # [TILE, WIDTH]
+        inside = here[:, None] & (column < dim)[None, :]  # [tile, width]
+        values = tl.load(at[:, None] + cache_side + column[None, :], mask=inside, other=0.0)
         mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         top = now
 
-    # A part behind the end of its sequence is empty: its weight is exp(-inf).
+    # A part behind the end of its sequence is empty: it gets the weight exp(-inf).
     full = total > 0
-    mixed = tl.where(full[:, None], mixed / tl.where(full, total, 1.0)[:, None], 0.0)
-    place = (sequence * HEADS + heads) * SPLITS + part
-    tl.store(out_ptr + place[:, None] * DIM + columns[None, :], mixed.to(out_ptr.dtype.element_ty), mask=own)
-    if SPLITS > 1:
-        lse = tl.where(full, top + tl.log(tl.where(full, total, 1.0)), float("-inf"))
-        tl.store(lse_ptr + place, lse, mask=rows < GROUP)
+    safe = tl.where(full, total, 1.0)
+    place = (sequence * heads + head) * splits + part
+    tl.store(
+        out_ptr + place[:, None] * dim + column[None, :], (mixed / safe[:, None]).to(out_ptr.dtype.element_ty), mask=own
+    )
+    if splits > 1:
+        tl.store(lse_ptr + place, tl.where(full, top + tl.log(safe), float("-inf")), mask=row < group)
 
 
 @triton.jit
 def _join(
-    parts_ptr, lse_ptr, out_ptr, SPLITS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+    parts_ptr,
+    lse_ptr,
+    out_ptr,
+    splits: tl.constexpr,
+    count: tl.constexpr,  # at least `splits`
+    dim: tl.constexpr,
+    width: tl.constexpr,
 ):
-    """Program (sequence · head): the parts, weighted by exp(lse). At least one part has tokens."""
-    row = tl.program_id(0)
-    parts, columns = tl.arange(0, COUNT), tl.arange(0, WIDTH)
-    lse = tl.load(lse_ptr + row * SPLITS + parts, mask=parts < SPLITS, other=float("-inf"))
+    """Program (sequence · heads + head): the parts, weighted by exp(lse). The first part is never empty."""
+    row, part, column = tl.program_id(0), tl.arange(0, count), tl.arange(0, width)
+    lse = tl.load(lse_ptr + row * splits + part, mask=part < splits, other=float("-inf"))
     weights = tl.exp(lse - tl.max(lse, 0))
     weights = weights / tl.sum(weights, 0)
-    inside = (parts < SPLITS)[:, None] & (columns < DIM)[None, :]
-    found = tl.load(parts_ptr + (row * SPLITS + parts[:, None]) * DIM + columns[None, :], mask=inside, other=0.0)
+    inside = (part < splits)[:, None] & (column < dim)[None, :]
+    found = tl.load(parts_ptr + (row * splits + part[:, None]) * dim + column[None, :], mask=inside, other=0.0)
     mixed = tl.sum(found * weights[:, None], 0)
-    tl.store(out_ptr + row * DIM + columns, mixed.to(out_ptr.dtype.element_ty), mask=columns < DIM)
+    tl.store(out_ptr + row * dim + column, mixed.to(out_ptr.dtype.element_ty), mask=column < dim)
 
 
 def splits_for(sequences: int, kv_heads: int, longest: int, processors: int) -> int:
@@ -116,15 +140,29 @@ def paged_decode(q: Tensor, cache: Tensor, page_table: Tensor, lengths: Tensor, 
         lse = torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device)
     group, width = heads // kv_heads, max(LEAST, triton.next_power_of_2(dim))
     _decode[(sequences, kv_heads, splits)](
-        q, cache, page_table, lengths, parts, lse,
-        q.stride(0), *cache.stride()[:4], page_table.stride(0), dim**-0.5,
+        q,
+        cache,
+        page_table,
+        lengths,
+        parts,
+        lse,
+        q.stride(0),
+        *cache.stride()[:4],
+        page_table.stride(0),
+        dim**-0.5,
         triton.cdiv(triton.cdiv(longest, splits), TILE),
-        GROUP=group, ROWS=max(LEAST, triton.next_power_of_2(group)), DIM=dim, WIDTH=width,
-        PAGE=page_size, TILE=TILE, SPLITS=splits, HEADS=heads,
-    )  # fmt: skip
+        heads=heads,
+        group=group,
+        rows=max(LEAST, triton.next_power_of_2(group)),
+        dim=dim,
+        width=width,
+        page_size=page_size,
+        tile=TILE,
+        splits=splits,
+    )
     if splits > 1:
         count = triton.next_power_of_2(splits)
-        _join[(sequences * heads,)](parts, lse, out, SPLITS=splits, COUNT=count, DIM=dim, WIDTH=width)
+        _join[(sequences * heads,)](parts, lse, out, splits=splits, count=count, dim=dim, width=width)
     return out
 
 
