@@ -23,9 +23,10 @@ CASES: dict[str, dict[str, Any]] = {
     "split in three": {"lengths": [500, 1, 192], "splits": 3},
     "split beyond the shortest": {"lengths": [10, 600], "splits": 5, "page": 4},
     "half precision": {"lengths": [1, 63, 65, 200], "dtype": "float16"},
-    "half precision of eight bits": {"lengths": [1, 65, 200], "dtype": "bfloat16"},
     "half precision, split": {"lengths": [300, 20], "dtype": "float16", "splits": 2},
 }
+# The interpreter multiplies the bits of bfloat16, not its numbers.
+ON_A_GPU = {**CASES, "bfloat16": {"lengths": [1, 65, 200], "dtype": "bfloat16"}}
 COMPILED = ("bf16", "fp16", "fp32")
 
 
