@@ -193,7 +193,7 @@ def _attend(plan: LanePlan, layer: int, q: Tensor, kv: Tensor) -> Tensor:
     keys[plan.rows, :, :, plan.at] = kv[:, 0].float()
     values[plan.rows, :, plan.at] = kv[:, 1]
     heads, dim = kv.shape[2:]
-    grouped = q.float().view(n * heads, -1, dim)  # neighbouring heads share keys
+    grouped = q.float().reshape(n * heads, -1, dim)  # neighbouring heads share keys
     scores = torch.bmm(grouped, keys[:n].flatten(0, 1)[:, :, : plan.span]).mul_(dim**-0.5)
     if plan.mask is not None:
         scores.view(n, heads, -1, plan.span).add_(plan.mask)
