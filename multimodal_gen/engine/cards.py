@@ -41,8 +41,8 @@ def describe(config: EngineConfig) -> Cards:
         text = describe_text(config)
     elif config.lora_paths:
         raise ConfigError(
-            "--lora-paths names adapters of a language model, and none is loaded (--llm-path); --lora names those "
-            "of the model of pictures.",
+            "--lora-paths names adapters of a language model, and none is loaded (--llm-path); --lora names those of a "
+            "model of pictures.",
             param="lora_paths",
         )
     if pictures is None and text is None:

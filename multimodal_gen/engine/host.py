@@ -60,16 +60,6 @@ class Part(Protocol):
     def rest(self, order: Sleep | Wake) -> MemoryChanged:
         """Sleep, or wake."""
 
-    @property
-    def changes(self) -> Changes:
-        """Of its adapters."""
-
-    def finish_changes(self) -> list[Event]:
-        """Commit those that are staged."""
-
-    def bring_adapters(self, state: LoraState | None) -> None:
-        """Before the first request. Raises: the AdapterError family."""
-
 
 @dataclass(frozen=True)
 class _Running:
@@ -135,7 +125,12 @@ class Host:
     @property
     def waits_for_ranks(self) -> bool:
         """Whether a change of adapters is staged here and waits for the other ranks."""
-        return any(part.changes.staged_here for part in self.parts.values())
+        return any(changes.staged_here for changes in self.changes)
+
+    @property
+    def changes(self) -> list[Changes]:
+        """Of adapters, of both sides."""
+        return [part.changes for part in (self.pictures, self.text) if part is not None]
 
     def ready(self, load_seconds: float) -> Ready:
         """What the front is told once all is loaded."""
@@ -150,8 +145,8 @@ class Host:
                 text.parameters,
                 load_seconds,
                 threads=torch.get_num_threads(),
-                loras=LoraStates(text=self.text.changes.manager.state),
                 rests=True,
+                loras=self._adapters,
                 text=text,
             )
         core, info = self.pictures, self.pictures.pipeline.info
@@ -164,7 +159,7 @@ class Host:
             threads=core.threads,
             max_batch_tokens=core.scheduler.max_batch_tokens,
             targets=tuple(core.pipeline.trees),
-            loras=LoraStates(core.loras.state, LoraState() if self.text is None else self.text.changes.manager.state),
+            loras=self._adapters,
             plan=core.sleeper.plan,
             weights=core.sleeper.weights,
             rests=core.sleeper.plan is not None,
@@ -182,6 +177,11 @@ class Host:
             for side, scheduler in schedulers.items()
             if scheduler is not None
         ]
+
+    @property
+    def _adapters(self) -> LoraStates:
+        pictures = LoraState() if self.pictures is None else self.pictures.loras.state
+        return LoraStates(pictures, LoraState() if self.text is None else self.text.core.adapters.state)
 
     # --- turns ----------------------------------------------------------------------------------------------------
 
@@ -203,22 +203,15 @@ class Host:
             assert self.text is not None, "the front knows that no text is written here"
             return self.text.add(message.request)
         if isinstance(message, ChangeLoras):
-            self.parts[message.side].changes.begin(message.id, message.change)
+            changes = next(each for each in self.changes if each.side == message.side)
+            changes.begin(message.id, message.change)
             return []
         assert self.pictures is not None, "the front knows that no pictures are made here"
         return self.pictures.add(message.request, message.resume)
 
-    def bring_adapters(self, states: LoraStates | None) -> None:
-        """Before the first request: those of the worker before this one, or of the configuration.
-
-        Raises: the AdapterError family.
-        """
-        for side, part in self.parts.items():
-            part.bring_adapters(None if states is None else states.of(side))
-
     def finish_changes(self) -> list[Event]:
         """Commit the changes of adapters that are staged."""
-        return [event for part in self.parts.values() for event in part.finish_changes()]
+        return [event for part in (self.pictures, self.text) if part is not None for event in part.finish_changes()]
 
     def step(self) -> Iterator[Event]:
         """One step of one side."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from multimodal_gen.adapters import LoraState, RestoreLora
+from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.attempt import agreed
 from multimodal_gen.engine.changes import Changes
@@ -18,7 +18,7 @@ from multimodal_gen.errors import MmgenError, PeerLost
 from multimodal_gen.llm.adapter_names import start_change
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.memory.host import release_freed_memory
-from multimodal_gen.messages import Event, MemoryChanged, Sleep, Wake
+from multimodal_gen.messages import Event, LorasChanged, MemoryChanged, Sleep, Wake
 from multimodal_gen.text import TextCard, TextInfo, TextRequest
 
 GAUGE_SECONDS = 0.25  # between two gauges while answers are written; the front hears of every step by its deltas
@@ -37,8 +37,7 @@ class TextSide:
         self._attempt = partial(agreed, ranks)
         self._load_timeout_s = config.load_timeout_s
         self.core = TextCore(card, config, ranks.mesh, clock, self._attempt)
-        fault = Fault.parse(config.fault, ranks.mesh.rank)
-        self.changes = Changes(self.core.adapters, fault, ranks, side="text")
+        self.changes = Changes(self.core.adapters, Fault.parse(config.fault, ranks.mesh.rank), ranks, side="text")
         self._config = config
         self.asleep = False
         self._told = 0.0  # monotonic seconds of the latest gauges
@@ -78,6 +77,8 @@ class TextSide:
             self._told = now
             yield self.core.gauges()
 
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
     def bring_adapters(self, state: LoraState | None) -> None:
         """Before the first request: the adapters of the engine before this one, or those of the configuration.
 
@@ -97,9 +98,15 @@ class TextSide:
             why = error.message if isinstance(error, MmgenError) else f"Loading it failed ({type(error).__name__})."
             self.core.adapters.lose(state, why)
 
+    def change_adapters(self, change: Change) -> LorasChanged:
+        """A transaction, done when this returns. Raises: the AdapterError family."""
+        return self.changes.run(change, weights_too=False)
+
     def finish_changes(self) -> list[Event]:
-        """Commit the changes of adapters that are staged; to be called between steps."""
+        """Commit the changes that are staged; to be called between steps."""
         return [*self.changes.finish(weights_too=False)]
+
+    # --- sleep ------------------------------------------------------------------------------------------------------
 
     def rest(self, order: Sleep | Wake) -> MemoryChanged:
         """Sleep or wake; nothing happens where that is so already. After an error it sleeps. Raises: PeerLost."""

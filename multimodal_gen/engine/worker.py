@@ -94,8 +94,8 @@ def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
         return EXIT_LOAD_FAILED
     if host.ranks.leads:
         channel.send(msgspec.structs.replace(host.ready(time.monotonic() - begin), lora_error=lora_error))
-        for part in host.parts.values():
-            part.changes.on_staged = channel.wake
+        for changes in host.changes:
+            changes.on_staged = channel.wake
     config, leads = load.config, host.ranks.leads  # the others know no more
     target = config.scheduler_status_target if leads else None
     status = open_status_log(target, config.scheduler_status_interval_s, load.replica, load.seat.rank)
@@ -133,8 +133,12 @@ def _bring_adapters(host: Host, load: Load) -> ErrorInfo | None:
 
     Files that are gone are told in the state; an error here is one of merging.
     """
+    if host.text is not None:
+        host.text.bring_adapters(None if load.loras is None else load.loras.text)
+    if host.pictures is None:
+        return None
     try:
-        host.bring_adapters(load.loras)
+        host.pictures.bring_adapters(None if load.loras is None else load.loras.pictures)
     except PeerLost:
         raise
     except MmgenError as error:

@@ -66,7 +66,10 @@ def test_the_scheduler_tells_what_runs_and_waits_once_it_can(tmp_path: Path) -> 
         assert server.worker_pid() == pid
 
 
-def test_a_front_that_hangs_before_it_listens_says_where_and_can_be_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_front_that_hangs_before_it_listens_says_where_and_can_be_ended(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     model = tmp_path / "model"
     model.mkdir()
     os.mkfifo(model / "model_index.json")  # as on a disk that does not answer: whoever opens it waits for ever
@@ -78,8 +81,8 @@ def test_a_front_that_hangs_before_it_listens_says_where_and_can_be_ended(tmp_pa
         )
         try:
             wait_for(lambda: b"Timeout" in said.read_bytes() and b"checkpoint.py" in said.read_bytes(), 30, "stacks")
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == -signal.SIGTERM
+            process.send_signal(number)
+            assert process.wait(5) == -number
         finally:
             process.kill()
             process.wait()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import Overflowed
-from multimodal_gen.llm.choosing import FEW, thresholds
+from multimodal_gen.llm.choosing import FEW, limits
 from multimodal_gen.llm.logprobs import tell
 from multimodal_gen.llm.sampler import Sampler, SamplingRow
 from multimodal_gen.text import TextRequest, TextSampling
@@ -148,15 +148,11 @@ def test_the_batch_around_a_row_changes_nothing() -> None:
 
 
 def test_candidates_that_are_equally_likely_stay_or_go_together() -> None:
-    scores = torch.zeros(3, 3 * FEW)
-    scores[:, FEW // 2 :] = -1.0
+    weights = torch.ones(3, 3 * FEW)
+    weights[:, FEW // 2 :] = 0.25
     rows = [row(top_k=10), row(top_p=0.2), row(top_k=FEW, top_p=0.99)]
-    limits = thresholds(scores, scores.exp(), rows)
-    assert limits is not None
-    assert limits.tolist() == [0.0, 0.0, -1.0]
-    flat = thresholds(torch.zeros(1, 3 * FEW), torch.ones(1, 3 * FEW), [row(top_k=10, top_p=0.5)])
-    assert flat is not None
-    assert flat.tolist() == [0.0]
+    assert limits(weights, rows).tolist() == [1.0, 1.0, 0.25]
+    assert limits(torch.ones(1, 3 * FEW), [row(top_k=10, top_p=0.5)]).tolist() == [1.0]
 
 
 def test_greedy_takes_the_first_of_the_best() -> None:
