@@ -25,7 +25,12 @@ from tests.support.text_core import answer, ask, make_text_folder, open_core
 pytestmark = [pytest.mark.dist]
 
 PROMPT = tuple(range(5, 25))
-SETTINGS: dict[str, Any] = {"llm_dtype": "float32", "kv_cache_memory": 16 << 20, "max_queued_requests": 4, "tpot_budget_ms": 10.0}
+SETTINGS: dict[str, Any] = {
+    "llm_dtype": "float32",
+    "kv_cache_memory": 16 << 20,
+    "max_queued_requests": 4,
+    "tpot_budget_ms": 10.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +217,7 @@ def test_a_language_model_alone_is_a_whole_engine(folder: Path) -> None:
 
         async def started() -> bool:
             ticket = engine.client.submit_text(ask("last", PROMPT, 4))
-            return [type(event) async for event in ticket][0] is Started
+            return isinstance(await anext(aiter(ticket)), Started)
 
         assert engine.do(started())
 
