@@ -73,6 +73,7 @@ class Stager:
             trees = self._targeted(change.target)
             active = tuple(pin for pin in self.state.active if pin.tree not in trees)
             return self._staged(self.store.by_name, self.state.remembered, active, self.state.modes)
+        assert isinstance(change, RestoreLora), f"{type(change).__name__} is for the language model"
         return self._restore(change)
 
     # --- the changes ------------------------------------------------------------------------------------------------

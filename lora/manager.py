@@ -22,7 +22,7 @@ from multimodal_gen.lora.merge import MergedTree
 from multimodal_gen.lora.names import AdapterTarget
 from multimodal_gen.lora.overlay import make_overlay, merge_only_error
 from multimodal_gen.lora.policy import Choice, Traffic
-from multimodal_gen.lora.store import AdapterStore, Loaded
+from multimodal_gen.lora.store import AdapterStore, Limits, Loaded
 from multimodal_gen.lora.tree import AdaptedTree, Members
 from multimodal_gen.nn.lowrank import Overlay
 from multimodal_gen.parallel.agreement import agree
@@ -57,7 +57,12 @@ class LoraManager:
                 point. What fails on one of them fails on all.
         """
         self.trees = {t.tree: AdaptedTree(t, weights[t.tree]) for t in targets if t.tree in weights}
-        self.store = AdapterStore(config, {name: tree.spellings for name, tree in self.trees.items()})
+        limits = Limits(
+            *(config.max_loras, config.max_lora_mb, config.max_lora_rank),
+            flag="--max-loras",
+            cure="unload one (DELETE /v1/loras/NAME)",
+        )
+        self.store = AdapterStore(limits, {name: tree.spellings for name, tree in self.trees.items()})
         self.state = LoraState()
         self._ranks = ranks
         self._fixed = config.deterministic  # the way a set is applied never follows the traffic

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import AdapterError, AdapterMergeOnly
 from multimodal_gen.lora.merge import piece
-from multimodal_gen.lora.tree import AdaptedTree, Members
+from multimodal_gen.lora.tree import Gathered, Members
 from multimodal_gen.lora.updates import LowRank
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.lowrank import Overlay, Piece, Update
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.nn.slots import Extent
+from multimodal_gen.weights.loading import Place
 
 Addends = list[tuple[LowRank, float]]  # updates of one weight with their strengths, in list order
 
 
-def make_overlay(tree: AdaptedTree, members: Members) -> Overlay | None:
+class Adaptable(Protocol):
+    """A module tree, as far as adapters beside its weights need it."""
+
+    def place(self, name: str) -> Place:
+        """Where the weight of a canonical name lives."""
+
+    def gather(self, members: Members) -> Gathered:
+        """What `members` do to this tree."""
+
+
+def make_overlay(tree: Adaptable, members: Members) -> Overlay | None:
     """What `members` do to the tree, unmerged; None where they do nothing.
 
     Raises: AdapterMergeOnly for updates that are no low-rank product of a linear layer.
@@ -28,7 +40,7 @@ def make_overlay(tree: AdaptedTree, members: Members) -> Overlay | None:
     return Overlay({layer: _stack(layer, blocks) for layer, blocks in layers.items()}) if layers else None
 
 
-def _collect(tree: AdaptedTree, members: Members) -> dict[nn.Module, list[tuple[Extent, Addends]]]:
+def _collect(tree: Adaptable, members: Members) -> dict[nn.Module, list[tuple[Extent, Addends]]]:
     layers: dict[nn.Module, list[tuple[Extent, Addends]]] = {}
     for name, updates in tree.gather(members).items():
         place = tree.place(name)

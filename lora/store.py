@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource
-from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, AdapterLimit, AdapterNotFound, CorruptAdapter, MmgenError
 from multimodal_gen.lora.adapter import Adapter
 from multimodal_gen.lora.bind import Spellings, bind
@@ -21,6 +20,16 @@ from multimodal_gen.lora.formats.registry import parse
 log = logging.getLogger(__name__)
 
 Stamp = tuple[int, ...]
+
+
+class Limits(NamedTuple):
+    """Of what one model holds."""
+
+    adapters: int
+    mb: int  # of all their tensors
+    rank: int  # of one module
+    flag: str  # the setting that `adapters` comes from, for messages
+    cure: str  # what to do where they are too many
 
 
 class Loaded(NamedTuple):
@@ -38,8 +47,8 @@ class AdapterStore:
     nobody pins it, and one change longer, for requests that were sent before the change was known.
     """
 
-    def __init__(self, config: EngineConfig, spellings: Mapping[str, Spellings]) -> None:
-        self.config = config
+    def __init__(self, limits: Limits, spellings: Mapping[str, Spellings]) -> None:
+        self.limits = limits
         self.by_name: dict[str, Loaded] = {}
         self._by_digest: dict[str, Loaded] = {}
         self._spellings = spellings
@@ -66,16 +75,15 @@ class AdapterStore:
         if known is not None and known.info.source == source and known.stamp == stamp:
             return known
         others = [loaded for name, loaded in names.items() if name != source.nickname]
-        if len(others) >= self.config.max_loras:
-            raise AdapterLimit(
-                f"{len(others)} adapters are loaded, which is --max-loras; unload one (DELETE /v1/loras/NAME)."
-            )
+        limits = self.limits
+        if len(others) >= limits.adapters:
+            raise AdapterLimit(f"{len(others)} adapters are loaded, which is {limits.flag}; {limits.cure}.")
         held = sum(loaded.info.bytes for loaded in others)
-        loaded = self._read(source, stamp, (self.config.max_lora_mb << 20) - held)
-        if held + loaded.info.bytes > self.config.max_lora_mb << 20:
+        loaded = self._read(source, stamp, (limits.mb << 20) - held)
+        if held + loaded.info.bytes > limits.mb << 20:
             raise AdapterLimit(
-                f"With {source.nickname!r} the adapters would take more than --max-lora-mb, which is "
-                f"{self.config.max_lora_mb}; unload others."
+                f"With {source.nickname!r} the adapters would take more than --max-lora-mb, which is {limits.mb}; "
+                "unload others."
             )
         return loaded
 
@@ -91,9 +99,9 @@ class AdapterStore:
             log.exception("%s cannot be read", source.nickname)
             raise CorruptAdapter(f"The adapter {source.nickname!r} cannot be read ({type(error).__name__}).") from None
         adapter = bound.adapter
-        if adapter.rank > self.config.max_lora_rank:
+        if adapter.rank > self.limits.rank:
             raise AdapterError(
-                f"{file.name} has rank {adapter.rank}; --max-lora-rank is {self.config.max_lora_rank} on this server."
+                f"{file.name} has rank {adapter.rank}; --max-lora-rank is {self.limits.rank} on this server."
             )
         digest = hashlib.sha256(f"{file.digest} alpha={source.alpha}".encode()).hexdigest()
         info = AdapterInfo(
@@ -111,14 +119,21 @@ class AdapterStore:
         )
         return Loaded(info, adapter, stamp)
 
-    def replace(self, names: Mapping[str, Loaded], used: Iterable[str]) -> None:
-        """Make `names` what is loaded; `used` are digests of active pins, kept even without a name."""
-        before = frozenset(loaded.info.digest for loaded in self.by_name.values()) | self._used
+    def replace(self, names: Mapping[str, Loaded], used: Iterable[str], *, keep_unloaded: bool = True) -> None:
+        """Make `names` what is loaded.
+
+        Args:
+            used: digests of active pins, kept even without a name.
+            keep_unloaded: whether requests may be on their way with a name that is gone; with one that means another
+                adapter from now on they always may.
+        """
+        known = self.by_name.items() if keep_unloaded else ((n, old) for n, old in self.by_name.items() if n in names)
+        before = frozenset(loaded.info.digest for _, loaded in known) | self._used
         self.by_name = dict(names)
         for loaded in names.values():
             self._by_digest[loaded.info.digest] = loaded
         self._used, self._before = frozenset(used), before
-        self._drop()
+        self.sweep()
 
     def pin(self, digests: Iterable[str]) -> Callable[[], None]:
         """Keep these adapters until the returned function is called."""
@@ -130,7 +145,19 @@ class AdapterStore:
 
         return release
 
-    def _drop(self) -> None:
+    @property
+    def pinned(self) -> int:
+        """Pins that were not released."""
+        return self._pinned.total()
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._by_digest
+
+    def sweep(self) -> None:
+        """Let go of what nobody needs any more."""
         wanted = {loaded.info.digest for loaded in self.by_name.values()} | self._used | self._before
         wanted |= {digest for digest, count in self._pinned.items() if count > 0}
         self._pinned = +self._pinned

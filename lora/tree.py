@@ -19,6 +19,16 @@ from multimodal_gen.weights.loading import Place, Recipe, WeightTree
 log = logging.getLogger(__name__)
 
 Members = Sequence[tuple[Adapter, float]]  # adapters with their strengths, in the order of addition
+Gathered = dict[str, list[tuple[Update, float]]]  # canonical name → (update, strength) in the order of addition
+
+
+def gather(members: Members, tree: str) -> Gathered:
+    """What `members` do to a tree; strength 0 adds nothing and is left out."""
+    found: Gathered = {}
+    for adapter, strength in members:
+        for name, updates in adapter.trees.get(tree, {}).items() if strength else ():
+            found.setdefault(name, []).extend((update, strength) for update in updates)
+    return found
 
 
 def _unavailable(error: CorruptModel) -> WeightsUnavailable:
@@ -98,10 +108,6 @@ class AdaptedTree:
         except CorruptModel as error:
             raise _unavailable(error) from error
 
-    def gather(self, members: Members) -> dict[str, list[tuple[Update, float]]]:
-        """Canonical name → (update, strength) in the order of addition; strength 0 adds nothing and is left out."""
-        found: dict[str, list[tuple[Update, float]]] = {}
-        for adapter, strength in members:
-            for name, updates in adapter.trees.get(self.target.tree, {}).items() if strength else ():
-                found.setdefault(name, []).extend((update, strength) for update in updates)
-        return found
+    def gather(self, members: Members) -> Gathered:
+        """What `members` do to this tree."""
+        return gather(members, self.target.tree)

@@ -13,16 +13,31 @@ if TYPE_CHECKING:
     from multimodal_gen import errors as errors
     from multimodal_gen.generator import DiffGenerator as DiffGenerator
     from multimodal_gen.generator import GenerationResult as GenerationResult
+    from multimodal_gen.llm.asking import TextParams as TextParams
+    from multimodal_gen.llm_api import LLM as LLM
     from multimodal_gen.request import SamplingParams as SamplingParams
+    from multimodal_gen.text import TextOutput as TextOutput
 
 _PUBLIC = {
     "DiffGenerator": "multimodal_gen.generator",
     "GenerationResult": "multimodal_gen.generator",
+    "LLM": "multimodal_gen.llm_api",
     "SamplingParams": "multimodal_gen.request",
+    "TextOutput": "multimodal_gen.text",
+    "TextParams": "multimodal_gen.llm.asking",
     "errors": "multimodal_gen.errors",
 }
 
-__all__ = ["DiffGenerator", "GenerationResult", "SamplingParams", "__version__", "errors"]
+__all__ = [
+    "LLM",
+    "DiffGenerator",
+    "GenerationResult",
+    "SamplingParams",
+    "TextOutput",
+    "TextParams",
+    "__version__",
+    "errors",
+]
 
 
 def __getattr__(name: str) -> Any:

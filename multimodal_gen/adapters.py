@@ -17,6 +17,8 @@ from multimodal_gen.errors import AdapterMismatch, AdapterNotFound, InvalidValue
 
 Target = Literal["all", "transformer", "transformer_2", "text_encoder"]
 MergeMode = Literal["auto", "merge", "dynamic"]
+Side = Literal["pictures", "text"]
+"""which model of a worker: that of pictures and videos, or the language model"""
 TARGETS: tuple[Target, ...] = get_args(Target)
 MERGE_MODES: tuple[MergeMode, ...] = get_args(MergeMode)
 
@@ -103,6 +105,21 @@ class LoraState(msgspec.Struct, frozen=True, kw_only=True):
     """tree → why `auto` chose as it did"""
 
 
+class LoraStates(msgspec.Struct, frozen=True):
+    """Of both models of a worker."""
+
+    pictures: LoraState = LoraState()
+    text: LoraState = LoraState()
+
+    def of(self, side: Side) -> LoraState:
+        """That of one of them."""
+        return self.text if side == "text" else self.pictures
+
+    def changed(self, side: Side, state: LoraState) -> LoraStates:
+        """The same with another state of one of them."""
+        return LoraStates(self.pictures, state) if side == "text" else LoraStates(state, self.text)
+
+
 # --- changes: what a worker is asked to do, each a transaction ------------------------------------------------------
 
 
@@ -118,6 +135,13 @@ class LoadLora(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Load a file without using it."""
 
     source: AdapterSource
+
+
+class SwapLoras(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Forget these nicknames and load these files, together; of the language model, where requests name adapters."""
+
+    sources: tuple[AdapterSource, ...] = ()
+    unload: tuple[str, ...] = ()
 
 
 class UnloadLora(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -145,7 +169,7 @@ class RestoreLora(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     state: LoraState
 
 
-Change = SetLora | LoadLora | UnloadLora | MergeLora | UnmergeLora | RestoreLora
+Change = SetLora | LoadLora | SwapLoras | UnloadLora | MergeLora | UnmergeLora | RestoreLora
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

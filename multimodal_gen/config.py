@@ -211,7 +211,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="adapters of the language model to load from the start: NAME=PATH, or NAME=PATH:pinned"),
     ] = []
     scheduler_status_target: Annotated[
-        str | None, Meta(description="where the text scheduler tells what runs and waits, as JSON: stdout, or a folder")
+        str | None,
+        Meta(description="where the scheduler of each worker tells what runs and waits: stdout, or a folder"),
     ] = None
     scheduler_status_interval_s: Annotated[float, Positive, Meta(description="time between two of those lines")] = 60.0
     fault: Annotated[

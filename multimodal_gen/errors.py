@@ -6,10 +6,11 @@
     │   │   ├── InvalidN                    400 invalid_n
     │   │   ├── InvalidSize                 400 invalid_size
     │   │   ├── PromptTooLong               400 prompt_too_long
+    │   │   │   └── ContextExceeded         400 context_length_exceeded: prompt and answer beyond the context
     │   │   ├── RequestTooLarge             400 request_too_large
-    │   │   └── InvalidImage                400 invalid_image
+    │   │   └── InvalidImage                400 invalid_image: damaged, or no picture at all
     │   │       ├── ImageTooLarge           400 image_too_large
-    │   │       ├── UnsupportedImage        400 unsupported_image
+    │   │       ├── UnsupportedImage        400 unsupported_image: of a kind that no decoder of ours is asked to read
     │   │       └── TooManyImages           400 too_many_images
     │   ├── InvalidJson                     400 invalid_json
     │   ├── InvalidMultipart                400 invalid_multipart
@@ -110,13 +111,15 @@ class PromptTooLong(InvalidValue):
     code = "prompt_too_long"
 
 
+class ContextExceeded(PromptTooLong):
+    code = "context_length_exceeded"
+
+
 class RequestTooLarge(InvalidValue):
     code = "request_too_large"
 
 
 class InvalidImage(InvalidValue):
-    """A picture that is damaged, or no picture at all."""
-
     code = "invalid_image"
 
 
@@ -125,8 +128,6 @@ class ImageTooLarge(InvalidImage):
 
 
 class UnsupportedImage(InvalidImage):
-    """A kind of picture that no decoder of ours is asked to read."""
-
     code = "unsupported_image"
 
 

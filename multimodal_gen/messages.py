@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from multimodal_gen.adapters import Change, LoraState
+from multimodal_gen.adapters import Change, LoraState, LoraStates, Side
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.offload import WeightsPlan, WeightsUse
 from multimodal_gen.request import AnyRequest, ModelCard, Timings
@@ -68,9 +68,11 @@ class Load(Message, frozen=True):
     config: EngineConfig
     text: TextCard | None = None
     """None: no text is written"""
-    loras: LoraState | None = None
+    loras: LoraStates | None = None
     """of the worker before this one; None: the first worker loads those of the configuration"""
     seat: Seat = Seat()
+    replica: int = 0
+    """which of the server's; for its log"""
     loading: int = 1
     """replicas that load now and share out what is free, this one included"""
 
@@ -106,6 +108,7 @@ class ChangeLoras(Message, frozen=True):
 
     id: str
     change: Change
+    side: Side = "pictures"
 
 
 class Sleep(Message, frozen=True):
@@ -165,7 +168,7 @@ class Ready(Message, frozen=True):
     """of a step of several rows"""
     targets: tuple[str, ...] = ()
     """module trees that adapters can change"""
-    loras: LoraState = LoraState()
+    loras: LoraStates = LoraStates()
     lora_error: ErrorInfo | None = None
     """why the adapters of the worker before this one could not be brought back"""
     plan: WeightsPlan | None = None
@@ -266,6 +269,7 @@ class LorasChanged(Message, frozen=True):
     state: LoraState
     changed: bool
     seconds: float
+    side: Side = "pictures"
 
 
 class LorasRefused(Message, frozen=True):

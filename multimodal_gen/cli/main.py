@@ -26,7 +26,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("multimodal_gen.cli.generate", "make images from a prompt, here and now"),
-    "serve": Command("multimodal_gen.cli.serve", "run the HTTP server (OpenAI images API)"),
+    "chat": Command("multimodal_gen.cli.chat", "talk with a language model, here and now"),
+    "serve": Command("multimodal_gen.cli.serve", "run the HTTP server (OpenAI API)"),
     "lora": Command("multimodal_gen.cli.lora", "list adapter files, or look into one"),
     "models": Command("multimodal_gen.cli.models", "list the models that can run, or describe one"),
     "doctor": Command("multimodal_gen.cli.doctor", "report devices, dtypes, memory, and whether a model fits"),

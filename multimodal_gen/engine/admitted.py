@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from multimodal_gen.engine.ticket import AnyTicket, TextTicket, Ticket
+from multimodal_gen.errors import MmgenError
+from multimodal_gen.messages import Finished, TextFinished
+from multimodal_gen.text import TextRequest
 
 
 class Admitted:
@@ -15,6 +18,7 @@ class Admitted:
         self._tickets: dict[str, AnyTicket] = {}
         self.none_left = asyncio.Event()
         self.none_left.set()
+        self.on_text: Callable[[TextRequest, TextFinished], None] | None = None  # set by whoever wants to know
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -31,11 +35,15 @@ class Admitted:
         self._tickets[ticket.request.id] = ticket
         self.none_left.clear()
 
-    def remove(self, ticket: AnyTicket) -> None:
-        """It is answered."""
+    def answered(self, ticket: AnyTicket, answer: Finished | TextFinished | MmgenError) -> None:
+        """A ticket's last word."""
         del self._tickets[ticket.request.id]
         if not self._tickets:
             self.none_left.set()
+        ticket.replica = None
+        ticket.end(answer)
+        if self.on_text is not None and isinstance(ticket, TextTicket) and isinstance(answer, TextFinished):
+            self.on_text(ticket.request, answer)
 
     @property
     def pictures(self) -> list[Ticket]:
@@ -61,6 +69,10 @@ class Admitted:
     def pictures_running(self) -> int:
         """Requests for pictures that have."""
         return sum(ticket.started for ticket in self.pictures)
+
+    def users(self, digest: str) -> int:
+        """Requests for texts that use an adapter of the language model."""
+        return sum(ticket.request.adapter == digest for ticket in self.texts)
 
     @property
     def texts_waiting(self) -> int:

@@ -11,9 +11,7 @@ Everything is a function of what `ran` was told, so that all ranks decide alike.
 
 from __future__ import annotations
 
-from typing import Literal
-
-Side = Literal["pictures", "text"]
+from multimodal_gen.adapters import Side
 
 PATIENCE = 4.0  # so pictures have a fifth of the time at least
 SMOOTHING = 0.3  # weight of the latest step in what the next one is expected to take

@@ -38,23 +38,38 @@ class Attempts:
         Raises: PeerLost.
         """
         before = [] if self._ranks.alone else [way_back(row) for row in rows]
-        failure: Exception | None = None
-        try:
-            work()
-        except PeerLost:
-            raise
-        except Exception as error:  # noqa: BLE001 - every kind of failure has the same answer: an end that is told
-            failure = error
-        if failure is not None:
-            log.error("%s failed", what, exc_info=failure)
-            traceback.clear_frames(failure.__traceback__)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        verdict = self._ranks.agree(what, failure, in_lockstep=bool(rows), patience_s=patience_s)
+        verdict = agreed(self._ranks, what, work, lockstep=bool(rows), patience_s=patience_s)
         if verdict is not None and not self._ranks.alone:
-            if failure is None:
-                log.error("%s failed on another rank: %s", what, verdict.message)
             for go_back in before:
                 go_back()
             self._reset()
         return verdict
+
+
+def agreed(
+    ranks: Ranks, what: str, work: Callable[[], None], *, lockstep: bool = False, patience_s: float | None = None
+) -> MmgenError | None:
+    """Run work; returns the error that it came to on all ranks together, or None. The memory is free again by then.
+
+    Args:
+        lockstep: ranks wait for one another inside the work.
+        patience_s: by how much they may differ in the time it takes; None: as long as a step may take.
+
+    Raises: PeerLost.
+    """
+    failure: Exception | None = None
+    try:
+        work()
+    except PeerLost:
+        raise
+    except Exception as error:  # noqa: BLE001 - every kind of failure has the same answer: an end that is told
+        failure = error
+    if failure is not None:
+        log.error("%s failed", what, exc_info=failure)
+        traceback.clear_frames(failure.__traceback__)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    verdict = ranks.agree(what, failure, in_lockstep=lockstep, patience_s=patience_s)
+    if verdict is not None and failure is None:
+        log.error("%s failed on another rank: %s", what, verdict.message)
+    return verdict

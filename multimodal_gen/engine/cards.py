@@ -39,6 +39,12 @@ def describe(config: EngineConfig) -> Cards:
         from multimodal_gen.llm.card import describe as describe_text
 
         text = describe_text(config)
+    elif config.lora_paths:
+        raise ConfigError(
+            "--lora-paths names adapters of a language model, and none is loaded (--llm-path); --lora names those of a "
+            "model of pictures.",
+            param="lora_paths",
+        )
     if pictures is None and text is None:
         raise ConfigError(
             "There is nothing to load: --model-path is none, and --llm-path is not given.", param="model_path"

@@ -1,4 +1,4 @@
-"""Changes of adapters beside the denoising loop: staged in a thread, one after another, committed between steps.
+"""Changes of adapters beside the steps of a model: staged in a thread, one after another, committed between steps.
 
 With several ranks, each stages the same change. It is committed in the turn in which all are found to have staged it,
 and refused everywhere when one could not.
@@ -12,18 +12,39 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
-from multimodal_gen.adapters import Change
+from multimodal_gen.adapters import Change, LoraState, Side
 from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.errors import AdapterError, GenerationFailed, MmgenError, OutOfMemory, PeerLost, from_code
-from multimodal_gen.lora.changes import Staged, Stager
-from multimodal_gen.lora.manager import LoraManager
+from multimodal_gen.lora.changes import Staged
 from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.messages import LorasChanged, LorasRefused, Staging, decode_staging, encode
 
 log = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """The state before a change, in which it is worked out."""
+
+    def stage(self, change: Change) -> Staged:
+        """In any thread, altering nothing. Raises: the AdapterError family."""
+
+
+class Adapters(Protocol):
+    """Those of one model: `LoraManager` of pictures, `TextAdapters` of text."""
+
+    @property
+    def state(self) -> LoraState:
+        """What is loaded, and what requests get."""
+
+    def stager(self) -> Stage:
+        """From the state of now."""
+
+    def commit(self, staged: Staged, *, weights_too: bool) -> None:
+        """Make it so, between two steps. Raises: what merging raised; nothing has changed then."""
 
 
 @dataclass
@@ -38,9 +59,17 @@ class _Running:
 class Changes:
     """The queue of changes of one engine. All methods belong to the engine's thread."""
 
-    def __init__(self, manager: LoraManager, fault: Fault, ranks: Ranks, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        manager: Adapters,
+        fault: Fault,
+        ranks: Ranks,
+        on_change: Callable[[], None] = lambda: None,
+        side: Side = "pictures",
+    ) -> None:
         """`on_change` is called once other adapters than before are active."""
         self.manager = manager
+        self.side: Side = side
         self._on_change = on_change
         self.on_staged: Callable[[], None] = lambda: None  # called in the thread; wakes a sleeping engine
         self._fault = fault
@@ -88,7 +117,7 @@ class Changes:
                 raise
             staged.set_exception(error)
         changed = self._finished(staged, self._everywhere(staged), weights_too)
-        return LorasChanged("", self.manager.state, changed, time.monotonic() - began)
+        return LorasChanged("", self.manager.state, changed, time.monotonic() - began, self.side)
 
     def _next(self) -> None:
         if self._running is None and self._waiting:
@@ -97,7 +126,7 @@ class Changes:
             self._running = _Running(change_id, time.monotonic(), staged)
             staged.add_done_callback(lambda _: self.on_staged())
 
-    def _stage(self, stager: Stager, change: Change) -> Staged:
+    def _stage(self, stager: Stage, change: Change) -> Staged:
         self._fault.trip("adapter")
         return stager.stage(change)
 
@@ -117,7 +146,7 @@ class Changes:
         except Exception as error:  # told to the one who asked; the log has the rest
             log.exception("the change of adapters %s failed", running.id)
             return LorasRefused(running.id, info_of(as_change_error(error)))
-        return LorasChanged(running.id, self.manager.state, changed, time.monotonic() - running.began)
+        return LorasChanged(running.id, self.manager.state, changed, time.monotonic() - running.began, self.side)
 
     def _finished(self, staging: Future[Staged], found: list[Staging], weights_too: bool) -> bool:
         if not self._ranks.alone:
@@ -158,7 +187,7 @@ def _check(found: list[Staging]) -> None:
 def as_change_error(error: BaseException) -> MmgenError:
     """What the one who asked for a change is told of an unexpected failure."""
     if isinstance(error, Exception) and is_out_of_memory(error):
-        return OutOfMemory("There was not enough memory for this change of adapters; the set before is still active.")
+        return OutOfMemory("There was not enough memory for this change of adapters; all is as it was before.")
     return GenerationFailed(
-        f"The change of adapters failed ({type(error).__name__}) and the set before is still active; the log has more."
+        f"The change of adapters failed ({type(error).__name__}), and all is as it was before; the log has more."
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Literal
 
 import msgspec
 
-from multimodal_gen.adapters import Change, LoraState
+from multimodal_gen.adapters import Change, LoraState, LoraStates, Side
 from multimodal_gen.config import EngineConfig, ServerConfig, engine_part
 from multimodal_gen.engine.admitted import Admitted
 from multimodal_gen.engine.cards import describe
@@ -22,8 +22,9 @@ from multimodal_gen.engine.group import Place
 from multimodal_gen.engine.process import LocalProcesses
 from multimodal_gen.engine.readings import total, total_text, total_use
 from multimodal_gen.engine.replica import STOP_SECONDS, Replica
+from multimodal_gen.engine.text_loras import TextLoras
 from multimodal_gen.engine.ticket import AnyTicket, TextTicket, Ticket
-from multimodal_gen.engine.transaction import change_all, sleep_all, wake_all
+from multimodal_gen.engine.transaction import change_all, sleep_all, to_its_end, wake_all
 from multimodal_gen.environment import worker_threads
 from multimodal_gen.errors import (
     Asleep,
@@ -56,7 +57,6 @@ from multimodal_gen.text import TextCard, TextRequest
 MAX_RETRY_AFTER = 60.0
 
 State = Literal["loading", "ready", "restarting", "asleep", "waking", "draining", "failed", "stopped"]
-Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class EngineClient:
         self._supervisors: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()  # of adapters, to sleep or to wake: one after another
         self._rest: Literal["awake", "asleep", "waking"] = "awake"  # asleep: as soon as it is asked for
-        self._loras: LoraState | None = None  # before the change of adapters that is under way
+        self._before: LoraStates | None = None  # the change of adapters that is under way
+        self.text_loras = TextLoras(config, lambda change: self.change_loras(change, "text"), self.admitted.users)
 
     def _placed(self, number: int) -> tuple[Load, Place]:
         """What a replica loads, and where its ranks run."""
@@ -202,8 +203,8 @@ class EngineClient:
     def loras(self) -> LoraState:
         """The adapters that requests get from now on; what one replica misses counts as missing."""
         first = next((replica for replica in self.replicas if replica.state == "ready"), self.replicas[0])
-        missing = {digest: why for replica in self.replicas for digest, why in replica.loras.missing.items()}
-        state = self._loras or first.loras
+        missing = {d: why for replica in self.replicas for d, why in replica.adapters.pictures.missing.items()}
+        state = (self._before or first.adapters).pictures
         return msgspec.structs.replace(state, missing=missing) if missing else state
 
     @property
@@ -286,24 +287,24 @@ class EngineClient:
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
-    async def change_loras(self, change: Change) -> LorasChanged:
+    async def change_loras(self, change: Change, side: Side = "pictures") -> LorasChanged:
         """A transaction on the adapters of all replicas; changes are made one after another.
 
         Raises: ModelLoading, Asleep, ShuttingDown, WorkerCrashed; the change's own error. The adapters are then as
             before.
         """
-        return await _to_its_end(self._change_loras(change))
+        return await to_its_end(self._change_loras(change, side))
 
-    async def _change_loras(self, change: Change) -> LorasChanged:
+    async def _change_loras(self, change: Change, side: Side) -> LorasChanged:
         async with self._changing:
             self.check_open()
             if any(replica.state != "ready" for replica in self.replicas):
                 raise ModelLoading("A worker is restarting; try again in a few seconds.", retry_after=5.0)
-            self._loras = self.replicas[0].loras
+            self._before = self.replicas[0].adapters
             try:
-                return await change_all(self.replicas, change, self._loras)
+                return await change_all(self.replicas, change, side, self._before)
             finally:
-                self._loras = None
+                self._before = None
 
     # --- sleep ----------------------------------------------------------------------------------------------------
 
@@ -315,7 +316,7 @@ class EngineClient:
         """
         self._check_up()
         self._rest = "asleep"
-        return _to_its_end(self._sleep())
+        return to_its_end(self._sleep())
 
     async def _sleep(self) -> MemoryChanged:
         async with self._changing:
@@ -329,7 +330,7 @@ class EngineClient:
 
         Raises: ModelLoading, ShuttingDown; WeightsUnavailable, OutOfMemory, WorkerCrashed, after which they sleep on.
         """
-        return _to_its_end(self._wake())
+        return to_its_end(self._wake())
 
     async def _wake(self) -> MemoryChanged:
         async with self._changing:
@@ -349,14 +350,14 @@ class EngineClient:
 
     def answered(self, ticket: AnyTicket, answer: Finished | TextFinished | MmgenError) -> None:
         """A ticket's last word."""
-        self.admitted.remove(ticket)
-        ticket.replica = None
-        ticket.end(answer)
+        self.admitted.answered(ticket, answer)
+        self.text_loras.answered()
 
     def replica_ready(self) -> None:
         """A replica takes requests from now on."""
         if self.ready is None and all(replica.state == "ready" for replica in self.replicas):
             self.ready = self.replicas[0].ready
+            self.text_loras.begin(self.replicas[0].adapters.text)
             self._ready_or_failed.set()
         self._dispatch([ticket for ticket in self.admitted if ticket.replica is None])
 
@@ -384,10 +385,3 @@ class EngineClient:
 def least_loaded(replicas: Sequence[Replica]) -> Replica | None:
     """The ready replica with the least to do, pictures and texts together; None where no replica is ready."""
     return min((r for r in replicas if r.state == "ready"), key=lambda replica: replica.cost, default=None)
-
-
-def _to_its_end(work: Coroutine[Any, Any, Result]) -> Awaitable[Result]:
-    """Whoever asked for the work may leave; half of it must not stay behind."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to be told
-    return asyncio.shield(task)

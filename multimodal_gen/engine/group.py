@@ -16,9 +16,11 @@ from typing import Protocol
 import msgspec
 
 from multimodal_gen.engine.channel import ChannelClosed
+from multimodal_gen.errors import WorkerCrashed
 from multimodal_gen.messages import FromWorker, Load, LoadFailed, decode_from_worker
 
 WATCH_SECONDS = 1.0
+DUMP_SECONDS = 0.3  # for a rank to write the stacks of its threads
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ class Worker(Protocol):
 
     async def frame(self) -> bytes:
         """The next message's bytes. Raises: ChannelClosed once it has died."""
+
+    def dump(self) -> None:
+        """Have it write the stacks of its threads to its log, if it still can."""
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
@@ -56,6 +61,31 @@ class Place(Protocol):
 
     async def start(self, load: Load) -> Placed:
         """Start the ranks. Raises: whatever keeps them from being started; nothing runs then."""
+
+
+async def placed_in_time(place: Place, load: Load) -> Placed:
+    """Start the ranks of a replica. Raises: WorkerCrashed where that takes as long as loading may; as `Place.start`."""
+    limit, placed = load.config.load_timeout_s, None
+    # Not asyncio.wait_for: before Python 3.12 it forgets that it was cancelled when the ranks start at that moment.
+    starting = asyncio.create_task(place.start(load))
+    try:
+        if not (await asyncio.wait([starting], timeout=limit))[0]:
+            raise WorkerCrashed(f"The worker processes had not started after {limit:g} s (--load-timeout-s).")
+        placed = starting.result()
+    finally:
+        if placed is None:
+            await _undo(starting)
+    return placed
+
+
+async def _undo(starting: asyncio.Task[Placed]) -> None:
+    """Nobody wants these ranks any more, whether they are on their way or just there."""
+    starting.cancel()
+    await asyncio.wait([starting])
+    if not starting.cancelled() and starting.exception() is None:
+        for worker in starting.result().workers:
+            worker.kill()
+        starting.result().release()
 
 
 class WorkerGroup:
@@ -94,6 +124,7 @@ class WorkerGroup:
                     silent = 0.0 if limit is None else silent + WATCH_SECONDS
                     if limit is not None and silent >= limit:
                         log.error("the worker has been silent for %g s in the middle of its work; killing it", silent)
+                        await self._dump()
                         self.kill()
                         return
                     continue
@@ -112,6 +143,14 @@ class WorkerGroup:
             self.kill()
         finally:
             arriving.cancel()
+
+    async def _dump(self) -> None:
+        """Where every rank is: the one that hangs need not be the one that is silent. One after another, so that the
+        log can be read."""
+        for rank, worker in enumerate(self.workers):
+            log.error("stacks of rank %d (process %d):", rank, worker.pid)
+            worker.dump()
+            await asyncio.sleep(DUMP_SECONDS)
 
     def kill(self) -> None:
         """End every rank at once."""

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
+from multimodal_gen.adapters import LoraState, LoraStates, Side
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.arbiter import Arbiter, Side
+from multimodal_gen.engine.arbiter import Arbiter
+from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.messages import (
     Cancel,
@@ -27,6 +29,7 @@ from multimodal_gen.messages import (
     Sleep,
     Wake,
 )
+from multimodal_gen.observe.status_log import Standing
 from multimodal_gen.request import ModelCard
 from multimodal_gen.text import TextCard
 
@@ -122,13 +125,19 @@ class Host:
     @property
     def waits_for_ranks(self) -> bool:
         """Whether a change of adapters is staged here and waits for the other ranks."""
-        return self.pictures is not None and self.pictures.changes.staged_here
+        return any(changes.staged_here for changes in self.changes)
+
+    @property
+    def changes(self) -> list[Changes]:
+        """Of adapters, of both sides."""
+        return [part.changes for part in (self.pictures, self.text) if part is not None]
 
     def ready(self, load_seconds: float) -> Ready:
         """What the front is told once all is loaded."""
         text = None if self.text is None else self.text.info
         if self.pictures is None:
-            assert text is not None, "an engine hosts something"
+            assert self.text is not None, "an engine hosts something"
+            text = self.text.info
             return Ready(
                 text.device,
                 text.dtype,
@@ -137,6 +146,7 @@ class Host:
                 load_seconds,
                 threads=torch.get_num_threads(),
                 rests=True,
+                loras=self._adapters,
                 text=text,
             )
         core, info = self.pictures, self.pictures.pipeline.info
@@ -149,12 +159,29 @@ class Host:
             threads=core.threads,
             max_batch_tokens=core.scheduler.max_batch_tokens,
             targets=tuple(core.pipeline.trees),
-            loras=core.loras.state,
+            loras=self._adapters,
             plan=core.sleeper.plan,
             weights=core.sleeper.weights,
             rests=core.sleeper.plan is not None,
             text=text,
         )
+
+    def standings(self) -> list[Standing]:
+        """What each side has in its hands."""
+        schedulers = {
+            "pictures": None if self.pictures is None else self.pictures.scheduler,
+            "text": None if self.text is None else self.text.core.scheduler,
+        }
+        return [
+            Standing(side, tuple(scheduler.running_ids), tuple(scheduler.queued_ids))
+            for side, scheduler in schedulers.items()
+            if scheduler is not None
+        ]
+
+    @property
+    def _adapters(self) -> LoraStates:
+        pictures = LoraState() if self.pictures is None else self.pictures.loras.state
+        return LoraStates(pictures, LoraState() if self.text is None else self.text.core.adapters.state)
 
     # --- turns ----------------------------------------------------------------------------------------------------
 
@@ -171,19 +198,20 @@ class Host:
         if isinstance(message, Cancel):
             return [event for part in self.parts.values() for event in part.cancel(message.request_id)]
         if isinstance(message, (Sleep, Wake)):
-            return [self._rest(message)]
+            return [self._rest(message), *([] if self.text is None or self.text.asleep else [self.text.core.gauges()])]
         if isinstance(message, GenerateText):
             assert self.text is not None, "the front knows that no text is written here"
             return self.text.add(message.request)
+        if isinstance(message, ChangeLoras):
+            changes = next(each for each in self.changes if each.side == message.side)
+            changes.begin(message.id, message.change)
+            return []
         assert self.pictures is not None, "the front knows that no pictures are made here"
-        if isinstance(message, Generate):
-            return self.pictures.add(message.request, message.resume)
-        self.pictures.changes.begin(message.id, message.change)
-        return []
+        return self.pictures.add(message.request, message.resume)
 
     def finish_changes(self) -> list[Event]:
         """Commit the changes of adapters that are staged."""
-        return [] if self.pictures is None else self.pictures.finish_changes()
+        return [event for part in (self.pictures, self.text) if part is not None for event in part.finish_changes()]
 
     def step(self) -> Iterator[Event]:
         """One step of one side."""

@@ -10,16 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import threading
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.config import EngineConfig, ServerConfig
-from multimodal_gen.engine.client import EngineClient
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.engine.background import Background
 from multimodal_gen.engine.orders import rebuilt
 from multimodal_gen.errors import Asleep, MmgenError
 from multimodal_gen.memory.host import release_freed_memory
@@ -32,11 +30,9 @@ if TYPE_CHECKING:
     from multimodal_gen.pipelines.contract import PipelineInfo
 
 RESTART_SECONDS = 0.05  # between looks at a worker that is being restarted
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 OnEvent = Callable[[Event], None]
 
 
@@ -186,24 +182,8 @@ class RemoteEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         """Starts the workers and waits for them. Raises: CorruptModel, ConfigError, WorkerCrashed."""
-        level = logging.getLogger().getEffectiveLevel()
-        named = next((name for name in ("debug", "info", "warning") if level <= LEVELS[name]), "error")
-        settings = {**msgspec.structs.asdict(config), "log_level": named}
-        self._client = EngineClient(msgspec.convert(settings, ServerConfig))
-        self._loop = asyncio.new_event_loop()
-        # The kernel ends workers when the thread that started them ends: it must live as long as they.
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
-        self._thread.start()
-        self._end = weakref.finalize(self, _end, self._client, self._loop, self._thread)
-        try:
-            self._do(self._client.start())
-            self._do(self._client.wait_ready())
-        except BaseException:
-            self.close()
-            raise
-
-    def _do(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        self._background = Background(config)
+        self._client = self._background.client
 
     @property
     def info(self) -> PipelineInfo:
@@ -238,7 +218,7 @@ class RemoteEngine:
 
     def change(self, change: Change) -> LoraState:
         """A transaction on the adapters of all replicas. Raises: the AdapterError family, WorkerCrashed."""
-        return self._do(self._change(change)).state
+        return self._background.do(self._change(change)).state
 
     async def _change(self, change: Change) -> LorasChanged:
         client = self._client
@@ -248,16 +228,16 @@ class RemoteEngine:
 
     def sleep(self) -> MemoryChanged:
         """Give the memory of weights and caches back, in all workers."""
-        return self._do(_awaited(self._client.sleep))
+        return self._background.begin(self._client.sleep)
 
     def wake(self) -> MemoryChanged:
         """Bring the weights back. Raises: WeightsUnavailable, OutOfMemory, WorkerCrashed."""
-        return self._do(_awaited(self._client.wake))
+        return self._background.begin(self._client.wake)
 
     def run(self, requests: Sequence[AnyRequest], on_event: OnEvent) -> None:
         """Run requests to their end."""
         heard: queue.SimpleQueue[TicketEvent | MmgenError | None] = queue.SimpleQueue()
-        listening = asyncio.run_coroutine_threadsafe(self._listen(requests, heard), self._loop)
+        listening = asyncio.run_coroutine_threadsafe(self._listen(requests, heard), self._background.loop)
         try:
             while (event := heard.get()) is not None:
                 if isinstance(event, MmgenError):
@@ -265,7 +245,7 @@ class RemoteEngine:
                 on_event(event)
             listening.result()
         finally:  # an error, an exception in on_event or Ctrl-C: nothing of this call may stay queued
-            self._do(self._cancel([request.id for request in requests]))
+            self._background.cancel([request.id for request in requests])
 
     async def _listen(
         self, requests: Sequence[AnyRequest], heard: queue.SimpleQueue[TicketEvent | MmgenError | None]
@@ -285,22 +265,6 @@ class RemoteEngine:
         finally:
             heard.put(None)
 
-    async def _cancel(self, ids: Sequence[str]) -> None:
-        for request_id in ids:
-            self._client.cancel(request_id)
-
     def close(self) -> None:
         """End the workers."""
-        self._end()
-
-
-async def _awaited(begin: Callable[[], Awaitable[Result]]) -> Result:
-    """What is begun on the engine's loop, as a coroutine."""
-    return await begin()
-
-
-def _end(client: EngineClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    asyncio.run_coroutine_threadsafe(client.stop(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+        self._background.close()

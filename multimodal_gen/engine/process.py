@@ -21,10 +21,13 @@ from multimodal_gen.messages import Load, Seat
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # The worker imports this very package, and nothing from the current folder, which may be a downloaded model's: `-m`
-# would put that folder first on the path, and a torch.py in it would run.
+# would put that folder first on the path, and a torch.py in it would run. The first thing it learns is to tell where it
+# hangs, which may be an import.
 LAUNCH = """
 import sys
 sys.path = [sys.argv[1], *filter(None, sys.path)]
+import faulthandler, signal
+faulthandler.register(signal.SIGUSR1)
 import multimodal_gen
 sys.path.pop(0)
 from multimodal_gen.engine.worker import main
@@ -68,12 +71,19 @@ class WorkerProcess:
         """The next message's bytes. Raises: ChannelClosed once the process has died."""
         return await read_frame(self._reader)
 
+    def dump(self) -> None:
+        """Have it write the stacks of its threads to stderr; one that is stopped, or hangs in the kernel, does not."""
+        self._signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """SIGKILL, if it still runs; it ends a stopped process, too."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
         if self._process.returncode is None:
             # Not Popen.kill: it would take the exit code of a process that has just ended from whoever waits for it.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
+                os.kill(self._process.pid, number)
 
     async def stop(self, patience_s: float) -> int:
         """Wait for the process to end, kill it when it does not; returns its exit code."""

@@ -10,6 +10,7 @@ Every machine must have this package and the model under the same path. Ray is i
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import importlib.util
 import logging
 import os
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 # A method waits for none of another group: `serve` lasts as long as the actor, `receive` until there is something.
-GROUPS = {"serve": 1, "send": 1, "receive": 1}
+GROUPS = {"serve": 1, "send": 1, "receive": 1, "dump": 1}
+STDERR = 2
 CALL_SECONDS = 60.0  # for what an actor answers at once
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,10 @@ class Rank:
     def send(self, frame: bytes) -> None:
         """A frame from the front to the worker."""
         self._ours.sendall(frame)
+
+    def dump(self) -> None:
+        """Write the stacks of all threads to the actor's log."""
+        faulthandler.dump_traceback(STDERR)
 
     def receive(self) -> list[bytes]:
         """Messages from the worker, at least one; none when it has ended."""
@@ -135,6 +141,10 @@ class RayWorker:
             if not found:
                 raise ChannelClosed("the worker has ended")
         return self._frames.popleft()
+
+    def dump(self) -> None:
+        """Have it write the stacks of its threads to its log; one that holds the interpreter's lock does not."""
+        self._actor.dump.options(concurrency_group="dump").remote()
 
     def kill(self) -> None:
         """End it at once."""

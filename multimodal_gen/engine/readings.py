@@ -41,20 +41,28 @@ class Readings:
             self._text = message
             return
         self._weights = message.weights
+        if isinstance(message, Ready) and message.text is not None:
+            self._text = TextGauges(kv_pages=message.text.kv_pages)
         if isinstance(message, Gauges):
             self.gauges = message
             rate, before = message.step_tokens / max(message.step_seconds, 1e-6), self.tokens_per_second
             self.tokens_per_second = rate if not before else 0.9 * before + 0.1 * rate
-        elif isinstance(message, MemoryChanged) and self.gauges is not None:  # caches are empty after a sleep
-            self.gauges = msgspec.structs.replace(self.gauges, cache_bytes=0)
+        elif isinstance(message, MemoryChanged):  # caches are empty after a sleep
+            if self.gauges is not None:
+                self.gauges = msgspec.structs.replace(self.gauges, cache_bytes=0)
+            self._text = _counted(self._text)
 
     def forget(self) -> None:
         """The group has died."""
         seen = msgspec.structs.asdict(self.weights)
         self._past = WeightsUse(**{name: seen[name] for name in COUNTED})
         self.gauges, self._weights = None, WeightsUse()
-        told = msgspec.structs.asdict(self.text)
-        self._past_text, self._text = TextGauges(**{name: told[name] for name in COUNTED_TEXT}), TextGauges()
+        self._past_text, self._text = _counted(self.text), TextGauges()
+
+
+def _counted(gauges: TextGauges) -> TextGauges:
+    told = msgspec.structs.asdict(gauges)
+    return TextGauges(**{name: told[name] for name in COUNTED_TEXT})
 
 
 def total_use(parts: Sequence[WeightsUse]) -> WeightsUse:

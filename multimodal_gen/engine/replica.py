@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from multimodal_gen.adapters import Change, LoraState
-from multimodal_gen.engine.group import Place, WorkerGroup
+from multimodal_gen.adapters import Change, LoraStates, Side
+from multimodal_gen.engine.group import Place, WorkerGroup, placed_in_time
 from multimodal_gen.engine.orders import Orders, rebuilt
 from multimodal_gen.engine.patience import Patience
 from multimodal_gen.engine.readings import Readings
@@ -90,10 +90,10 @@ class Replica:
         self.state: State = "stopped"
         self.ready: Ready | None = None
         self.readings = Readings()
-        self.loras = LoraState()
+        self.adapters = LoraStates()
         self.restarts = 0
         self.tickets: dict[str, AnyTicket] = {}
-        self._load = load
+        self._load = msgspec.structs.replace(load, replica=number)
         self.place = place
         self._owner = owner
         self._group: WorkerGroup | None = None
@@ -139,19 +139,19 @@ class Replica:
         ticket.cancelled = True
         self._group.send(Cancel(ticket.request.id))
 
-    async def change(self, change: Change) -> LorasChanged:
+    async def change(self, change: Change, side: Side) -> LorasChanged:
         """A transaction on the adapters, one at a time.
 
         Raises: ModelLoading, WorkerCrashed; the change's own error. The adapters are then as before.
         """
         if self._group is None or self.state != "ready":
             raise ModelLoading("The worker is restarting; try again in a few seconds.", retry_after=5.0)
-        return await self._orders.change(ChangeLoras(uuid.uuid4().hex, change), self._group)
+        return await self._orders.change(ChangeLoras(uuid.uuid4().hex, change, side), self._group)
 
-    def start_over(self, loras: LoraState, why: str) -> None:
+    def start_over(self, adapters: LoraStates, why: str) -> None:
         """End the group; the next one begins with these adapters."""
         log.error("replica %d starts over: %s", self.number, why)
-        self.loras = loras
+        self.adapters = adapters
         self._end_group()
 
     def _end_group(self) -> None:
@@ -265,11 +265,11 @@ class Replica:
 
     async def _one_life(self) -> str:
         """From the start of a group to its end, which is told in words."""
-        loras = self.loras if self.ready else None
-        load = msgspec.structs.replace(self._load, loras=loras, loading=self._owner.replicas_loading())
+        adapters = self.adapters if self.ready else None
+        load = msgspec.structs.replace(self._load, loras=adapters, loading=self._owner.replicas_loading())
         self._group, self._patience, self._spoke = None, Patience(load.config.step_timeout_s), 0.0
         try:
-            self._group = WorkerGroup(await self.place.start(load))
+            self._group = WorkerGroup(await placed_in_time(self.place, load))
         except Exception as error:
             log.error("no worker could be started", exc_info=None if isinstance(error, MmgenError) else error)
             if self.ready is None:
@@ -310,7 +310,7 @@ class Replica:
     def _handle(self, message: FromWorker) -> None:
         self._note_silence(message)
         if isinstance(message, Ready):
-            self.ready, self.loras = message, self._restored(message)
+            self.ready, self.adapters = message, self._restored(message)
             self._patience.batch_tokens = message.max_batch_tokens
             self._patience.chunk_tokens = message.text.chunk_tokens if message.text is not None else 0
             self.state = "ready"
@@ -331,22 +331,24 @@ class Replica:
             self._orders.answered(message)
         elif isinstance(message, (LorasChanged, LorasRefused)):
             if isinstance(message, LorasChanged):
-                self.loras = message.state
+                self.adapters = self.adapters.changed(message.side, message.state)
             self._orders.answered(message)
         elif isinstance(message, TextStep):
             self._deliver_deltas(message)
         elif message.request_id in self.tickets:
             self._deliver(self.tickets[message.request_id], message)
 
-    def _restored(self, message: Ready) -> LoraState:
+    def _restored(self, message: Ready) -> LoraStates:
         """The adapters of a new group; where they could not come back, requests are told instead of served less."""
         if message.lora_error is None:
-            for why in message.loras.missing.values():
-                log.error("an active adapter is missing after the restart: %s", why)
+            for why in (*message.loras.pictures.missing.values(), *message.loras.text.missing.values()):
+                log.error("an adapter is missing after the restart: %s", why)
             return message.loras
         log.error("the adapters could not be brought back: %s", message.lora_error.message)
-        missing = {pin.digest: message.lora_error.message for pin in self.loras.active}
-        return msgspec.structs.replace(message.loras, active=self.loras.active, missing=missing)
+        active = self.adapters.pictures.active
+        missing = {pin.digest: message.lora_error.message for pin in active}
+        lost = msgspec.structs.replace(message.loras.pictures, active=active, missing=missing)
+        return message.loras.changed("pictures", lost)
 
     def _deliver(self, ticket: AnyTicket, message: OfARequest | TextFinished) -> None:
         if isinstance(message, Failed):

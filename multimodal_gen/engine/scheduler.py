@@ -160,6 +160,16 @@ class Scheduler:
         return not self._jobs
 
     @property
+    def running_ids(self) -> list[str]:
+        """Requests with rows between their first and last step."""
+        return [job.id for job in self._jobs.values() if job.running]
+
+    @property
+    def queued_ids(self) -> list[str]:
+        """Requests with none."""
+        return [job.id for job in self._jobs.values() if not job.running]
+
+    @property
     def running_rows(self) -> int:
         """Rows between their first and last step."""
         return sum(len(job.running) for job in self._jobs.values())

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
+from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.attempt import Attempts
+from multimodal_gen.engine.attempt import agreed
+from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.failures import info_of
+from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
-from multimodal_gen.errors import MmgenError
+from multimodal_gen.errors import MmgenError, PeerLost
+from multimodal_gen.llm.adapter_names import start_change
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.memory.host import release_freed_memory
-from multimodal_gen.messages import Event, MemoryChanged, Sleep, Wake
+from multimodal_gen.messages import Event, LorasChanged, MemoryChanged, Sleep, Wake
 from multimodal_gen.text import TextCard, TextInfo, TextRequest
 
 GAUGE_SECONDS = 0.25  # between two gauges while answers are written; the front hears of every step by its deltas
@@ -29,9 +34,11 @@ class TextSide:
     ) -> None:
         """Loads the model. Raises: CorruptModel, ConfigError, OutOfMemory, PeerLost."""
         self._ranks = ranks
-        self._attempt = Attempts(ranks, lambda: None)
+        self._attempt = partial(agreed, ranks)
         self._load_timeout_s = config.load_timeout_s
         self.core = TextCore(card, config, ranks.mesh, clock, self._attempt)
+        self.changes = Changes(self.core.adapters, Fault.parse(config.fault, ranks.mesh.rank), ranks, side="text")
+        self._config = config
         self.asleep = False
         self._told = 0.0  # monotonic seconds of the latest gauges
 
@@ -56,7 +63,8 @@ class TextSide:
 
     def cancel(self, request_id: str) -> list[Event]:
         """Drop a request before its next step; an unknown id is one that has just finished."""
-        return self.core.cancel(request_id)
+        events = self.core.cancel(request_id)
+        return [*events, self.core.gauges()] if events else []  # there may be no step any more that would tell
 
     def step(self) -> Iterator[Event]:
         """One forward; yields what happens, as it happens."""
@@ -68,6 +76,37 @@ class TextSide:
         if self.idle or not heard or now - self._told >= GAUGE_SECONDS:
             self._told = now
             yield self.core.gauges()
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    def bring_adapters(self, state: LoraState | None) -> None:
+        """Before the first request: the adapters of the engine before this one, or those of the configuration.
+
+        Raises: the AdapterError family for those of the configuration; the others are `missing` where they fail.
+        """
+        if state is None:
+            change = start_change(self._config)
+            if change is not None:
+                self.changes.run(change, weights_too=False)
+            return
+        try:
+            self.changes.run(RestoreLora(state=state), weights_too=False)
+        except PeerLost:
+            raise
+        except Exception as error:
+            log.exception("the adapters of the worker before could not be brought back")
+            why = error.message if isinstance(error, MmgenError) else f"Loading it failed ({type(error).__name__})."
+            self.core.adapters.lose(state, why)
+
+    def change_adapters(self, change: Change) -> LorasChanged:
+        """A transaction, done when this returns. Raises: the AdapterError family."""
+        return self.changes.run(change, weights_too=False)
+
+    def finish_changes(self) -> list[Event]:
+        """Commit the changes that are staged; to be called between steps."""
+        return [*self.changes.finish(weights_too=False)]
+
+    # --- sleep ------------------------------------------------------------------------------------------------------
 
     def rest(self, order: Sleep | Wake) -> MemoryChanged:
         """Sleep or wake; nothing happens where that is so already. After an error it sleeps. Raises: PeerLost."""

@@ -24,6 +24,7 @@ import msgspec
 from multimodal_gen.engine.channel import ChannelClosed, WorkerChannel
 from multimodal_gen.errors import GenerationFailed, MmgenError, PeerLost
 from multimodal_gen.messages import ErrorInfo, Event, Load, LoadFailed, Shutdown, ToWorker, Turn
+from multimodal_gen.observe.status_log import StatusLog, open_status_log
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.host import Host
@@ -93,9 +94,16 @@ def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
         return EXIT_LOAD_FAILED
     if host.ranks.leads:
         channel.send(msgspec.structs.replace(host.ready(time.monotonic() - begin), lora_error=lora_error))
-        if host.pictures is not None:
-            host.pictures.changes.on_staged = channel.wake
-    return _loop(channel, host, clock, load.config.max_consecutive_errors, rest)
+        for changes in host.changes:
+            changes.on_staged = channel.wake
+    config, leads = load.config, host.ranks.leads  # the others know no more
+    target = config.scheduler_status_target if leads else None
+    status = open_status_log(target, config.scheduler_status_interval_s, load.replica, load.seat.rank)
+    try:
+        return _loop(channel, host, clock, config.max_consecutive_errors, rest, status)
+    finally:
+        if status is not None:
+            status.close()
 
 
 def _load(load: Load, clock: TurnClock) -> Host:
@@ -125,10 +133,12 @@ def _bring_adapters(host: Host, load: Load) -> ErrorInfo | None:
 
     Files that are gone are told in the state; an error here is one of merging.
     """
+    if host.text is not None:
+        host.text.bring_adapters(None if load.loras is None else load.loras.text)
     if host.pictures is None:
         return None
     try:
-        host.pictures.bring_adapters(load.loras)
+        host.pictures.bring_adapters(None if load.loras is None else load.loras.pictures)
     except PeerLost:
         raise
     except MmgenError as error:
@@ -139,7 +149,14 @@ def _bring_adapters(host: Host, load: Load) -> ErrorInfo | None:
     return None
 
 
-def _loop(channel: WorkerChannel, host: Host, clock: TurnClock, most_errors: int, messages: list[ToWorker]) -> int:
+def _loop(
+    channel: WorkerChannel,
+    host: Host,
+    clock: TurnClock,
+    most_errors: int,
+    messages: list[ToWorker],
+    status: StatusLog | None,
+) -> int:
     ranks, stopping = host.ranks, False
     while True:
         asked = [message for message in messages if not isinstance(message, Load)]
@@ -156,6 +173,8 @@ def _loop(channel: WorkerChannel, host: Host, clock: TurnClock, most_errors: int
             return 0
         if not host.idle:
             _tell(channel, host, host.step())
+        if status is not None:
+            status.note(host.idle, host.standings)
         if host.sick:
             log.error("%d requests failed in a row; this process ends", most_errors)
             return EXIT_SICK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,25 +10,29 @@ from torch import Tensor
 
 from multimodal_gen import units
 from multimodal_gen.attention.paged_registry import choose_paged
-from multimodal_gen.config import EngineConfig
+from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.errors import ConfigError
-from multimodal_gen.kernels.packed_linear import PackedWeight, unavailable
 from multimodal_gen.llm import checkpoint
 from multimodal_gen.llm.batch import Batch
 from multimodal_gen.llm.checkpoint import TextCheckpoint
+from multimodal_gen.llm.forms import choose
 from multimodal_gen.llm.kv_cache import KVCache
+from multimodal_gen.llm.models.config import DecoderConfig
 from multimodal_gen.llm.models.decoder import Decoder
 from multimodal_gen.llm.models.names import PAIRED, canonical
 from multimodal_gen.llm.models.tables import RENAMES, ignored, sharding
-from multimodal_gen.llm.residency import Multiplied, Pack, TextWeights
+from multimodal_gen.llm.residency import TextWeights
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.text import TextCard
 from multimodal_gen.weights.gguf import GgufFile
 from multimodal_gen.weights.loading import WeightTree, construction
 from multimodal_gen.weights.reader import TensorFile
+
+log = logging.getLogger(__name__)
 
 
 class TextModel:
@@ -48,17 +53,13 @@ class TextModel:
         self.backend = choose_paged(self.device)
         with construction(torch.device("meta"), self.dtype):
             self.decoder = Decoder(found.config, self.backend).eval()
-        shard(self.decoder, sharding(found.config, mesh.tp.size), mesh.tp)
+        self.ranks = _who_share(found.config, config, mesh)
+        shard(self.decoder, sharding(found.config, self.ranks.size), self.ranks)
         self.tree = WeightTree(self.decoder, _files(found), RENAMES, ignored(found.config))
-        self.weights = TextWeights(self.decoder, self.tree, self.device, self._packs())
+        forms = choose(self.decoder, config, self.device, self.dtype)
+        self.weights = TextWeights(self.decoder, self.tree, self.device, forms)
         self._check_room(config, mesh)
         self.weights.load()
-
-    def _packs(self) -> dict[Multiplied, Pack]:
-        """Layers whose weights are computed with in another form."""
-        if self.device.type != "cpu" or unavailable(self.dtype):
-            return {}
-        return {layer: PackedWeight for layer in self.decoder.modules() if isinstance(layer, Multiplied)}
 
     def _check_room(self, config: EngineConfig, mesh: Mesh) -> None:
         sharing = mesh.degrees.world * mesh.loading if self.device.type == "cpu" else 1
@@ -102,6 +103,21 @@ class TextModel:
 def load(card: TextCard, config: EngineConfig, mesh: Mesh | None = None) -> TextModel:
     """Load the described model. Raises: as `TextModel`."""
     return TextModel(card, config, mesh or Mesh.solo())
+
+
+def _who_share(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> Group:
+    """Ranks that were asked for by a picture model's heads need not suit those of the text model beside it.
+
+    Raises: ConfigError where there is no picture model.
+    """
+    try:
+        model.share(mesh.tp.size)
+    except ConfigError as error:
+        if config.model_path == NO_MODEL:
+            raise
+        log.info("each rank has all of the language model: %s", error.message)
+        return SOLO
+    return mesh.tp
 
 
 def _files(found: TextCheckpoint) -> list[Path | TensorFile]:

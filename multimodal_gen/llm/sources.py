@@ -91,7 +91,8 @@ def _local(path: Path) -> Source:
 
 def _folder(folder: Path) -> Source:
     """A folder in transformers' format, or one with a single GGUF file."""
-    name = folder.resolve().name
+    folder = folder.resolve()  # "." has a name, too
+    name = folder.name
     if (folder / CONFIG).exists():
         return Source(name, folder, "safetensors")
     files = sorted(folder.glob("*.gguf"))

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from multimodal_gen.config import ServerConfig
-from multimodal_gen.server import docs_page, health, images, loras, memory, models, videos
+from multimodal_gen.server import (
+    chat,
+    completions,
+    docs_page,
+    health,
+    images,
+    loras,
+    memory,
+    models,
+    tokenize,
+    videos,
+)
 from multimodal_gen.server.context import Context, main_name
 from multimodal_gen.server.errors import install_handlers
 from multimodal_gen.server.guard import Guard
@@ -48,7 +59,7 @@ def create_app(
     )
     install_handlers(app)
     app.add_middleware(Guard, config=config, metrics=metrics)
-    rooms = (images, videos, loras, models, memory, health)
+    rooms = (images, videos, chat, completions, tokenize, loras, models, memory, health)
     for routes in (*(room.router(context) for room in rooms), docs_page.router(app)):
         app.include_router(routes)
     return app

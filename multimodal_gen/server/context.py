@@ -36,19 +36,21 @@ class Running:
         self._tickets: dict[tuple[str, str], list[AnyTicket]] = {}
 
     @contextmanager
-    def hold(self, owner: str, request_id: str, ticket: AnyTicket) -> Iterator[None]:
-        """Keep a ticket findable; one that is left unfinished is cancelled."""
-        tickets = self._tickets.setdefault((owner, request_id), [])
-        tickets.append(ticket)
+    def hold(self, owner: str, request_id: str, *tickets: AnyTicket) -> Iterator[None]:
+        """Keep tickets findable; those that are left unfinished are cancelled."""
+        held = self._tickets.setdefault((owner, request_id), [])
+        held += tickets
         try:
             yield
         except BaseException:
             # Whatever ends the answer early (an error, a disconnect, a shutdown), nobody waits for it.
-            ticket.cancel()
+            for ticket in tickets:
+                ticket.cancel()
             raise
         finally:
-            tickets.remove(ticket)
-            if not tickets:
+            for ticket in tickets:
+                held.remove(ticket)
+            if not held:
                 self._tickets.pop((owner, request_id), None)
 
     def cancel(self, owner: str, request_id: str) -> int:

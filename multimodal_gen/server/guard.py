@@ -20,7 +20,7 @@ from multimodal_gen.server.metrics import Metrics, outcome_of_error
 log = logging.getLogger("multimodal_gen.server")
 
 CORS_METHODS = "GET, POST, DELETE"
-CORS_HEADERS = "authorization, content-type, x-request-id, idempotency-key, range"
+CORS_HEADERS = "authorization, content-type, x-request-id, x-routing-key, idempotency-key, range"
 EXPOSED_HEADERS = "x-request-id, retry-after, x-mmgen-warning, openai-poll-after-ms, accept-ranges, content-range, etag"
 
 
@@ -32,6 +32,7 @@ class Exchange:
         self.owner = owner  # fingerprint of the API key
         self.status = 0
         self.outcome = ""  # set for errors; a stream's status says nothing
+        self.routing_key: str | None = None  # of text requests that go well together
         self.origin: str | None = None  # a foreign origin that may read the answer
 
 
@@ -93,6 +94,7 @@ class Guard:
         if exchange.origin is not None and method == "OPTIONS" and asked is not None:
             return Response(status_code=204, headers=_PREFLIGHT)
         exchange.owner = fingerprint(security.check_key(headers, scope["path"], self.config))
+        exchange.routing_key = security.routing_key(headers)
         path = scope["path"]
         security.check_body_headers(method, path, headers, security.body_limit(path, self.config))
         return None

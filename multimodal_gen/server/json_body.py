@@ -15,15 +15,15 @@ MAX_VALUES = 10_000
 """values in all lists and objects: the event loop waits while a body is parsed and checked, about 5 µs for each"""
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The object in `body` (UTF-8).
+def parse_object(body: bytes, most: int = MAX_VALUES) -> dict[str, Any]:
+    """The object in `body` (UTF-8), of at most `most` values.
 
     Raises: InvalidJson for anything else: bad UTF-8, lone surrogates, NaN or Infinity, duplicate keys, trailing data,
-    nesting deeper than `MAX_DEPTH`, more than `MAX_VALUES` values, numbers of thousands of digits.
+    nesting deeper than `MAX_DEPTH`, too many values, numbers of thousands of digits.
     """
     if not body.strip():
         raise InvalidJson('The request has no body; send a JSON object such as {"prompt": "a teapot"}.')
-    _check_amount(body)
+    _check_amount(body, most)
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
     except InvalidJson:
@@ -42,16 +42,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _check_amount(body: bytes) -> None:
+def _check_amount(body: bytes, most: int) -> None:
     """Count what is to be parsed: brackets and commas outside of strings, which are free to hold any number of them.
 
     Up to the first mistake, where the parser stops, both see the same strings.
     """
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     quotes = plain.count(b'"')
-    outside = b"".join(plain.split(b'"')[::2]) if quotes <= 4 * MAX_VALUES else plain
-    if quotes > 4 * MAX_VALUES or sum(outside.count(mark) for mark in (b"[", b"{", b",")) > MAX_VALUES:
-        raise InvalidJson(f"The body holds more than {MAX_VALUES:,} values.")
+    outside = b"".join(plain.split(b'"')[::2]) if quotes <= 4 * most else plain
+    if quotes > 4 * most or sum(outside.count(mark) for mark in (b"[", b"{", b",")) > most:
+        raise InvalidJson(f"The body holds more than {most:,} values.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from multimodal_gen.errors import Cancelled, CapacityError, MmgenError, UserError
+from multimodal_gen.observe.cpu_seconds import CpuSeconds
 from multimodal_gen.request import Timings
+from multimodal_gen.server.text_metrics import TextMetrics
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.client import EngineClient
@@ -29,6 +31,9 @@ class Metrics:
         registry.register(_EngineState(engine))
         registry.register(_Memory(engine))
         registry.register(_JobState(jobs))
+        registry.register(_Cpu(engine))
+        if engine.cards.text is not None:
+            TextMetrics(engine, registry)
         self._requests = Counter(
             "mmgen_requests", "Answered requests.", ("endpoint", "model", "outcome"), registry=registry
         )
@@ -57,6 +62,12 @@ class Metrics:
         )
         self._jobs_resumed = Counter(
             "mmgen_jobs_resumed", "Video jobs that went on from a checkpoint.", registry=registry
+        )
+        self._enhanced = Counter(
+            "mmgen_enhanced_prompts",
+            "Prompts that the language model was asked to rewrite: ok, or failed and used as they were written.",
+            ("outcome",),
+            registry=registry,
         )
         self._rejected = Counter(
             "mmgen_rejected", "Requests refused before any work, by error code.", ("reason",), registry=registry
@@ -88,6 +99,10 @@ class Metrics:
     def job_resumed(self) -> None:
         """Count a video job that goes on from a checkpoint."""
         self._jobs_resumed.inc()
+
+    def prompt_enhanced(self, outcome: str) -> None:
+        """Count a prompt that was to be rewritten: ok or failed."""
+        self._enhanced.labels(outcome).inc()
 
     def rejected(self, reason: str) -> None:
         """Count a request that never ran."""
@@ -187,6 +202,20 @@ class _Memory(Collector):
             "Of the latest step, waiting for weights.",
             gauges.step_stall_seconds if gauges else 0,
         )
+
+
+class _Cpu(Collector):
+    """CPU time of this process, its workers and its helpers; of actors of a Ray cluster, Ray knows."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._seconds = CpuSeconds(lambda: [] if engine.config.executor == "ray" else _pids(engine))
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._seconds.family()
+
+
+def _pids(engine: EngineClient) -> list[int]:
+    return [pid for replica in engine.replicas for pid in replica.pids]
 
 
 class _JobState(Collector):

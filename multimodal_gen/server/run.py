@@ -16,15 +16,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from multimodal_gen.config import ServerConfig, check_bind
 from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
+from multimodal_gen.observe.watchdog import stacks_after, watch_loop
 from multimodal_gen.server.app import create_app
 from multimodal_gen.server.errors import error_response
 from multimodal_gen.server.protocol import Limits, guarded
 from multimodal_gen.server.security import OPEN_PATHS, request_id
+from multimodal_gen.server.text_formats import Forms
 
 if TYPE_CHECKING:
     from multimodal_gen.engine.cards import Cards
     from multimodal_gen.engine.client import EngineClient
     from multimodal_gen.engine.job_runner import JobRunner
+    from multimodal_gen.llm.front import TextFront
 
 log = logging.getLogger("multimodal_gen.server")
 
@@ -101,24 +104,28 @@ class _Server:
     async def run(self) -> int:
         from multimodal_gen.engine.client import EngineClient
 
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self.signals.put_nowait, int(number))
+        # A start that hangs, or a long download, must end as any program does: the event loop would not see a signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
-            engine = EngineClient(self.config)
-            jobs = _jobs(self.config, engine)
-            if jobs is not None:
-                await jobs.start()
+            with stacks_after(self.config.load_timeout_s):
+                engine = EngineClient(self.config)
+                jobs = _jobs(self.config, engine)
+                text = _text_front(self.config, engine)
+                if jobs is not None:
+                    await jobs.start()
         except MmgenError as error:
             return _complain(error)
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self.signals.put_nowait, int(number))
         url = url_of(self.listener)
         print(
             f"Listening at {url}, loading {engine.cards.name}; GET {url}/health/ready tells.",
             file=sys.stderr,
             flush=True,
         )
-        front = _Front(self._uvicorn(engine, jobs))
+        front = _Front(self._uvicorn(engine, jobs, text))
         serving = asyncio.create_task(front.serve(sockets=[self.listener]))
+        watching = asyncio.create_task(watch_loop())
         code = 1
         try:
             await engine.start()
@@ -126,6 +133,8 @@ class _Server:
             front.should_exit = True
             front.force_exit = code > 128
         finally:
+            if text is not None:
+                text.close()
             if jobs is not None:  # first, so that its jobs wait for the next start and do not fail with the engine
                 await jobs.stop()
             await (engine.stop(patience_s=0.0) if code > 128 else engine.stop())
@@ -134,6 +143,7 @@ class _Server:
         else:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
+        watching.cancel()
         return code
 
     async def _watch(self, engine: EngineClient, jobs: JobRunner | None, serving: asyncio.Task[None]) -> int:
@@ -186,9 +196,9 @@ class _Server:
         await asyncio.gather(draining, again, return_exceptions=True)
         return code
 
-    def _uvicorn(self, engine: EngineClient, jobs: JobRunner | None) -> uvicorn.Config:
+    def _uvicorn(self, engine: EngineClient, jobs: JobRunner | None, text: TextFront | None) -> uvicorn.Config:
         config = self.config
-        app = create_app(config, engine, jobs)
+        app = create_app(config, engine, jobs, text)
         limits = Limits(
             connections=config.max_connections,
             read_timeout_s=config.body_timeout_s,
@@ -230,6 +240,21 @@ def _example(cards: Cards, key: str) -> str:
 
 async def _all(waits: Sequence[Coroutine[Any, Any, None]]) -> None:
     await asyncio.gather(*waits)
+
+
+def _text_front(config: ServerConfig, engine: EngineClient) -> TextFront | None:
+    """What reads and writes for a language model. Raises: CorruptModel, ConfigError."""
+    if engine.cards.text is None:
+        return None
+    from multimodal_gen.llm.front import TextFront
+
+    front = TextFront.open(engine.cards.text, config, config.grammar_timeout_s)
+    try:
+        Forms.of(config, front)  # a parser that there is not is told before the model is loaded
+    except MmgenError:
+        front.close()
+        raise
+    return front
 
 
 def _jobs(config: ServerConfig, engine: EngineClient) -> JobRunner | None:

@@ -7,6 +7,7 @@ cannot honour is an error that names it; nothing is clamped or ignored.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -80,6 +81,11 @@ class ImageGenerationRequest(BaseModel):
         description="Adapters for this request, in order, instead of the active ones: objects of `nickname`, "
         "`strength` (default 1) and `target` (default `all`); [] is the base model.",
     )
+    enhance_prompt: bool | None = Field(
+        None,
+        description="Have the server's language model rewrite the prompt first, within --enhance-timeout-s; default "
+        "false.",
+    )
     priority: int | None = Field(None, description="-100 to the server's --max-priority: higher runs first; default 0.")
     deadline_s: float | None = Field(
         None, description="Seconds after which the answer is worthless: the request is dropped with 504."
@@ -107,6 +113,7 @@ _UNSUPPORTED_VALUES = {
 _OWN_ERRORS: dict[str, type[InvalidValue]] = {
     "n": InvalidN, "size": InvalidSize, "width": InvalidSize, "height": InvalidSize,
 }  # fmt: skip
+_EITHER = {"seed": f"a whole number, or a list of at most {MAX_N} of them"}
 Wish = TypeVar("Wish", bound=BaseModel)
 FIELDS = frozenset(ImageGenerationRequest.model_fields)
 
@@ -129,8 +136,11 @@ def read(body: dict[str, Any], *, unknown: Unknown) -> tuple[ImageGenerationRequ
     return wish, strange
 
 
-def validated(body: dict[str, Any], schema: type[Wish], unknown: Unknown) -> tuple[Wish, list[str]]:
-    """`body` as `schema`, and the names of unknown fields where those are only worth a warning.
+def validated(
+    body: dict[str, Any], schema: type[Wish], unknown: Unknown, either: Mapping[str, str] = _EITHER
+) -> tuple[Wish, list[str]]:
+    """`body` as `schema`, and the names of unknown fields where those are only worth a warning. `either` says what a
+    field of several types must be.
 
     Raises: UnknownParameter; the InvalidValue family, naming the field.
     """
@@ -142,7 +152,7 @@ def validated(body: dict[str, Any], schema: type[Wish], unknown: Unknown) -> tup
     try:
         wish = schema.model_validate({name: value for name, value in body.items() if name in fields})
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, either) from None
     return wish, [ascii(name[:64]) for name in strange[:5]]
 
 
@@ -155,16 +165,13 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
             raise UnsupportedParameter(f"{name} = {value!r} is not supported: {advice}.", param=name)
 
 
-def _explain(error: ValidationError) -> InvalidValue:
+def _explain(error: ValidationError, either: Mapping[str, str]) -> InvalidValue:
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
     if first["type"] == "missing":
         return InvalidValue(f"{name!r} is missing.", param=name)
-    if name == "seed":
-        return InvalidValue(
-            f"'seed' must be a whole number, or a list of at most {MAX_N} of them, got {shown(first['input'])}.",
-            param="seed",
-        )
+    if name in either:
+        return InvalidValue(f"{name!r} must be {either[name]}, got {shown(first['input'])}.", param=name)
     must = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     must = {"integer": "a whole number", "number": "a number", "string": "a string", "boolean": "true or false"}.get(
         must, must

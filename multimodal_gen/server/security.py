@@ -20,6 +20,7 @@ from multimodal_gen.errors import (
     OriginNotAllowed,
     UnsupportedMediaType,
 )
+from multimodal_gen.text import MAX_ROUTING_KEY
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -30,6 +31,7 @@ VIDEOS_PATH = "/v1/videos"
 FORM_TYPE = "multipart/form-data"
 UPLOAD_TYPE = "application/octet-stream"  # a page of another site cannot send it without asking, as it can text/plain
 
+_ROUTING_KEY = re.compile(rf"[A-Za-z0-9._:/@+=~-]{{1,{MAX_ROUTING_KEY}}}")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?")
 _ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<authority>.+)")
@@ -47,6 +49,20 @@ def request_id(headers: Headers) -> str:
     if given is not None and len(given) <= 128 and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
     return "req_" + secrets.token_hex(16)
+
+
+def routing_key(headers: Headers) -> str | None:
+    """The client's X-Routing-Key: requests with the same one go well together. Raises: InvalidValue."""
+    given = [value for key, value in headers if key == b"x-routing-key"]
+    if not given:
+        return None
+    text = given[0].decode("latin-1")
+    if len(given) > 1 or len(text) > MAX_ROUTING_KEY or not _ROUTING_KEY.fullmatch(text):
+        raise InvalidValue(
+            f"Send one header X-Routing-Key of 1 to {MAX_ROUTING_KEY} letters, digits and ._:/@+=~- without spaces.",
+            param="x-routing-key",
+        )
+    return text
 
 
 def check_host(headers: Headers, config: ServerConfig) -> str:

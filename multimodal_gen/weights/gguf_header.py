@@ -16,7 +16,8 @@ from multimodal_gen.weights.header import TensorInfo
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER_BYTES = 256 << 20  # the largest vocabularies take a tenth of it
+MAX_HEADER_BYTES = 128 << 20  # the largest vocabularies take a fifth of it
+MAX_VALUES = 1 << 22  # of an array; the largest vocabularies have a tenth of it
 MAX_NAME = 65_535  # bytes of a key
 MAX_DIMS = 4
 MAX_DEPTH = 2  # arrays in arrays
@@ -119,6 +120,8 @@ class _Cursor:
         item = self._number("I", key)
         least = struct.calcsize(_SCALARS[item]) if item in _SCALARS else 8
         count = self._count(f"values of {key[:80]!r}", least)
+        if count > MAX_VALUES:
+            raise self._damaged(f"{key[:80]!r} has {count:,} values")
         if item in _SCALARS:
             return list(struct.unpack(f"<{count}{_SCALARS[item]}", self._take(count * least, key)))
         if item == _STRING:

@@ -135,7 +135,7 @@ def test_a_change_that_one_replica_refuses_is_taken_back_in_the_other(two: Runni
     two.start_again("adapter:raise:1")
     with pytest.raises(MmgenError):
         two.change(set_to(adapters[0]))
-    assert [(replica.loras.loaded, replica.loras.active) for replica in two.client.replicas] == [((), ())] * 2
+    assert [(replica.adapters.pictures.loaded, replica.adapters.pictures.active) for replica in two.client.replicas] == [((), ())] * 2
     assert np.array_equal(from_both(two), base)
     assert two.change(set_to(adapters[0])).changed
 
@@ -148,7 +148,7 @@ def test_a_change_during_which_one_replica_dies_is_taken_back_in_the_other(two: 
     with pytest.raises(WorkerCrashed):
         two.change(set_to(adapters[1]))
     two.wait_ready()
-    assert [replica.loras.active for replica in two.client.replicas] == [active] * 2
+    assert [replica.adapters.pictures.active for replica in two.client.replicas] == [active] * 2
     assert np.array_equal(from_both(two), styled)
 
 

@@ -22,8 +22,9 @@ _LAYERS = {"attention", "nn", "parallel", "weights"}
 _MODELS = {"llm", "lora", "memory", "pipelines"} | _LAYERS | {"kernels"}
 # Room → the rooms it may import besides itself and the contract modules.
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"server", "generator", "engine", "media", "observe"} | _MODELS,
+    "cli": {"server", "generator", "llm_api", "engine", "media", "observe"} | _MODELS,
     "server": {"engine", "media", "observe"} | _MODELS,
+    "llm_api": {"engine"} | _MODELS,
     "generator": {"engine", "media", "observe"} | _MODELS,
     "engine": {"media", "observe"} | _MODELS,
     "pipelines": _MODELS,
@@ -49,7 +50,7 @@ ENGINE_FOR_THE_SERVER = {
 }
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
 TORCH_ON_PURPOSE = {"multimodal_gen/cli/hardware.py"}  # `mmgen doctor` imports it when it runs
-NO_TORCH = {"cli", "server", "generator", "media", "observe", *CONTRACT}
+NO_TORCH = {"cli", "server", "generator", "llm_api", "media", "observe", *CONTRACT}
 
 
 def modules() -> Iterator[tuple[str, str, ast.Module]]:
@@ -123,7 +124,7 @@ def run(code: str) -> str:
     [
         "import multimodal_gen, multimodal_gen.generator, multimodal_gen.cli.main",
         "import multimodal_gen.engine.client, multimodal_gen.server.app",
-        "from multimodal_gen import DiffGenerator, GenerationResult, SamplingParams, errors",
+        "from multimodal_gen import LLM, DiffGenerator, GenerationResult, SamplingParams, TextOutput, TextParams",
         "from multimodal_gen.pipelines import registry\n"
         "from multimodal_gen.config import EngineConfig\n"
         "registry.describe(EngineConfig()), registry.families(), registry.fallback()",
@@ -133,8 +134,11 @@ def run(code: str) -> str:
         "plan(EngineConfig(ring_degree=2), registry.describe(EngineConfig()))",
         "from multimodal_gen.memory.plan import Sizes, Wishes, plan\n"
         "plan([Sizes('transformer', 'denoise', 1, (1, 1))], Wishes(), {}, 100, 'cuda')",
+        "from multimodal_gen.llm.card import describe\n"
+        "from multimodal_gen.config import EngineConfig\n"
+        "describe(EngineConfig(llm_path='smollm2'))",
     ],
-    ids=["cli", "server", "public names", "describe", "plan", "memory plan"],
+    ids=["cli", "server", "public names", "describe", "plan", "memory plan", "describe text"],
 )
 def test_what_runs_without_a_model_loads_no_torch(code: str) -> None:
     loaded = run(f"{code}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules])").split()

@@ -25,7 +25,10 @@ def sources() -> list[Path]:
 
 def test_public_names() -> None:
     """A new public name is a promise: add it here, to the README and to the CHANGELOG."""
-    assert multimodal_gen.__all__ == ["DiffGenerator", "GenerationResult", "SamplingParams", "__version__", "errors"]
+    texts = ["TextOutput", "TextParams"]
+    assert multimodal_gen.__all__ == [
+        *("LLM", "DiffGenerator", "GenerationResult", "SamplingParams", *texts, "__version__", "errors")
+    ]
     for name in multimodal_gen.__all__:
         assert getattr(multimodal_gen, name) is not None
 

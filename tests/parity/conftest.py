@@ -9,6 +9,7 @@ import torch
 
 from multimodal_gen import DiffGenerator
 from tests.support.checkpoints import make_flux1, make_stable_diffusion, make_z_image
+from tests.support.text_models import smollm2
 from tests.support.wan_checkpoints import make_wan
 
 Maker = Callable[..., Any]
@@ -45,6 +46,15 @@ def flux1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stable_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion folder with a second-order solver."""
     return make_stable_diffusion(tmp_path_factory.mktemp("stable_diffusion"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_by_transformers() -> Any:
+    """SmolLM2 as transformers computes it in float32, from the GGUF file that we read."""
+    from transformers import AutoModelForCausalLM
+
+    path = smollm2()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,13 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.llm.batch import Batch, Span
 from multimodal_gen.llm.card import describe
 from multimodal_gen.llm.loading import TextModel, load
+from multimodal_gen.parallel.mesh import Mesh
 from tests.support.checkpoints import build
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 96,
-    "intermediate_size": 200,
+    "intermediate_size": 224,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
@@ -49,10 +50,10 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
-def open_model(path: Path | str, dtype: str = "float32", **settings: Any) -> TextModel:
-    """Our model, on the CPU."""
+def open_model(path: Path | str, dtype: str = "float32", mesh: Mesh | None = None, **settings: Any) -> TextModel:
+    """Our model, or this rank's share of it, on the CPU."""
     config = EngineConfig(llm_path=str(path), llm_dtype=dtype, device="cpu", **settings)  # type: ignore[arg-type]
-    return load(describe(config), config)
+    return load(describe(config), config, mesh)
 
 
 def smollm2() -> Path:
@@ -80,7 +81,7 @@ def logits_of(model: TextModel, sequences: Sequence[Sequence[int]], chunk: int |
         spans = []
         for index in live:
             ids = list(sequences[index][start : start + step])
-            spans.append(Span(ids, start, pages[index], len(ids)))
+            spans.append(Span(ids, start, pages[index], len(ids), owner=index))
         rows = model.forward(Batch.of(spans, PAGE, model.device), cache)
         for index, part in zip(live, rows.split([span.logits for span in spans]), strict=True):
             found[index].append(part)

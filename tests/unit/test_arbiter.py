@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from multimodal_gen.engine.arbiter import PATIENCE, Arbiter, Side
+from multimodal_gen.adapters import Side
+from multimodal_gen.engine.arbiter import PATIENCE, Arbiter
 
 pytestmark = [pytest.mark.unit]
 

@@ -75,6 +75,26 @@ class DecoderConfig:
         if not (0 < self.eps < 1 and math.isfinite(self.rope.theta) and self.rope.theta > 1):
             raise CorruptModel(f"The model's configuration has eps {self.eps} and rope theta {self.rope.theta}.")
 
+    def share(self, ranks: int) -> tuple[int, int]:
+        """Heads of each rank: of queries, of keys and values. Ranks beyond the latter's number hold the same ones.
+
+        Raises: ConfigError naming both numbers.
+        """
+        pieces = min(ranks, self.kv_heads)
+        if self.heads % ranks or self.kv_heads % pieces or ranks % pieces:
+            raise ConfigError(
+                f"{self.heads} attention heads and {self.kv_heads} of keys and values cannot be shared out over "
+                f"--tp-size {ranks} ranks: it must divide {self.heads}, and divide {self.kv_heads} or be a multiple of "
+                "it.",
+                param="tp_size",
+            )
+        if self.hidden % ranks:
+            raise ConfigError(
+                f"Feed-forward layers of width {self.hidden} cannot be shared out over --tp-size {ranks} ranks.",
+                param="tp_size",
+            )
+        return self.heads // ranks, self.kv_heads // pieces
+
 
 class Keys:
     """A mapping whose values have been written by strangers: every read says what type is wanted."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from multimodal_gen.attention.paged import Attend, PagedBackend
-from multimodal_gen.errors import ConfigError
 from multimodal_gen.llm.batch import Batch
 from multimodal_gen.llm.kv_cache import KVCache
 from multimodal_gen.llm.models.config import DecoderConfig
@@ -23,10 +22,10 @@ from multimodal_gen.parallel.group import Group
 class QKV(FusedLinear):
     """Queries, keys and values of all heads; ranks share heads, and those that share keys have the same ones."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, bias: bool) -> None:
-        parts = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
-        super().__init__(width, parts, bias=bias)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim  # held here
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config.width, _parts(config, config.heads, config.kv_heads), bias=config.qkv_bias)
+        self.config = config
+        self.heads, self.kv_heads = config.heads, config.kv_heads  # held here
         self.kv_cut: Cut | None = None  # filled by shard_
 
     def cut(self, parameter: str, part: str | None) -> Cut | None:
@@ -36,21 +35,18 @@ class QKV(FusedLinear):
     def shard_(self, how: How, group: Group, name: str) -> None:
         """Raises: ConfigError naming both numbers."""
         assert how == "column", f"{name}: heads are shared out by column, not by {how}"
-        pieces = min(group.size, self.kv_heads)
-        if self.heads % group.size or self.kv_heads % pieces or group.size % pieces:
-            raise ConfigError(
-                f"{self.heads} attention heads and {self.kv_heads} of keys and values cannot be shared out over "
-                f"--tp-size {group.size} ranks: it must divide {self.heads}, and divide {self.kv_heads} or be a "
-                "multiple of it.",
-                param="tp_size",
-            )
-        self.heads, self.kv_heads = self.heads // group.size, self.kv_heads // pieces
-        self.sizes = tuple(heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads))
+        self.heads, self.kv_heads = self.config.share(group.size)
+        self.sizes = tuple(_parts(self.config, self.heads, self.kv_heads).values())
         self.stored = list(self.sizes)
         self.cuts = {parameter: Cut(0, group.rank, group.size) for parameter in ("weight", "bias")}
+        pieces = self.config.kv_heads // self.kv_heads
         self.kv_cut = Cut(0, group.rank * pieces // group.size, pieces)
         self.weight = hollow((sum(self.sizes), self.weight.shape[1]), self.weight)
         self.bias = None if self.bias is None else hollow((sum(self.sizes),), self.bias)
+
+
+def _parts(config: DecoderConfig, heads: int, kv_heads: int) -> dict[str, int]:
+    return {"q": heads * config.head_dim, "k": kv_heads * config.head_dim, "v": kv_heads * config.head_dim}
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.qkv = QKV(config.width, config.heads, config.kv_heads, config.head_dim, config.qkv_bias)
+        self.qkv = QKV(config)
         self.norm = HeadNorm(config.head_dim, config.eps) if config.qk_norm else None
         self.out = Linear(config.heads * config.head_dim, config.width, config.out_bias)
 
