@@ -30,6 +30,7 @@ class Exchange:
     def __init__(self, request_id: str, owner: str) -> None:
         self.request_id = request_id
         self.owner = owner  # fingerprint of the API key
+        self.admin = False  # whether it may change the server for everybody
         self.status = 0
         self.outcome = ""  # set for errors; a stream's status says nothing
         self.routing_key: str | None = None  # of text requests that go well together
@@ -93,7 +94,9 @@ class Guard:
         asked = security.get(headers, b"access-control-request-method")
         if exchange.origin is not None and method == "OPTIONS" and asked is not None:
             return Response(status_code=204, headers=_PREFLIGHT)
-        exchange.owner = fingerprint(security.check_key(headers, scope["path"], self.config))
+        key = security.check_key(headers, scope["path"], self.config)
+        exchange.owner = fingerprint(key)
+        exchange.admin = self.config.admin_api_key in (None, key)
         exchange.routing_key = security.routing_key(headers)
         path = scope["path"]
         security.check_body_headers(method, path, headers, security.body_limit(path, self.config))
