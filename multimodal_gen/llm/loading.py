@@ -12,16 +12,16 @@ from multimodal_gen import units
 from multimodal_gen.attention.paged_registry import choose_paged
 from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.errors import ConfigError
-from multimodal_gen.kernels.packed_linear import PackedWeight, unavailable
 from multimodal_gen.llm import checkpoint
 from multimodal_gen.llm.batch import Batch
 from multimodal_gen.llm.checkpoint import TextCheckpoint
+from multimodal_gen.llm.forms import choose
 from multimodal_gen.llm.kv_cache import KVCache
 from multimodal_gen.llm.models.config import DecoderConfig
 from multimodal_gen.llm.models.decoder import Decoder
 from multimodal_gen.llm.models.names import PAIRED, canonical
 from multimodal_gen.llm.models.tables import RENAMES, ignored, sharding
-from multimodal_gen.llm.residency import Multiplied, Pack, TextWeights
+from multimodal_gen.llm.residency import TextWeights
 from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.group import SOLO, Group
@@ -56,15 +56,10 @@ class TextModel:
         self.ranks = _who_share(found.config, config, mesh)
         shard(self.decoder, sharding(found.config, self.ranks.size), self.ranks)
         self.tree = WeightTree(self.decoder, _files(found), RENAMES, ignored(found.config))
-        self.weights = TextWeights(self.decoder, self.tree, self.device, self._packs())
+        forms = choose(self.decoder, config, self.device, self.dtype)
+        self.weights = TextWeights(self.decoder, self.tree, self.device, forms)
         self._check_room(config, mesh)
         self.weights.load()
-
-    def _packs(self) -> dict[Multiplied, Pack]:
-        """Layers whose weights are computed with in another form."""
-        if self.device.type != "cpu" or unavailable(self.dtype):
-            return {}
-        return {layer: PackedWeight for layer in self.decoder.modules() if isinstance(layer, Multiplied)}
 
     def _check_room(self, config: EngineConfig, mesh: Mesh) -> None:
         sharing = mesh.degrees.world * mesh.loading if self.device.type == "cpu" else 1

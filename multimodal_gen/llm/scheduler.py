@@ -26,6 +26,7 @@ from multimodal_gen.llm.policies import POLICIES, View, arrival, level
 from multimodal_gen.llm.sequence import Job, Sequence, Slot
 from multimodal_gen.text import TextRequest
 
+KEEP_SECONDS = 1.0  # of waiting; then nobody starts before a request whose adapter does not compute at all
 ECHO_TOKENS = 128  # of a step, where logits of all of them are wanted: a row is as wide as the vocabulary
 
 
@@ -110,6 +111,10 @@ class TextScheduler:
         if not slots and self._running:  # those whose turn it is find no pages: it is the turn of those who have some
             turn = self._turns.choose(sequence.request.adapter for sequence in self._running.values())
             slots = self._fill(line, [], turn, now)
+        elif not slots and waiting:  # all is kept for one whose turn it is not: it is now
+            first = min(waiting, key=lambda job: job.arrived).request.adapter
+            same = [job for job in waiting if job.request.adapter == first]
+            slots = self._fill(line, same, self._turns.choose([first]), now)
         return slots
 
     def _fill(self, line: list[Sequence], waiting: list[Job], turn: Collection[Adapter], now: float) -> list[Slot]:
@@ -120,7 +125,7 @@ class TextScheduler:
         budget = max(1, self.limits.step_tokens - len(slots))
         budget -= self._read(slots, line, turn, budget)
         if self.preemptions == before:  # what was given up a moment ago must not be taken by others
-            self._start(slots, [job for job in waiting if job.request.adapter in turn], budget, now)
+            self._start(slots, waiting, turn, budget, now)
         return slots
 
     def advance(self, slots: list[Slot]) -> None:
@@ -169,13 +174,22 @@ class TextScheduler:
         full = len(self._running) >= self.limits.sequences
         return [] if full else [job for job in self._jobs.values() if job.startable]
 
-    def _start(self, slots: list[Slot], waiting: list[Job], budget: int, now: float) -> None:
-        """Start what waits, best first, as long as there is room; the first that finds none holds up all behind it."""
-        if not waiting or budget <= 0:
+    def _start(self, slots: list[Slot], waiting: list[Job], turn: Collection[Adapter], budget: int, now: float) -> None:
+        """Start what waits, best first, as long as there is room; the first that finds none holds up all behind it.
+
+        So does one that has waited for some time for the turn of an adapter that nobody runs with: what others leave is
+        kept for it.
+        """
+        if not any(job.request.adapter in turn for job in waiting) or budget <= 0:
             return
+        running = {sequence.request.adapter for sequence in self._running.values()}
         reserved = sum(self._outstanding(sequence) for sequence in self._running.values())
         keys = Counter(one.request.routing_key for one in self._running.values() if one.request.routing_key is not None)
         for job in self._policy(waiting, View(now, lambda job: self.holdings.measure(job.request), keys)):
+            if job.request.adapter not in turn:
+                if now - job.arrived >= KEEP_SECONDS and job.request.adapter not in running:
+                    return
+                continue
             while job.startable:
                 if budget <= 0 or len(self._running) >= self.limits.sequences:
                     return

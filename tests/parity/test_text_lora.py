@@ -259,19 +259,20 @@ def test_what_cannot_run_beside_the_weights_is_refused_when_it_is_loaded(llama: 
     head = write_peft(theirs, tmp_path / "head", seed=1, targets=["lm_head"])
     with pytest.raises(AdapterError, match="lm_head"):
         load(core, "head", head)
-    save_file({"model.layers.0.mlp.up_proj.diff": torch.ones(200, 96)}, tmp_path / "whole.safetensors")
+    hidden = llama.model.config.hidden
+    save_file({"model.layers.0.mlp.up_proj.diff": torch.ones(hidden, 96)}, tmp_path / "whole.safetensors")
     with pytest.raises(AdapterMergeOnly, match="whole"):
         load(core, "whole", tmp_path / "whole.safetensors")
     up = "model.layers.0.mlp.up_proj"
     save_file(
-        {f"{up}.lora_A.weight": torch.ones(2, 97), f"{up}.lora_B.weight": torch.ones(200, 2)},
+        {f"{up}.lora_A.weight": torch.ones(2, 97), f"{up}.lora_B.weight": torch.ones(hidden, 2)},
         tmp_path / "wrong.safetensors",
     )
     with pytest.raises(AdapterMismatch, match="97"):
         load(core, "wrong", tmp_path / "wrong.safetensors")
     with pytest.raises(AdapterMismatch):
         load(core, "other", renamed(llama.files["a"], tmp_path / "other", {"self_attn": "attn"}))
-    huge = {f"{up}.lora_A.weight": torch.ones(2, 96), f"{up}.lora_B.weight": torch.full((200, 2), 3e38)}
+    huge = {f"{up}.lora_A.weight": torch.ones(2, 96), f"{up}.lora_B.weight": torch.full((hidden, 2), 3e38)}
     save_file({**huge, f"{up}.alpha": torch.tensor(4.0)}, tmp_path / "huge.safetensors")
     with pytest.raises(AdapterError, match="overflow"):
         load(core, "huge", tmp_path / "huge.safetensors")

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from multimodal_gen.llm.adapter_turns import TURN_STEPS, AdapterTurns, ReadyAdapters
+from tests.support.text import Stepper, text_request
 
 pytestmark = [pytest.mark.unit]
 
@@ -100,3 +101,30 @@ def test_what_is_wanted_now_never_leaves():
         if None in leaving:
             assert None not in wanted
             assert set(slots.held) == set(wanted), "an adapter stayed while the base had to leave"
+
+
+@pytest.mark.parametrize("pages", [64, 14])
+@pytest.mark.parametrize("sequences", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [3, 8, 16, 40])
+def test_an_endless_queue_of_one_adapter_keeps_no_other_out(length: int, sequences: int, pages: int):
+    """One place, places and pages of the scheduler all taken by `a`, and more of it always waits."""
+    stepper, count = Stepper(pages=pages, sequences=sequences, adapters=1, step_tokens=12), 0
+
+    def more() -> None:
+        nonlocal count
+        while stepper.scheduler.waiting < 8:
+            prompt = range(50 * count, 50 * count + 10)
+            stepper.scheduler.add(text_request(f"a{count}", prompt, length, adapter="a"))
+            count += 1
+
+    for _ in range(20):
+        more()
+        stepper.step()
+    for name, adapter in (("b", "b"), ("base", None)):
+        stepper.scheduler.add(text_request(name, range(10), 8, adapter=adapter))
+    ahead = count  # in order of arrival
+    while not {("b", 0), ("base", 0)} <= set(stepper.finished):
+        more()
+        stepper.step()
+        answered = len(stepper.finished)
+        assert answered <= ahead + 20, f"{answered} requests were answered, of which {ahead} came before"
