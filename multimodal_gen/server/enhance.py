@@ -177,7 +177,7 @@ async def _ask(
 def read_revision(text: str) -> Revision | None:
     """What the language model has written; where it was cut off, its whole sentences or phrases. None for nothing."""
     try:
-        revision = msgspec.json.decode(text, type=Revision)
+        revision: Revision | None = msgspec.json.decode(text, type=Revision)
     except msgspec.DecodeError:
         revision = _cut_off(text)
     if revision is None or not revision.prompt.strip():
