@@ -47,3 +47,9 @@ def test_what_fails_on_one_rank_fails_on_all_and_nothing_else_does(ranks: Ranks,
 def test_a_sleep_changes_nothing_that_ranks_say(ranks: Ranks, folder: str) -> None:
     for found in ranks.run(TWO, "tests.dist.text_core_cases:sleeps", folder=folder):
         assert torch.equal(found["before"], found["after"])
+
+
+def test_ranks_agree_on_tokens_that_follow_a_grammar(ranks: Ranks, folder: str) -> None:
+    first, second = ranks.run(TWO, "tests.dist.text_core_cases:grammars", folder=folder)
+    assert len(first) == 5
+    assert all(torch.equal(tokens, second[name]) for name, tokens in first.items())
