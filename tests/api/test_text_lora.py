@@ -272,4 +272,3 @@ def test_what_changes_adapters_for_everybody_needs_the_admin_key(root: Path, mod
         response = call(server, "/v1/load_lora_adapter", body, authorization=f"Bearer {ADMIN}")
         assert response.status_code == 200, response.text
         assert said(server, model="tiny:a") != said(server)
-
