@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from multimodal_gen.config import EngineConfig
+from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.errors import ConfigError, CorruptModel, ModelNotFound, did_you_mean
 from multimodal_gen.weights.hub import REPOSITORY, find_local, snapshot
 
@@ -59,7 +59,9 @@ def resolve(config: EngineConfig) -> Source:
             "here, and not a hub repository id (owner/name)." + did_you_mean(wanted, NAMES),
             param="llm_path",
         )
-    folder = snapshot(wanted, config.revision, config.local_files_only, list(WANTED), "llm_path")
+    # Beside pictures --revision is that of their model.
+    revision = config.revision if config.model_path == NO_MODEL else None
+    folder = snapshot(wanted, revision, config.local_files_only, list(WANTED), "llm_path")
     return Source(wanted.rpartition("/")[2], _folder(folder).path, "safetensors")
 
 
