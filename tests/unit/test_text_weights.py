@@ -62,6 +62,13 @@ def test_four_bits_of_a_file_in_four_bits_lose_nothing_more(tmp_path: Path) -> N
     torch.testing.assert_close(logits(four), logits(plain), atol=2e-3, rtol=2e-3)
 
 
+def test_weights_in_many_files_are_the_same_model(tmp_path: Path) -> None:
+    whole = make_model("qwen3", tmp_path / "whole")
+    shards = make_model("qwen3", tmp_path / "shards", shard="200KB")
+    assert len(list(shards.glob("*.safetensors"))) > 3
+    assert torch.equal(logits(open_model(shards)), logits(open_model(whole)))
+
+
 def test_a_file_that_changed_during_sleep_is_named_and_the_model_wakes_when_it_is_back(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path / "model")
     model = open_model(folder)
