@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,16 @@ from multimodal_gen.weights.gguf_header import BY_NAME
 from tests.support.gguf_files import in_pairs
 
 pytestmark = [pytest.mark.unit]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 ROWS, WIDTH, HEAD = 6016, 256, 64  # more than one block of reading
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from tests.support.gguf_files import write_gguf
 from tests.support.text_models import logits_of, make_model, open_model
 
 pytestmark = [pytest.mark.unit]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SEQUENCES = [[5, 77, 300, 9, 14, 200, 31, 4, 4, 90, 12], [8, 9]]
 
