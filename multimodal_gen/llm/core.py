@@ -31,6 +31,7 @@ from multimodal_gen.llm.adapter_target import DECODER
 from multimodal_gen.llm.adapters import TextAdapters
 from multimodal_gen.llm.attempt import Attempt, attempt_alone
 from multimodal_gen.llm.detokenizer import Detokenizer, Piece
+from multimodal_gen.llm.grammar.matcher import Matchers
 from multimodal_gen.llm.holdings import Holdings
 from multimodal_gen.llm.loading import TextModel, load
 from multimodal_gen.llm.runner import Runner
@@ -84,7 +85,8 @@ class TextCore:
         self.scheduler = TextScheduler(limits, self.holdings, clock)
         self.adapters = TextAdapters(AdaptedTree(DECODER, self.model.tree), config, self.mesh.control)
         self.runner = Runner(self.model, self.adapters, self.room.pages, page_size, self.mesh.control)
-        self.detokenizer = Detokenizer(Tokenizer.load(card))
+        tokenizer = Tokenizer.load(card)
+        self.detokenizer, self.matchers = Detokenizer(tokenizer), Matchers(tokenizer)
         self._attempt = attempt
         self._counts = Counts()
         self._writings: dict[str, Writing] = {}
@@ -135,10 +137,11 @@ class TextCore:
                     f"The prompt has {len(request.prompt)} tokens and the answer may have {request.max_tokens}; "
                     f"together at most {self.room.context} fit. Shorten the prompt, or lower max_tokens."
                 )
+            begin = None if request.grammar is None else self.matchers.open(request.grammar)
             let_go = self.adapters.hold(request.adapter)
         except MmgenError as error:
             return [Failed(request.id, _info(error))]
-        self._writings[request.id] = Writing(request, end_ids(request, self.card.eos_ids), let_go)
+        self._writings[request.id] = Writing(request, end_ids(request, self.card.eos_ids), let_go, begin)
         self.scheduler.add(request)
         return []
 

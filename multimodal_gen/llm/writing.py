@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from multimodal_gen.llm.detokenizer import AnswerText, DetokenizeRow, Piece
-from multimodal_gen.llm.sampling import SamplingRow
+from multimodal_gen.llm.sampling import SamplingRow, TokenMatcher
 from multimodal_gen.llm.sequence import Sequence
 from multimodal_gen.messages import TextDelta
 from multimodal_gen.text import FinishReason, TextRequest, TextTimings, TextUsage, TokenLogprob
@@ -28,6 +28,7 @@ class Writing:
     request: TextRequest
     end_ids: tuple[int, ...]  # tokens that end an answer
     let_go: Callable[[], None]  # of its adapter
+    begin: Callable[[], TokenMatcher] | None = None  # the grammar of each answer
     arrived: float = field(
         default_factory=time.monotonic
     )  # this and the other times: measured, nothing is decided by it
@@ -49,7 +50,8 @@ class Writing:
                 asked.stop,
                 asked.include_stop,
             )
-            self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids), text)
+            matcher = None if self.begin is None else self.begin()
+            self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids, matcher), text)
         return self.choices[index]
 
     def usage(self) -> TextUsage:
