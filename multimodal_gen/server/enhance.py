@@ -155,9 +155,9 @@ async def _ask(
         prompt,
         TextParams(
             max_tokens=ANSWER_TOKENS,
-            temperature=0.7,
+            temperature=0.5,
             top_p=0.9,
-            repetition_penalty=1.1,
+            repetition_penalty=1.05,
             seed=settled.seeds[0],
             priority=wish.priority or 0,
             deadline_s=limit,
