@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_folder("llama", tmp_path_factory.mktemp("llama"))
+    return make_text_folder("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def make_adapter(path: Path, seed: int) -> AdapterSource:
     torch.manual_seed(seed)
     tensors = {
         f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.randn(shape)
-        for layer in range(3)
+        for layer in range(1)
         for side, shape in (("A", (4, 96)), ("B", (96, 4)))
     }
     save_file(tensors, path)
