@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import AdapterLimit, CorruptAdapter, CorruptModel
-from multimodal_gen.lora.sources import FOLDER_FILES, locate, unsafe
+from multimodal_gen.lora.sources import CONFIG, FOLDER_FILES, locate, unsafe
 from multimodal_gen.weights.header import TensorInfo, parse_header
 
-CONFIG = "adapter_config.json"
 MAX_HEADER_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS = 100_000

@@ -30,6 +30,7 @@ DEFAULT_ROOT = "loras"  # of a server, in the folder where it was started
 MAX_PATH = 4096
 FLAG = "NAME=PATH[:STRENGTH[:TARGET]][:alpha=ALPHA][:partial]"
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's and diffusers' names
+CONFIG = "adapter_config.json"  # peft's, beside the file
 PICKLES = frozenset({".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"})
 
 _FOREIGN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|\\\\|~")

@@ -18,6 +18,7 @@ from multimodal_gen.server import (
     loras,
     memory,
     models,
+    text_loras,
     tokenize,
     videos,
 )
@@ -59,7 +60,7 @@ def create_app(
     )
     install_handlers(app)
     app.add_middleware(Guard, config=config, metrics=metrics)
-    rooms = (images, videos, chat, completions, tokenize, loras, models, memory, health)
+    rooms = (images, videos, chat, completions, tokenize, loras, text_loras, models, memory, health)
     for routes in (*(room.router(context) for room in rooms), docs_page.router(app)):
         app.include_router(routes)
     return app

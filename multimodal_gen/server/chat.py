@@ -56,10 +56,8 @@ def router(context: Context) -> APIRouter:
         exchange: Exchange = request.scope["state"]["exchange"]
         front = text_front(context)
         wish, unknown = read_wish(parse_object(await request.body()), ChatWish, context.config.unknown_fields)
-        adapter, params = (
-            adapter_of(wish, context),
-            params_of(wish, max_tokens=_max_tokens(wish), logprobs=_logprobs(wish)),
-        )
+        params = params_of(wish, max_tokens=_max_tokens(wish), logprobs=_logprobs(wish))
+        adapter = await adapter_of(wish, context, exchange)
         usage_chunk = stream_usage(wish)
         asked = await _asked(wish, context, front, forms)
         grammar = await compiled(asked.shape.rule, front)

@@ -55,7 +55,7 @@ def router(context: Context) -> APIRouter:
         # Token ids of a prompt are values of the body, but cheap ones.
         body = parse_object(await request.body(), MAX_VALUES + front.card.context)
         wish, unknown = read_wish(body, CompletionWish, context.config.unknown_fields)
-        adapter, rule = adapter_of(wish, context), read_rule(wish)
+        adapter, rule = await adapter_of(wish, context, exchange), read_rule(wish)
         prompts = await in_thread(context, partial(_prompts, wish, front))
         params = _params(wish, len(prompts))
         form = CompletionForm(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -151,7 +150,7 @@ async def _ask(
     grammar = await front.grammars.compile("json_schema", msgspec.json.encode(SCHEMA).decode(), FIELD)
     prompt = await in_thread(context, partial(_written, front, wish.prompt))
     request = settle(
-        "txt_" + uuid.uuid4().hex,
+        exchange.work_id(),
         prompt,
         TextParams(
             max_tokens=ANSWER_TOKENS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from typing import Any
 
@@ -30,10 +31,16 @@ class Exchange:
     def __init__(self, request_id: str, owner: str) -> None:
         self.request_id = request_id
         self.owner = owner  # fingerprint of the API key
+        self.admin = False  # whether it may change the server for everybody
         self.status = 0
         self.outcome = ""  # set for errors; a stream's status says nothing
         self.routing_key: str | None = None  # of text requests that go well together
         self.origin: str | None = None  # a foreign origin that may read the answer
+
+    def work_id(self) -> str:
+        """A new id for work of this request in the engine. Clients choose request ids, which may repeat; the engine's
+        must not, and its log and status lines must show whose work it is."""
+        return f"{self.request_id}/{secrets.token_hex(6)}"
 
 
 class Guard:
@@ -93,7 +100,9 @@ class Guard:
         asked = security.get(headers, b"access-control-request-method")
         if exchange.origin is not None and method == "OPTIONS" and asked is not None:
             return Response(status_code=204, headers=_PREFLIGHT)
-        exchange.owner = fingerprint(security.check_key(headers, scope["path"], self.config))
+        key = security.check_key(headers, scope["path"], self.config)
+        exchange.owner = fingerprint(key)
+        exchange.admin = self.config.admin_api_key in (None, key)
         exchange.routing_key = security.routing_key(headers)
         path = scope["path"]
         security.check_body_headers(method, path, headers, security.body_limit(path, self.config))

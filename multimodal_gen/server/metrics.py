@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from multimodal_gen.errors import Cancelled, CapacityError, MmgenError, UserError
 from multimodal_gen.observe.cpu_seconds import CpuSeconds
 from multimodal_gen.request import Timings
+from multimodal_gen.server.lora_metrics import TextLoraMetrics
 from multimodal_gen.server.text_metrics import TextMetrics
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ class Metrics:
         registry.register(_Memory(engine))
         registry.register(_JobState(jobs))
         registry.register(_Cpu(engine))
+        self.text_loras: TextLoraMetrics | None = None  # of a language model
         if engine.cards.text is not None:
             TextMetrics(engine, registry)
+            self.text_loras = TextLoraMetrics(engine, registry)
         self._requests = Counter(
             "mmgen_requests", "Answered requests.", ("endpoint", "model", "outcome"), registry=registry
         )

@@ -1,9 +1,9 @@
-"""A multipart/form-data body, read as it arrives: every number that a client controls is bounded, nothing is written to
-a disk, and names of files are looked at by nobody."""
+"""A multipart/form-data body, read as it arrives: every number that a client controls is bounded, and nobody looks at
+names of files."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,50 @@ async def read_form(content_type: str, chunks: AsyncIterator[bytes], max_file_by
 
     Raises: InvalidMultipart for anything that is no complete form within bounds; ImageTooLarge; what `chunks` raises.
     """
+    reader = _Reader(_boundary(content_type), max_file_bytes)
+    async for chunk in chunks:
+        reader.feed(chunk)
+    return reader.finish()
+
+
+class FileForm:
+    """A form with one file, which is passed on as it arrives, whatever its size; bounds of the body are its bounds."""
+
+    def __init__(self, content_type: str, field: str) -> None:
+        """`field`: the file's. Raises: InvalidMultipart."""
+        self.texts: list[tuple[str, str]] = []  # complete once the file has been read
+        self._field = field
+        self._reader = _Reader(_boundary(content_type), max_file_bytes=0)
+        self._piece = bytearray()
+        self._reader.on_file = self._take
+
+    async def file(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The file's bytes, piece by piece; every part of the body is read.
+
+        Raises: InvalidMultipart, also for a form without the file or with several; what `chunks` raises.
+        """
+        async for chunk in chunks:
+            self._reader.feed(chunk)
+            if self._piece:
+                piece, self._piece = bytes(self._piece), bytearray()
+                yield piece
+        form = self._reader.finish()
+        if len(form.files) != 1:
+            raise InvalidMultipart(f"The form must have one file, in the field {self._field!r}.")
+        self.texts = form.texts
+
+    def _take(self, name: str, data: memoryview) -> None:
+        if name != self._field:
+            raise InvalidMultipart(f"The field {name[:64]!a} cannot be a file; the file is {self._field!r}.")
+        self._piece += data
+
+
+def _boundary(content_type: str) -> bytes:
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")
     if not boundary:
         raise InvalidMultipart("The header Content-Type names no boundary: multipart/form-data; boundary=….")
-    reader = _Reader(boundary, max_file_bytes)
-    async for chunk in chunks:
-        reader.feed(chunk)
-    return reader.finish()
+    return boundary
 
 
 class _Reader:
@@ -51,6 +87,7 @@ class _Reader:
         self._parts = 0
         self._text_bytes = 0
         self._ended = False
+        self.on_file: Callable[[str, memoryview], None] | None = None  # takes the bytes of files instead of the form
         self._header, self._value = bytearray(), bytearray()
         self._name, self._is_file = "", False
         self._data = bytearray()
@@ -104,6 +141,9 @@ class _Reader:
             raise InvalidMultipart("Every part needs 'Content-Disposition: form-data; name=\"…\"'.")
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._is_file and self.on_file is not None:
+            self.on_file(self._name, memoryview(data)[start:end])
+            return
         self._data += memoryview(data)[start:end]
         if self._is_file and len(self._data) > self._max_file_bytes:
             error: ImageTooLarge = too_many_bytes(self._max_file_bytes)

@@ -25,8 +25,12 @@ from multimodal_gen.text import MAX_ROUTING_KEY
 Headers = Iterable[tuple[bytes, bytes]]
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-ADMIN_PATHS = frozenset({"/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights", "/v1/sleep", "/v1/wake"})
 UPLOAD_PATH = "/v1/loras"
+TENSORS_PATH = "/v1/load_lora_adapter_from_tensors"
+ADMIN_PATHS = frozenset(
+    {"/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights", "/v1/sleep", "/v1/wake"}
+    | {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", TENSORS_PATH}
+)
 VIDEOS_PATH = "/v1/videos"
 FORM_TYPE = "multipart/form-data"
 UPLOAD_TYPE = "application/octet-stream"  # a page of another site cannot send it without asking, as it can text/plain
@@ -181,7 +185,7 @@ def check_body_headers(method: str, path: str, headers: Headers, limit: int) -> 
         kind = (get(headers, b"content-type") or b"").decode("latin-1").partition(";")[0].strip().lower()
         wanted = _TYPES.get(path, ("application/json",))
         if kind not in wanted:
-            what = "JSON" if path != UPLOAD_PATH else "the bytes of a safetensors file"
+            what = {UPLOAD_PATH: "the bytes of a safetensors file", TENSORS_PATH: "a form"}.get(path, "JSON")
             shown = " or ".join(f"'Content-Type: {name}'" for name in wanted)
             raise UnsupportedMediaType(f"Send the body as {what}, with the header {shown}.")
         if (get(headers, b"content-encoding") or b"identity").lower() != b"identity":
@@ -191,13 +195,14 @@ def check_body_headers(method: str, path: str, headers: Headers, limit: int) -> 
         raise body_too_large(limit)
 
 
-_TYPES = {UPLOAD_PATH: (UPLOAD_TYPE,), VIDEOS_PATH: ("application/json", FORM_TYPE)}
+_TYPES = {UPLOAD_PATH: (UPLOAD_TYPE,), TENSORS_PATH: (FORM_TYPE,), VIDEOS_PATH: ("application/json", FORM_TYPE)}
 
 
 def body_limit(path: str, config: ServerConfig) -> int:
     """Bytes that a body may have."""
     size = {
         UPLOAD_PATH: config.max_upload_mb,
+        TENSORS_PATH: config.max_upload_mb,
         VIDEOS_PATH: config.max_body_mb + 4 / 3 * config.max_picture_mb,  # in JSON, three bytes are four letters
     }
     return int(size.get(path, config.max_body_mb) * 2**20)
@@ -205,7 +210,7 @@ def body_limit(path: str, config: ServerConfig) -> int:
 
 def bytes_per_second(path: str) -> float:
     """How fast a body must come at least to be given more time than --body-timeout-s; infinite: it is given none."""
-    return 65_536.0 if path in (UPLOAD_PATH, VIDEOS_PATH) else math.inf
+    return 65_536.0 if path in (UPLOAD_PATH, TENSORS_PATH, VIDEOS_PATH) else math.inf
 
 
 def body_too_large(limit: int) -> BodyTooLarge:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +24,7 @@ from multimodal_gen.llm.front import TextFront
 from multimodal_gen.messages import TextDelta, TextFinished
 from multimodal_gen.server.context import Context, fingerprint
 from multimodal_gen.server.text_formats import Rule
+from multimodal_gen.server.text_loras import bring
 from multimodal_gen.server.text_schemas import TextWish
 from multimodal_gen.server.wishes import check_priority, still_loading
 from multimodal_gen.text import Grammar, TextOutput
@@ -77,17 +77,17 @@ class Named:
     param: str  # the field that names it
 
 
-def adapter_of(wish: TextWish, context: Context) -> Named | None:
-    """The adapter in `model` (`id:adapter`) or `lora_path`; None: the base model.
+async def adapter_of(wish: TextWish, context: Context, exchange: Exchange) -> Named | None:
+    """The adapter in `model` (`id:adapter`) or `lora_path`, loaded if it is a path; None: the base model.
 
-    Raises: ModelNotFound, AdapterNotFound, InvalidValue.
+    Raises: ModelNotFound, AdapterNotFound, InvalidValue; as `text_loras.bring`.
     """
     model, adapter = (None, None) if wish.model is None else split_model(wish.model, _names(context))
     check_text_model(model, context)
     if adapter is not None and wish.lora_path is not None:
         raise InvalidValue("'model' names an adapter already; leave 'lora_path' out.", param="lora_path")
     if wish.lora_path is not None:
-        named = Named(read_name(wish.lora_path), "lora_path")
+        named = Named(await bring(read_name(wish.lora_path), context, exchange), "lora_path")
     elif adapter is not None:
         named = Named(adapter, "model")
     else:
@@ -159,8 +159,7 @@ def submit(
         digest = None if adapter is None else context.engine.text_loras.find(adapter.name, adapter.param)
         requests = [
             settle(
-                # Client-chosen request ids may repeat; the engine's must not.
-                "txt_" + uuid.uuid4().hex,
+                exchange.work_id(),
                 prompt,
                 params,
                 card=context.text_card,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from multimodal_gen.adapters import AdapterInfo
 from multimodal_gen.errors import CorruptAdapter, StorageFull
+from multimodal_gen.lora.sources import CONFIG, FOLDER_FILES
 
 FOLDER = "uploads"
 STALE_S = 86_400
@@ -34,11 +35,22 @@ class Uploads:
         self._received.add(str(path))
         return path, size
 
+    async def with_config(self, path: Path, config: bytes) -> None:
+        """Put a received file into a folder of its own (`beside(path)`), beside an `adapter_config.json`.
+
+        Raises: StorageFull.
+        """
+        self._received.add(str(beside(path)))
+        try:
+            await asyncio.to_thread(_move, path, beside(path), config)
+        except OSError as error:
+            raise _not_stored(error) from None
+
     def discard_unused(self, loaded: Iterable[AdapterInfo], arriving: Iterable[Path] = ()) -> None:
         """Remove the files that no loaded adapter came from, those in `arriving` excepted."""
         kept = {info.path for info in loaded} | {str(path) for path in arriving}
         for path in sorted(self._received - kept):
-            Path(path).unlink(missing_ok=True)
+            _remove(Path(path))
             self._received.discard(path)
 
 
@@ -64,13 +76,36 @@ async def _receive(chunks: AsyncIterator[bytes], root: Path) -> tuple[Path, int]
             await asyncio.to_thread(os.fsync, file.fileno())
         temporary.rename(path)
     except OSError as error:
-        log.error("an upload cannot be written: %s", error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StorageFull(f"The upload cannot be stored: {'the disk is full' if full else error.strerror}.") from None
+        raise _not_stored(error) from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     return path.resolve(), size
+
+
+def _not_stored(error: OSError) -> StorageFull:
+    log.error("an upload cannot be written: %s", error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StorageFull(f"The upload cannot be stored: {'the disk is full' if full else error.strerror}.")
+
+
+def beside(path: Path) -> Path:
+    """Where a received file goes that has a configuration."""
+    return path.with_suffix("") / FOLDER_FILES[0]
+
+
+def _move(path: Path, moved: Path, config: bytes) -> None:
+    moved.parent.mkdir()
+    (moved.parent / CONFIG).write_bytes(config)
+    path.rename(moved)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    if path.parent.name != FOLDER:  # it has a folder of its own
+        with contextlib.suppress(FileNotFoundError):
+            (path.parent / CONFIG).unlink(missing_ok=True)
+            path.parent.rmdir()
 
 
 def _sweep(folder: Path) -> None:

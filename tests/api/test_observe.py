@@ -57,7 +57,16 @@ def test_the_scheduler_tells_what_runs_and_waits_once_it_can(tmp_path: Path) -> 
 
         long = {**QUICK, "num_inference_steps": 300}
         answers = [pool.submit(server.post, long, {"x-request-id": name}) for name in ("one", "two")]
-        wait_for(lambda: any(line["running"] and line["queued"] for line in lines(folder)), 30, "a line of both")
+
+        def told() -> bool:
+            found = [(line["running"], line["queued"]) for line in lines(folder)]
+            return any(
+                sorted(work.partition("/")[0] for work in running + queued) == ["one", "two"]
+                for running, queued in found
+                if running and queued
+            )
+
+        wait_for(told, 30, "a line of both")
         assert all(server.delete(name).status_code == 200 for name in ("one", "two"))
         assert [answer.result(30).status_code for answer in answers] == [499, 499]
         wait_for(lambda: not lines(folder)[-1]["running"], 10, "the end of the work")

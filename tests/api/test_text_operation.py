@@ -111,6 +111,15 @@ def test_pages_follow_what_holds_them(engine: Running) -> None:
     wait_for(lambda: engine.client.text_gauges.kv_pages == gauges.kv_pages, 5, "the pages")
 
 
+def test_a_worker_that_is_asked_for_its_stacks_goes_on(engine: Running) -> None:
+    ticket = submit(engine, "b", 200)
+    first_token(engine, ticket)
+    before = engine.signal(signal.SIGUSR1)
+    to_its_end(engine, ticket)
+    to_its_end(engine, submit(engine, "c"))
+    assert engine.pids() == before
+
+
 def test_a_worker_that_stops_in_the_middle_of_a_text_is_replaced(engine: Running) -> None:
     before = engine.client.text_gauges.generated_tokens
     running, waiting = submit(engine, "running", LONG), submit(engine, "waiting")

@@ -46,7 +46,8 @@ WHY = {
     **dict.fromkeys(CONTRACT, "contract modules import one another only: move the code to the room that uses it"),
 }
 ENGINE_FOR_THE_SERVER = {
-    f"multimodal_gen.engine.{module}" for module in ("cards", "client", "ticket", "jobs", "job_files", "job_runner")
+    f"multimodal_gen.engine.{module}"
+    for module in ("cards", "client", "ticket", "jobs", "job_files", "job_runner", "text_loras")
 }
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
 TORCH_ON_PURPOSE = {"multimodal_gen/cli/hardware.py"}  # `mmgen doctor` imports it when it runs
