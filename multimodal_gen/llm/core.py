@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import (
@@ -85,17 +85,12 @@ class TextCore:
         self.scheduler = TextScheduler(limits, self.holdings, clock)
         self.adapters = TextAdapters(AdaptedTree(DECODER, self.model.tree), config, self.mesh.control)
         self.runner = Runner(self.model, self.adapters, self.room.pages, page_size, self.mesh.control)
-        self.tokenizer = Tokenizer.load(card)
-        self.detokenizer = Detokenizer(self.tokenizer)
+        tokenizer = Tokenizer.load(card)
+        self.detokenizer, self.matchers = Detokenizer(tokenizer), Matchers(tokenizer)
         self._attempt = attempt
         self._counts = Counts()
         self._writings: dict[str, Writing] = {}
         self._failures = 0  # requests failed in a row
-
-    @cached_property
-    def matchers(self) -> Matchers:
-        """Grammars of answers; made when they are needed, since they take the whole vocabulary apart."""
-        return Matchers(self.tokenizer.vocabulary)
 
     @property
     def info(self) -> TextInfo:
@@ -135,12 +130,11 @@ class TextCore:
                     f"The prompt has {len(request.prompt)} tokens and the answer may have {request.max_tokens}; "
                     f"together at most {self.room.context} fit. Shorten the prompt, or lower max_tokens."
                 )
-            grammar = request.grammar
-            matchers = [None if grammar is None else self.matchers.open(grammar) for _ in range(request.n)]
+            begin = None if request.grammar is None else self.matchers.open(request.grammar)
             let_go = self.adapters.hold(request.adapter)
         except MmgenError as error:
             return [Failed(request.id, _info(error))]
-        self._writings[request.id] = Writing(request, end_ids(request, self.card.eos_ids), let_go, matchers)
+        self._writings[request.id] = Writing(request, end_ids(request, self.card.eos_ids), let_go, begin)
         self.scheduler.add(request)
         return []
 

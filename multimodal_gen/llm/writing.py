@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from multimodal_gen.llm.detokenizer import AnswerText, DetokenizeRow, Piece
@@ -29,7 +28,7 @@ class Writing:
     request: TextRequest
     end_ids: tuple[int, ...]  # tokens that end an answer
     let_go: Callable[[], None]  # of its adapter
-    matchers: Items[TokenMatcher | None]  # by choice: where it is in the request's grammar
+    begin: Callable[[], TokenMatcher] | None = None  # the grammar of each answer
     arrived: float = field(
         default_factory=time.monotonic
     )  # this and the other times: measured, nothing is decided by it
@@ -51,7 +50,8 @@ class Writing:
                 asked.stop,
                 asked.include_stop,
             )
-            self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids, self.matchers[index]), text)
+            matcher = None if self.begin is None else self.begin()
+            self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids, matcher), text)
         return self.choices[index]
 
     def note_token(self) -> None:

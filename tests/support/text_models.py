@@ -32,14 +32,22 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 PAGE = 4
 
 
-def make_model(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A folder in transformers' format; `changes` are keys of its configuration."""
+def make_model(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "1GB",
+    **changes: Any,
+) -> Path:
+    """A folder in transformers' format, in files of at most `shard`; `changes` are keys of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     own = {"head_dim": 32} if family == "qwen3" else {}
     config = AutoConfig.for_model(family, **{**SIZES, **own, **changes})
     model = build(lambda: AutoModelForCausalLM.from_config(config), seed)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 

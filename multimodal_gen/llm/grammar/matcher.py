@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from multimodal_gen.errors import GenerationFailed
 from multimodal_gen.llm.grammar.library import tokenizer_info
-from multimodal_gen.llm.vocabulary import Vocabulary
+from multimodal_gen.llm.tokenizer import Tokenizer
 from multimodal_gen.text import Grammar
 
 if TYPE_CHECKING:
@@ -22,16 +22,17 @@ KEPT = 64
 class Matchers:
     """Opens grammars for answers; keeps those that were used last, as the library has them."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._kept: OrderedDict[str, xg.CompiledGrammar] = OrderedDict()
 
     def prepare(self) -> None:
-        """Begin to import the library in the background: the first grammar would wait for it."""
-        threading.Thread(target=importlib.import_module, args=("xgrammar",), daemon=True).start()
+        """Import the library in the background: otherwise the first grammar, and all that runs then, waits for it."""
+        threading.Thread(target=lambda: self._info, name="grammar-import", daemon=True).start()
 
-    def open(self, grammar: Grammar) -> Matcher:
-        """The beginning of an answer. Raises: GenerationFailed for a grammar of another vocabulary or version."""
+    def open(self, grammar: Grammar) -> Callable[[], Matcher]:
+        """What makes the beginning of an answer. Raises: GenerationFailed for a grammar of another vocabulary or
+        version of the library."""
         import xgrammar as xg
 
         compiled = self._kept.get(grammar.digest)
@@ -47,11 +48,11 @@ class Matchers:
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar.digest)
-        return Matcher(xg.GrammarMatcher(compiled))
+        return lambda: Matcher(xg.GrammarMatcher(compiled))
 
     @cached_property
     def _info(self) -> xg.TokenizerInfo:
-        return tokenizer_info(self._vocabulary)
+        return tokenizer_info(self._tokenizer.vocabulary)
 
 
 class Matcher:

@@ -65,19 +65,15 @@ def _settle(schema: Any, at: str, depth: int) -> Any:
         if keyword in schema:
             raise SchemaRefused(f"{_shown(at)} has {keyword!r}, which cannot be enforced while an answer is written")
     own = _tuples(dict(schema))
-    for keyword in LISTS:
-        if keyword in own:
-            own[keyword] = [
-                _settle(item, f"{at}/{keyword}/{i}", depth + 1) for i, item in enumerate(_list(own, keyword, at))
-            ]
-    for keyword in TABLES:
-        if keyword in own:
-            own[keyword] = {
-                name: _settle(item, f"{at}/{keyword}/{name}", depth + 1) for name, item in _table(own, keyword, at)
-            }
-    for keyword in SINGLE:
-        if keyword in own:
-            own[keyword] = _settle(own[keyword], f"{at}/{keyword}", depth + 1)
+    for keyword in [keyword for keyword in own if keyword in (*LISTS, *TABLES, *SINGLE)]:
+        inner = f"{at}/{keyword}"
+        if keyword in LISTS:
+            own[keyword] = [_settle(item, f"{inner}/{i}", depth + 1) for i, item in enumerate(_list(own, keyword, at))]
+        elif keyword in TABLES:
+            table = _table(own, keyword, at)
+            own[keyword] = {name: _settle(item, f"{inner}/{name}", depth + 1) for name, item in table.items()}
+        else:
+            own[keyword] = _settle(own[keyword], inner, depth + 1)
     if any(keyword in own for keyword in COMBINERS):
         return _combined(own, at)
     return _plain(own, at)
