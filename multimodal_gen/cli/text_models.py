@@ -58,7 +58,7 @@ def card_facts(model: str) -> dict[str, Any]:
 def fit(config: EngineConfig, report: dict[str, Any]) -> None:
     """Add to the doctor's report what the language model needs on this machine; a problem where that is not there."""
     from multimodal_gen.llm.kv_cache import KVCache
-    from multimodal_gen.llm.sizing import settle
+    from multimodal_gen.llm.sizing import share
     from multimodal_gen.memory.free import free_bytes
     from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 
@@ -84,7 +84,7 @@ def fit(config: EngineConfig, report: dict[str, Any]) -> None:
             "choose a smaller model or an --llm-dtype of two bytes."
         )
         return
-    room = settle(card, config, page, free - weights, device.type)
+    room = share(card, config, page, free - weights, device.type)
     facts |= {"context": room.context, "kv_pages": room.pages, "kv_bytes": room.pages * page}
 
 

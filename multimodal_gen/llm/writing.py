@@ -54,6 +54,11 @@ class Writing:
             self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids, matcher), text)
         return self.choices[index]
 
+    def note_token(self) -> None:
+        """One of its answers has one more token."""
+        self.first = self.first or time.monotonic()
+        self.completion_tokens += 1
+
     def usage(self) -> TextUsage:
         """So far."""
         return TextUsage(len(self.request.prompt), self.cached, self.completion_tokens)

@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_folder("llama", tmp_path_factory.mktemp("llama"))
+    return make_text_folder("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ def test_sleep_gives_memory_back_and_waking_says_the_same(folder: Path) -> None:
     [
         ({"max_context": 1000}, ("--max-context 1000", "256")),
         ({"kv_cache_memory": 100}, ("--kv-cache-memory", "256 tokens")),
-        ({"max_context": 200, "kv_cache_memory": 100_000}, ("200 tokens", "--kv-cache-memory")),
+        ({"max_context": 200, "kv_cache_memory": 33_000}, ("200 tokens", "--kv-cache-memory")),
     ],
 )
 def test_settings_that_cannot_be_met_are_named(folder: Path, settings: dict[str, int], named: tuple[str, ...]) -> None:
@@ -304,7 +304,7 @@ def make_adapter(path: Path, seed: int) -> AdapterSource:
     torch.manual_seed(seed)
     tensors = {
         f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.randn(shape)
-        for layer in range(3)
+        for layer in range(1)
         for side, shape in (("A", (4, 96)), ("B", (96, 4)))
     }
     save_file(tensors, path)
@@ -313,7 +313,7 @@ def make_adapter(path: Path, seed: int) -> AdapterSource:
 
 def test_a_thousand_requests_with_random_aborts_leave_no_page_and_no_adapter_held(folder: Path, tmp_path: Path) -> None:
     rng = random.Random(1)
-    core = open_core(folder, kv_page_size=4, kv_cache_memory=150_000, chunked_prefill_size=48, max_loras_per_batch=2)
+    core = open_core(folder, kv_page_size=4, kv_cache_memory=50_000, chunked_prefill_size=48, max_loras_per_batch=2)
     sources = tuple(make_adapter(tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate("xyz"))
     core.adapters.change(SwapLoras(sources=sources))
     digests = [None, None, *(info.digest for info in core.adapters.state.loaded)]
