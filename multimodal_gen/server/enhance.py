@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Wish = TypeVar("Wish", ImageGenerationRequest, VideoSettings)
 
 FIELD = "enhance_prompt"
-ANSWER_TOKENS = 320
+ANSWER_TOKENS = 200
 LEAST_DEADLINE_S = 1e-3
 INSTRUCTIONS = (
     "You rewrite short prompts for a model that makes pictures and videos. Keep everything that the user asks for. Add "
