@@ -85,8 +85,8 @@ class TextCore:
         self.scheduler = TextScheduler(limits, self.holdings, clock)
         self.adapters = TextAdapters(AdaptedTree(DECODER, self.model.tree), config, self.mesh.control)
         self.runner = Runner(self.model, self.adapters, self.room.pages, page_size, self.mesh.control)
-        tokenizer = Tokenizer.load(card)
-        self.detokenizer, self.matchers = Detokenizer(tokenizer), Matchers(tokenizer)
+        self.tokenizer = Tokenizer.load(card)
+        self.detokenizer, self.matchers = Detokenizer(self.tokenizer), Matchers(self.tokenizer)
         self._attempt = attempt
         self._counts = Counts()
         self._writings: dict[str, Writing] = {}
