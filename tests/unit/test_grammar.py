@@ -147,6 +147,9 @@ BAD = [
     ("structural_tag", '{"type": "structural_tag", "format": {"type": "nothing"}}', "nothing"),
     ("structural_tag", "nonsense", "no JSON"),
     ("ebnf", "#" * 70_000, "70,000 characters"),
+    ("regex", "(.*)*" * 60, "ambiguous"),
+    ("ebnf", 'root ::= root root | "a" | ""', "ambiguous"),
+    ("regex", "(a?){100}" * 10, "ambiguous"),
 ]  # fmt: skip
 
 
