@@ -30,6 +30,7 @@ def dequantized(folder: Path) -> tuple[Path, Sizes]:
 
     from multimodal_gen.config import EngineConfig
     from multimodal_gen.llm import checkpoint
+    from multimodal_gen.llm.gguf_tokenizer import from_gguf
     from multimodal_gen.llm.models.names import PAIRED, canonical
     from multimodal_gen.llm.sources import resolve
     from multimodal_gen.weights.gguf import GgufFile
@@ -43,6 +44,8 @@ def dequantized(folder: Path) -> tuple[Path, Sizes]:
     target = folder / "smollm2-bf16"
     target.mkdir()
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    tokenizer, _names = from_gguf(path)
+    tokenizer.save(str(target / "tokenizer.json"))
     (target / "config.json").write_text(json.dumps(_config(config)))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     kv = 2 * 2 * config.layers * config.kv_heads * config.head_dim

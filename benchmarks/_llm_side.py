@@ -81,7 +81,7 @@ def load_ours(options: Options) -> tuple[Run, dict[str, Any]]:
 
 def load_transformers(options: Options, cache: str | None = None) -> tuple[Run, dict[str, Any]]:
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+    from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
@@ -100,7 +100,9 @@ def load_transformers(options: Options, cache: str | None = None) -> tuple[Run, 
             max_new_tokens=request.tokens, min_new_tokens=request.tokens, do_sample=False, cache_implementation=cache,
             pad_token_id=0,
         )  # fmt: skip
-        made = model.generate(ids, torch.ones_like(ids), generation_config=config, stopping_criteria=[watch])
+        criteria = StoppingCriteriaList([watch])
+        mask = torch.ones_like(ids)
+        made = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria)
         return Answer(made[:, ids.shape[1] :].tolist(), watch.ends)
 
     return run, {"dtype": "bfloat16", "attention": model.config._attn_implementation, "cache": cache or "dynamic"}

@@ -5,9 +5,9 @@ transformers, vllm and ours compute with the same bfloat16 weights (those of the
 the GGUF file itself, whose weights have four bits: it stands beside ours with `--llm-quantization int4`. Figures of
 different precision are not comparable, and ratios are not made of them, but for the one that is named so.
 
-The bound is the time in which the machine, measured in the same round, reads what a step must read: the weights, and the
-keys and values of 192 tokens (the mean) of each text. `share` is bound / measured. Where the matrix products of a step
-take longer than that, `roofline` says the share of the larger of the two.
+The bound is the time in which the machine, measured in the same round, reads what a step must read: the weights,
+and the keys and values of 192 tokens (the mean) of each text. `share` is bound / measured. Where the matrix products of
+a step take longer than that, `roofline` says the share of the larger of the two.
 
 Peers in other environments: --vllm-python and --openvino-python name their interpreters. Ends with a line of JSON.
 """

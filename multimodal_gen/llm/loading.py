@@ -23,7 +23,7 @@ from multimodal_gen.llm.models.names import PAIRED, canonical
 from multimodal_gen.llm.models.tables import RENAMES, ignored, sharding
 from multimodal_gen.llm.residency import TextWeights
 from multimodal_gen.memory.free import free_bytes
-from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.nn.precision import compute_dtype, resolve_device, resolve_dtype
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.tensor import shard
@@ -50,6 +50,12 @@ class TextModel:
         self.card, self.config = card, found.config
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.llm_dtype, self.device)
+        if compute_dtype(self.dtype, self.device) != self.dtype and config.llm_quantization == "none":
+            log.warning(
+                "%s has no %s products: weights are widened in every step. --llm-dtype auto is faster here.",
+                self.device,
+                str(self.dtype).removeprefix("torch."),
+            )
         self.backend = choose_paged(self.device)
         with construction(torch.device("meta"), self.dtype):
             self.decoder = Decoder(found.config, self.backend).eval()

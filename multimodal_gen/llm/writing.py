@@ -54,6 +54,11 @@ class Writing:
             self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids, matcher), text)
         return self.choices[index]
 
+    def note_token(self) -> None:
+        """One of its answers has one more token."""
+        self.first = self.first or time.monotonic()
+        self.completion_tokens += 1
+
     def usage(self) -> TextUsage:
         """So far."""
         return TextUsage(len(self.request.prompt), self.cached, self.completion_tokens)
@@ -90,7 +95,7 @@ class Written:
     def to_decode(self) -> DetokenizeRow:
         """For the detokenizer; the end token is no text, unless the request wants it."""
         request = self.writing.request
-        shown = self.token not in self.writing.end_ids or request.include_stop
+        shown = not self.ends or request.include_stop
         watch = self.sequence.generated >= request.min_tokens
         return DetokenizeRow(self.choice.text, [self.token] if shown else [], self.is_last, watch)
 

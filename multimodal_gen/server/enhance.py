@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,15 +41,15 @@ INSTRUCTIONS = (
     'or is empty.\nFor the prompt "a cat" you answer {"prompt": "A fluffy orange cat sits on a sunny window sill, soft '
     'morning light, warm colours, shallow depth of field, detailed fur", "negative_prompt": "blurry, deformed"}'
 )
+# Bounds on the lengths of strings would take the grammar's compiler seconds; ANSWER_TOKENS is the bound.
 SCHEMA = {
     "type": "object",
-    "properties": {
-        "prompt": {"type": "string", "minLength": 1, "maxLength": 800},
-        "negative_prompt": {"type": "string", "maxLength": 200},
-    },
+    "properties": {"prompt": {"type": "string"}, "negative_prompt": {"type": "string"}},
     "required": ["prompt", "negative_prompt"],
     "additionalProperties": False,
 }
+_BEGUN = re.compile(r'\s*\{\s*"prompt"\s*:\s*("(?:[^"\\]|\\.)*)', re.DOTALL)
+_ENDS = (".", "!", "?", ",", ";")  # where a text that was cut off may end
 
 log = logging.getLogger("multimodal_gen.server")
 
@@ -170,8 +171,27 @@ async def _ask(
     ticket = context.engine.submit_text(request)
     with context.running.hold(exchange.owner, exchange.request_id, ticket):
         (output,), _ = await collected(ticket)
+    return read_revision(output.text)
+
+
+def read_revision(text: str) -> Revision | None:
+    """What the language model has written; where it was cut off, its whole sentences or phrases. None for nothing."""
     try:
-        return msgspec.json.decode(output.text, type=Revision)
+        revision: Revision | None = msgspec.json.decode(text, type=Revision)
+    except msgspec.DecodeError:
+        revision = _cut_off(text)
+    if revision is None or not revision.prompt.strip():
+        return None
+    return Revision(" ".join(revision.prompt.split()), " ".join(revision.negative_prompt.split()))
+
+
+def _cut_off(text: str) -> Revision | None:
+    begun = _BEGUN.match(text)
+    if begun is None:
+        return None
+    end = max(begun[1].rfind(mark) for mark in _ENDS)
+    try:
+        return None if end < 1 else Revision(msgspec.json.decode(begun[1][: end + 1].rstrip(",;") + '"', type=str))
     except msgspec.DecodeError:
         return None
 

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter
 
 from multimodal_gen.errors import ModelNotFound, UnsupportedEndpoint, did_you_mean
+from multimodal_gen.llm.adapter_names import SEPARATOR
 from multimodal_gen.server.context import Context
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.memory import memory_view
@@ -63,6 +64,7 @@ def _views(context: Context) -> dict[str, dict[str, Any]]:
         views[context.model_name] = _describe(context)
     if context.engine.cards.text is not None:
         views[context.text_name] = _describe_text(context)
+        views |= {view["id"]: view for view in _adapters(context)}
     return views
 
 
@@ -95,6 +97,28 @@ def _describe_text(context: Context) -> dict[str, Any]:
             "max_running_requests": context.config.max_running_requests,
         },
     }
+
+
+def _adapters(context: Context) -> list[dict[str, Any]]:
+    """The language model with each of its adapters, under the ids by which requests name them."""
+    return [
+        {
+            "id": f"{context.text_name}{SEPARATOR}{name}",
+            "object": "model",
+            "created": context.started_at,
+            "owned_by": "multimodal_gen",
+            "task": "text-generation",
+            "parent": context.text_name,
+            "adapter": {
+                "name": name,
+                "pinned": entry.pinned,
+                "rank": entry.info.rank,
+                "bytes": entry.info.bytes,
+                "sha256": entry.info.sha256,
+            },
+        }
+        for name, entry in context.engine.text_loras.entries.items()
+    ]
 
 
 def _describe(context: Context) -> dict[str, Any]:

@@ -471,6 +471,11 @@ def test_bad_lists_of_requests(server: Server, loras: Any, code: str, param: str
     assert_error(server.post({**QUICK, "loras": loras}), 404 if code == "adapter_not_found" else 400, code, param)
 
 
+def test_a_server_without_a_language_model_has_no_adapters_of_one(server: Server) -> None:
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert_error(call(server, path, {"lora_name": "a"}), 400, "unsupported_endpoint")
+
+
 def test_only_the_admin_changes_adapters(root: Path) -> None:
     """Abuse item 34."""
     with start_server("--lora-root", str(root), "--admin-api-key", "boss", api_key="user") as server:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.server import QUICK, ROOT, Server, assert_error, environment, http, start_server, wait_for
+from tests.support.text_server import QUICK_CHAT, post
 
 pytestmark = [pytest.mark.api]
 
@@ -37,6 +38,26 @@ def test_cpu_time_grows_where_the_work_is(server: Server) -> None:
     after = {name: server.metric(CPU % name) for name in before}
     assert all(after[name] >= before[name] for name in before)
     assert after["worker"] > before["worker"]
+
+
+def test_texts_are_counted_and_their_routing_keys_are_seen_while_they_run(text_server: Server) -> None:
+    tokens, key = "mmgen_text_generated_tokens_total", "mmgen_num_unique_running_routing_keys"
+    before = text_server.metric(tokens)
+    body = {**QUICK_CHAT, "max_tokens": 64, "ignore_eos": True}
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(post, text_server, "/v1/chat/completions", body, **{"x-routing-key": name})
+            for name in ("alice", "bob")
+        ]
+        wait_for(lambda: text_server.metric(key) == 2, 20, "both keys")
+        answers = [each.result(60) for each in asked]
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [64, 64]
+    assert text_server.metric(key) == 0
+    wait_for(lambda: text_server.metric(tokens) == before + 128, 5, "the worker's last word")
+    assert text_server.metric('mmgen_text_kv_pages{state="used"}') == 0
+    assert text_server.metric("mmgen_text_tpot_seconds_count") >= 2
+    refused = post(text_server, "/v1/chat/completions", body, **{"x-routing-key": "a b"})
+    assert_error(refused, 400, "invalid_value", "x-routing-key")
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def engine(folder: Path, status: Path) -> Iterator[Running]:
     """It writes one text at a time."""
     with pytest.MonkeyPatch.context() as patch, running(
         model_path="none", llm_path=str(folder), llm_dtype="float32", kv_cache_memory=64 << 20, max_running_requests=1,
-        step_timeout_s=2.0, scheduler_status_target=str(status), scheduler_status_interval_s=0.02,
+        step_timeout_s=4.0, scheduler_status_target=str(status), scheduler_status_interval_s=0.02,
     ) as engine:  # fmt: skip
         forgive_deaths(patch)
         engine.wait_ready()

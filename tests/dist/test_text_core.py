@@ -24,15 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_two_ranks_say_what_one_says(ranks: Ranks, folder: str) -> None:
-    (first, second), alone = (
-        ranks.run(TWO, "tests.dist.text_core_cases:answers", folder=folder, **LITTLE),
-        text_core_cases.answers(Mesh.solo(), folder, **{name: 2 * size for name, size in LITTLE.items()}),
-    )
-    assert first["counts"].tolist()[1] > 0, "there should be preemptions"
-    assert first.keys() == second.keys() == alone.keys()
-    for name, tokens in first.items():
-        assert torch.equal(tokens, second[name]), name
-        assert torch.equal(tokens, alone[name]), name
+    # Greedy: a number that chooses at random may lie within rounding of the border between two tokens.
+    found = ranks.run(TWO, "tests.dist.text_core_cases:answers", folder=folder, sampled=False, **LITTLE)
+    alone = text_core_cases.answers(Mesh.solo(), folder, False, kv_cache_memory=2 * LITTLE["kv_cache_memory"])
+    for rank in found:
+        assert rank["counts"].tolist()[1] > 0, "there should be preemptions"
+        assert rank.keys() == alone.keys()
+        assert all(torch.equal(tokens, alone[name]) for name, tokens in rank.items())
 
 
 def test_ranks_decide_alike_beside_aborts(ranks: Ranks, folder: str) -> None:
@@ -49,3 +47,9 @@ def test_what_fails_on_one_rank_fails_on_all_and_nothing_else_does(ranks: Ranks,
 def test_a_sleep_changes_nothing_that_ranks_say(ranks: Ranks, folder: str) -> None:
     for found in ranks.run(TWO, "tests.dist.text_core_cases:sleeps", folder=folder):
         assert torch.equal(found["before"], found["after"])
+
+
+def test_ranks_agree_on_tokens_that_follow_a_grammar(ranks: Ranks, folder: str) -> None:
+    first, second = ranks.run(TWO, "tests.dist.text_core_cases:grammars", folder=folder)
+    assert len(first) == 5
+    assert all(torch.equal(tokens, second[name]) for name, tokens in first.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from multimodal_gen.llm.sequence import Slot
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.text import TextRequest, TextSampling
 from tests.support.text import Clock
-from tests.support.text_core import GREEDY, Driver, ask
+from tests.support.text_core import GREEDY, Driver, ask, grammar
 
 
 def open_shared(mesh: Mesh, folder: str, **settings: Any) -> TextCore:
@@ -95,3 +96,16 @@ def sleeps(mesh: Mesh, folder: str) -> dict[str, Tensor]:
         core.wake()
     return found
 
+
+
+def grammars(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """Answers to a grammar, some of them drawn."""
+    core = open_shared(mesh, folder)
+    rule = grammar(core, "regex", "[ab]{4,8}")
+    driver = Driver(core)
+    for number, sampling in enumerate([GREEDY, *(TextSampling(temperature=2.0, seed=seed) for seed in range(3))]):
+        driver.add(ask(f"r{number}", range(5, 20), 12, sampling=sampling, grammar=rule, ignore_eos=False))
+    driver.add(ask("free", range(5, 20), 12))
+    heard = driver.run()
+    assert all(re.fullmatch("[ab]{4,8}", heard.outputs[f"r{number}"][0].text) for number in range(4))
+    return {name: torch.tensor(heard.ids(name)) for name in heard.outputs}

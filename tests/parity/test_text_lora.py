@@ -210,6 +210,21 @@ def test_after_a_thousand_random_requests_and_aborts_nothing_is_held(llama: Sett
     assert core.adapters.nbytes == 0
 
 
+def test_an_adapter_of_smollm2_fits_the_gguf_file(smollm2_by_transformers: Any, tmp_path: Path):
+    """Rows of queries and keys stand in another order in that file; adapters are trained on transformers' order."""
+    file = write_peft(smollm2_by_transformers, tmp_path / "a", seed=3, targets=("q_proj", "k_proj", "v_proj"), size=0.5)
+    prompt = list(range(100, 140))
+    base = greedy(smollm2_by_transformers, prompt, 6)
+    wrapped = with_peft(smollm2_by_transformers, file)
+    wanted = greedy(wrapped, prompt, 6)
+    wrapped.unload()
+    core = open_core("smollm2", model=open_model("smollm2"))
+    load(core, "a", file)
+    heard = answer(core, ask("a", prompt, 6, adapter=digest(core, "a")), ask("base", prompt, 6))
+    assert (heard.ids("a"), heard.ids("base")) == (wanted, base)
+    assert wanted != base
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from multimodal_gen.llm.models.config import DecoderConfig
+from tests.support.adapters import peft_tensors, write_adapter
+
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -45,3 +48,19 @@ def with_peft(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, folder).eval()
+
+
+def write_random(path: Path, config: DecoderConfig, *, seed: int, rank: int = 4, size: float = 3.0) -> Path:
+    """An adapter of all linear layers, without peft."""
+    heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes = {
+        "self_attn.q_proj": (heads, config.width),
+        "self_attn.k_proj": (kv_heads, config.width),
+        "self_attn.v_proj": (kv_heads, config.width),
+        "self_attn.o_proj": (config.width, heads),
+        "mlp.gate_proj": (config.hidden, config.width),
+        "mlp.up_proj": (config.hidden, config.width),
+        "mlp.down_proj": (config.width, config.hidden),
+    }
+    every = {f"layers.{layer}.{name}": shape for layer in range(config.layers) for name, shape in shapes.items()}
+    return write_adapter(path, peft_tensors(every, rank=rank, seed=seed, prefix="base_model.model.model.", size=size))

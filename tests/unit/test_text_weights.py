@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from tests.support.gguf_files import write_gguf
 from tests.support.text_models import logits_of, make_model, open_model
 
 pytestmark = [pytest.mark.unit]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SEQUENCES = [[5, 77, 300, 9, 14, 200, 31, 4, 4, 90, 12], [8, 9]]
 
@@ -60,6 +71,13 @@ def test_four_bits_of_a_file_in_four_bits_lose_nothing_more(tmp_path: Path) -> N
     assert plain.decoder.head is not None
     four.decoder.head.packed = plain.decoder.head.packed  # it has 8 bits, and of 4 in the file they lose something
     torch.testing.assert_close(logits(four), logits(plain), atol=2e-3, rtol=2e-3)
+
+
+def test_weights_in_many_files_are_the_same_model(tmp_path: Path) -> None:
+    whole = make_model("qwen3", tmp_path / "whole")
+    shards = make_model("qwen3", tmp_path / "shards", shard="200KB")
+    assert len(list(shards.glob("*.safetensors"))) > 3
+    assert torch.equal(logits(open_model(shards)), logits(open_model(whole)))
 
 
 def test_a_file_that_changed_during_sleep_is_named_and_the_model_wakes_when_it_is_back(tmp_path: Path) -> None:
