@@ -130,6 +130,31 @@ def test_several_choices_call_for_themselves(client: openai.OpenAI) -> None:
     assert len(set(ids)) == len(ids)
 
 
+def test_a_model_that_calls_by_itself_is_understood(client: openai.OpenAI) -> None:
+    """It has been shown how, in the format that it is told of, and nothing forces it."""
+    shown: list[Any] = []
+    for at, city in enumerate(("Rome", "Madrid", "Tokyo")):
+        call = {"id": f"c{at}", "type": "function"}
+        call = {**call, "function": {"name": "get_weather", "arguments": json.dumps({"city": city, "days": 3})}}
+        shown += [
+            {"role": "user", "content": f"How will the weather be in {city}, for three days?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": f"c{at}", "content": "Sunny."},
+            {"role": "assistant", "content": "It will be sunny."},
+        ]
+    common: dict[str, Any] = {
+        "model": MODEL, "messages": [*shown, *messages()], "tools": TOOLS[:1], "temperature": 0, "max_tokens": 60,
+    }  # fmt: skip
+    choice = client.chat.completions.create(**common).choices[0]
+    (found,) = choice.message.tool_calls or []
+    assert (choice.finish_reason, choice.message.content, found.function.name) == ("tool_calls", None, "get_weather")
+    assert json.loads(found.function.arguments) == {"city": "Paris", "days": 3}
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**common, stream=True)]
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or []]
+    assert "".join(part.function.arguments or "" for part in parts if part.function) == found.function.arguments
+    assert not any(chunk.delta.content for chunk in chunks)
+
+
 def test_with_both_a_format_and_tools_the_answer_is_one_of_them(text_server: Server) -> None:
     answer = chat(
         text_server, QUESTION, tools=TOOLS, response_format=forms(PERSON), max_tokens=120, parallel_tool_calls=False
