@@ -58,6 +58,7 @@ class Side:
         *,
         calm: bool = False,
         script: str = "_side.py",
+        python: str = sys.executable,
         inside: Callable[[], None] | None = None,
         watch: Callable[[int], None] = lambda pid: None,
         **options: Any,
@@ -65,6 +66,7 @@ class Side:
         """Start and load; `options` are those of the script, `calm` is our OpenMP spin count (we set it ourselves).
 
         Args:
+            python: the interpreter; another one has other packages, and not ours.
             inside: called in the new process before Python starts there, to confine it.
             watch: called with its id before it loads.
 
@@ -72,7 +74,7 @@ class Side:
         """
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script)), json.dumps(options)],
+            [python, str(Path(__file__).with_name(script)), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment(**(CALM if calm else {})),

@@ -29,9 +29,10 @@ from multimodal_gen.adapters import (
 from multimodal_gen.adapters import (
     Target as LoraTarget,
 )
-from multimodal_gen.config import DEFAULT_MODEL, EngineConfig
+from multimodal_gen.config import DEFAULT_MODEL, NO_MODEL, EngineConfig
 from multimodal_gen.environment import calm_openmp
 from multimodal_gen.errors import (
+    ConfigError,
     InvalidValue,
     MmgenError,
     RequestTooLarge,
@@ -97,6 +98,8 @@ class DiffGenerator:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model. Raises: ModelNotFound, CorruptModel, ConfigError."""
+        check_makes_pictures(config)
+        config = msgspec.structs.replace(config, llm_path=None, lora_paths=[])  # nothing here asks a language model
         calm_openmp()
         from multimodal_gen.engine.local import LocalEngine, RemoteEngine
         from multimodal_gen.media.recipe import origin
@@ -118,6 +121,8 @@ class DiffGenerator:
 
         Every engine flag has the keyword of the same name: `--max-batch-tokens` is `max_batch_tokens=`.
         """
+        if options.get("llm_path") is not None:
+            raise ConfigError("DiffGenerator makes pictures and videos; LLM writes text.", param="llm_path")
         return cls(settings.load(EngineConfig, {"model_path": str(model_path), **options}))
 
     @property
@@ -347,6 +352,15 @@ class DiffGenerator:
             return write_exactly(target.file, data)
         name = file_name(request.seeds[index], request.prompt, extension(kind), datetime.now())
         return write_new(target.folder, name, data)
+
+
+def check_makes_pictures(config: EngineConfig) -> None:
+    """Raises: ConfigError where the settings name no model of pictures."""
+    if config.model_path == NO_MODEL:
+        raise ConfigError(
+            "There is no model of pictures or videos: --model-path is none, as it is where only --llm-path is given.",
+            param="model_path",
+        )
 
 
 def check_total(requests: Sequence[AnyRequest], max_queue_cost: int) -> None:

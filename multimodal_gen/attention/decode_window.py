@@ -58,13 +58,20 @@ class Lane:
         have = len(self.keys[0])
         if rows <= have:
             return
-        more = max(rows, 2 * have) - have
+        more = max(rows, have + have // 4) - have
 
         def longer(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])])
 
         self.keys[:] = map(longer, self.keys)
         self.values[:] = map(longer, self.values)
+
+    def shrink(self) -> None:
+        """Give rows back when more than half of them are empty."""
+        used = len(self.owners)
+        if 2 * used < len(self.keys[0]):
+            self.keys[:] = [keys[:used].clone() for keys in self.keys]
+            self.values[:] = [values[:used].clone() for values in self.values]
 
 
 @dataclass(frozen=True)
@@ -114,10 +121,12 @@ class DecodeWindow:
         for room, lane in self._lanes.items():
             for row in reversed(range(len(lane.owners))):
                 span = wanted.get(lane.owners[row])
-                if span is None or _room(span.stop) != room or lane.lengths[row] != span.start:
+                if span is None or room_for(span.stop) != room or lane.lengths[row] != span.start:
                     lane.drop(row)
         homes = [self._home(span, cache) for span in spans]
         self._lanes = {room: lane for room, lane in self._lanes.items() if lane.owners}
+        for lane in self._lanes.values():
+            lane.shrink()
         return [self._plan(lane, spans, homes) for lane in self._lanes.values()]
 
     def attend(self, plans: Sequence[LanePlan], layer: int, q: Tensor, kv: Tensor) -> Tensor:
@@ -132,7 +141,7 @@ class DecodeWindow:
 
     def _home(self, span: PagedSpan, cache: Sequence[Tensor]) -> Lane:
         assert span.owner is not None, "only sequences that say who they are have a copy"
-        lane = self._lane(_room(span.stop))
+        lane = self._lane(room_for(span.stop))
         if lane.row(span.owner, span.start) is None:
             row = len(lane.owners)
             lane.grow(row + 1)
@@ -173,7 +182,7 @@ class DecodeWindow:
         )
 
 
-def _room(tokens: int) -> int:
+def room_for(tokens: int) -> int:
     """Tokens of the lane for sequences of this length: quarters of a power of two, so that little stays empty."""
     step = max(SMALLEST, 1 << max(0, (tokens - 1).bit_length() - 2))
     return -(-tokens // step) * step

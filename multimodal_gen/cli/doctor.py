@@ -6,9 +6,10 @@ from typing import Any
 
 import msgspec
 
+from multimodal_gen.cli import text_models
 from multimodal_gen.cli.flags import Arguments, Parser, add_settings, read_settings
 from multimodal_gen.cli.text import as_json, columns
-from multimodal_gen.config import EngineConfig
+from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.errors import MmgenError
 from multimodal_gen.units import size
 
@@ -46,7 +47,10 @@ def examine(config: EngineConfig, gpu: str | None = None) -> dict[str, Any]:
     }
     try:
         report["settings"] = hardware.chosen(config)
-        _add_model(config, gpu, report)
+        if config.model_path != NO_MODEL:
+            _add_model(config, gpu, report)
+        if config.llm_path is not None:
+            text_models.fit(config, report)
     except MmgenError as error:
         report["problems"].append(error.message)
     return report
@@ -109,6 +113,8 @@ def _text(report: dict[str, Any]) -> str:
         rows += _model_rows(report["model"], report["settings"]["dtype"])
     if "plan" in report:
         rows += _plan_rows(report["plan"])
+    if "text_model" in report:
+        rows += text_models.rows(report["text_model"])
     lines = [columns(rows), "", *(f"problem: {problem}" for problem in report["problems"])]
     return "\n".join(lines if report["problems"] else [*lines, "No problems found."])
 

@@ -92,7 +92,7 @@ def run(arguments: Arguments) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         from multimodal_gen.generator import DiffGenerator
 
-        with DiffGenerator.from_pretrained(**msgspec.structs.asdict(plan.config)) as generator:
+        with DiffGenerator(plan.config) as generator:
             loaded = time.monotonic() - began
             results = _generate(generator, plan, quiet=arguments.quiet)
             written = [image for result in results for image in _write(generator, plan, result)]

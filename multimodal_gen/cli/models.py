@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from multimodal_gen.cli import text_models
 from multimodal_gen.cli.flags import Arguments, Parser
 from multimodal_gen.cli.text import as_json, columns
 from multimodal_gen.config import EngineConfig
@@ -28,8 +29,8 @@ def run(arguments: Arguments) -> int:
         found = overview()
         print(as_json(found) if arguments.json else _table(found))
         return 0
-    card = describe(arguments.model)
-    facts = card_facts(card)
+    writes = text_models.is_language_model(arguments.model)
+    facts = text_models.card_facts(arguments.model) if writes else card_facts(describe(arguments.model))
     print(as_json(facts) if arguments.json else columns([(name, _shown(value)) for name, value in facts.items()]))
     return 0
 
@@ -48,6 +49,7 @@ def overview() -> dict[str, Any]:
         ],
         "bundled": [card_facts(describe(name)) for name in registry.bundled()],
         "fallback": {"family": registry.fallback().family, "covers": registry.fallback().title},
+        "text": text_models.overview(),
     }
 
 
@@ -98,8 +100,24 @@ def _table(found: dict[str, Any]) -> str:
             f"  {found['fallback']['covers']}",
             "",
             "Give any of them as --model-path: a name above, a folder in diffusers format, or a hub repository id.",
+            "",
+            "Language models (--llm-path, alone or beside one of the above):",
+            columns(_text_rows(found["text"]), "  "),
+            "",
+            "Give one as --llm-path: a name above, a folder in transformers format, a GGUF file, or a hub repository "
+            "id.",
         ]
     )
+
+
+def _text_rows(text: dict[str, Any]) -> list[tuple[str, str]]:
+    known = [(each["name"], "installed" if each["installed"] else each["install"]) for each in text["known"]]
+    return [
+        *known,
+        *((each["family"], "runs " + ", ".join(each["architectures"])) for each in text["families"]),
+        ("tool calls", "--tool-call-parser " + ", ".join(text["tool_call_parsers"])),
+        ("reasoning", "--reasoning-parser " + ", ".join(text["reasoning_parsers"])),
+    ]
 
 
 def _shown(value: Any) -> str:

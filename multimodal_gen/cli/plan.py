@@ -172,8 +172,13 @@ def _read_lines(source: str) -> list[str]:
 
 def _model(arguments: Arguments, replay: Replay | None) -> tuple[EngineConfig, ModelCard]:
     flags = given_settings(arguments)
+    from multimodal_gen.generator import check_makes_pictures
+
+    if "llm_path" in flags:
+        raise ConfigError("`mmgen generate` makes pictures; `mmgen chat` takes --llm-path.", param="llm_path")
     if replay is None:
         config = load(EngineConfig, flags, file=arguments.config)
+        check_makes_pictures(config)
         return config, registry.describe(config)
     own = replay.settings(load(EngineConfig, flags, file=arguments.config).lora)
     config = load(EngineConfig, {**own, **flags, "lora": own["lora"]}, file=arguments.config)

@@ -97,6 +97,7 @@ class Host:
             from multimodal_gen.engine.text import TextSide
 
             self.text = TextSide(text, config, ranks, clock)
+            self.text.core.matchers.prepare()
         if pictures is not None:
             from multimodal_gen.engine.core import EngineCore
 

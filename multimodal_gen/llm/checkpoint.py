@@ -55,10 +55,9 @@ def read(path: Path, kind: Format) -> TextCheckpoint:
     return _gguf(path) if kind == "gguf" else _folder(path)
 
 
-def _folder(folder: Path) -> TextCheckpoint:
-    found = {name: _json(folder, name) for name in (CONFIG, GENERATION, TOKENIZER)}
-    shown = f"{folder.name}/{CONFIG}"
-    content = found[CONFIG]
+def read_config(folder: Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
+    """The family and the sizes of a model in transformers' format, and all of its config.json. Raises: as `read`."""
+    content, shown = _json(folder, CONFIG), f"{folder.name}/{CONFIG}"
     architectures = content.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise CorruptModel(f"{shown}: 'architectures' must be a list of one name, not {str(architectures)[:80]}.")
@@ -69,10 +68,14 @@ def _folder(folder: Path) -> TextCheckpoint:
             f"{shown}: weights in the format of 'quantization_config' are not read. Use the model's safetensors in "
             "bf16, or a GGUF file."
         )
+    return family, config, content
+
+
+def _folder(folder: Path) -> TextCheckpoint:
+    family, config, content = read_config(folder)
+    generation, tokenizer = _json(folder, GENERATION), _json(folder, TOKENIZER)
     files, tensors = component_weights(folder.parent, folder.name)
-    return TextCheckpoint(
-        folder, "safetensors", family, config, files, tensors, content, found[GENERATION], found[TOKENIZER]
-    )
+    return TextCheckpoint(folder, "safetensors", family, config, files, tensors, content, generation, tokenizer)
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from multimodal_gen.config import EngineConfig
@@ -30,7 +30,9 @@ from multimodal_gen.errors import (
 from multimodal_gen.llm.adapter_target import DECODER
 from multimodal_gen.llm.adapters import TextAdapters
 from multimodal_gen.llm.attempt import Attempt, attempt_alone
+from multimodal_gen.llm.counts import Counts
 from multimodal_gen.llm.detokenizer import Detokenizer, Piece
+from multimodal_gen.llm.grammar.matcher import Matchers
 from multimodal_gen.llm.holdings import Holdings
 from multimodal_gen.llm.loading import TextModel, load
 from multimodal_gen.llm.runner import Runner
@@ -41,7 +43,6 @@ from multimodal_gen.llm.sizing import settle
 from multimodal_gen.llm.tokenizer import Tokenizer
 from multimodal_gen.llm.writing import Writing, Written, end_ids
 from multimodal_gen.lora.tree import AdaptedTree
-from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.messages import ErrorInfo, Event, Failed, Started, TextDelta, TextFinished, TextGauges, TextStep
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.text import TextCard, TextInfo, TextRequest, TokenLogprob
@@ -75,8 +76,8 @@ class TextCore:
         self.card, self.config = card, config
         self.mesh = mesh or Mesh.solo()
         self.model = model or load(card, config, self.mesh)
-        page_size, device = config.kv_page_size, self.model.device.type
-        self.room = settle(card, config, self.model.page_bytes(page_size), self._free(), device)
+        page_size = config.kv_page_size
+        self.room = settle(self.model, config, self.mesh)
         self.holdings = Holdings(self.room.pages, page_size, prefix_cache=config.prefix_cache)
         limits = Limits(
             self.room.step_tokens, config.max_running_requests, config.max_loras_per_batch, config.schedule_policy
@@ -84,18 +85,12 @@ class TextCore:
         self.scheduler = TextScheduler(limits, self.holdings, clock)
         self.adapters = TextAdapters(AdaptedTree(DECODER, self.model.tree), config, self.mesh.control)
         self.runner = Runner(self.model, self.adapters, self.room.pages, page_size, self.mesh.control)
-        self.detokenizer = Detokenizer(Tokenizer.load(card))
+        self.tokenizer = Tokenizer.load(card)
+        self.detokenizer, self.matchers = Detokenizer(self.tokenizer), Matchers(self.tokenizer)
         self._attempt = attempt
         self._counts = Counts()
         self._writings: dict[str, Writing] = {}
         self._failures = 0  # requests failed in a row
-
-    def _free(self) -> int:
-        """Bytes of memory beside the weights for one rank, the least of all ranks."""
-        world = self.mesh.degrees.world
-        sharing = world * self.mesh.loading if self.model.device.type == "cpu" else 1
-        own = free_bytes(self.model.device, sharing)
-        return min(int(each) for each in self.mesh.control.all_gather_bytes(str(own).encode()))
 
     @property
     def info(self) -> TextInfo:
@@ -135,10 +130,11 @@ class TextCore:
                     f"The prompt has {len(request.prompt)} tokens and the answer may have {request.max_tokens}; "
                     f"together at most {self.room.context} fit. Shorten the prompt, or lower max_tokens."
                 )
+            begin = None if request.grammar is None else self.matchers.open(request.grammar)
             let_go = self.adapters.hold(request.adapter)
         except MmgenError as error:
             return [Failed(request.id, _info(error))]
-        self._writings[request.id] = Writing(request, end_ids(request, self.card.eos_ids), let_go)
+        self._writings[request.id] = Writing(request, end_ids(request, self.card.eos_ids), let_go, begin)
         self.scheduler.add(request)
         return []
 
@@ -177,7 +173,7 @@ class TextCore:
         if deltas:
             yield TextStep(deltas)
         yield from events
-        self._counts.step = (len(slots), sum(slot.count for slot in slots), time.monotonic() - begin)
+        self._counts.note_step(slots, time.monotonic() - begin)
 
     def _compute(self, slots: Sequence[Slot], events: list[Event]) -> Done:
         """Run a plan; where it fails, each sequence is tried alone, so that one cannot take others down.
@@ -221,29 +217,17 @@ class TextCore:
             writing = self._writings.get(slot.sequence.request.id)
             if not sampled.ids or writing is None:
                 continue
-            error = sampled.errors.get(0)
             choice, token = writing.choices[slot.sequence.index], sampled.ids[0]
-            if error is None:
-                try:
-                    choice.row.accept(token)
-                except MmgenError as refused:
-                    error = refused
+            error = sampled.errors.get(0) or attempt_alone("following an answer", partial(choice.row.accept, token))
             if error is not None:
                 self._fail(writing.request.id, error, events)
                 taken = [each for each in taken if each.writing is not writing]
                 continue
             slot.sequence.tokens.append(token)
-            self._note(writing)
+            self._counts.note(writing)
+            writing.note_token()
             taken.append(Written(writing, slot.sequence, choice, token, sampled.logprobs[0]))
         return taken
-
-    def _note(self, writing: Writing) -> None:
-        if writing.first is None:
-            writing.first = time.monotonic()
-            self._counts.prompt_tokens += len(writing.request.prompt)
-            self._counts.cached_tokens += writing.cached
-        writing.completion_tokens += 1
-        self._counts.generated_tokens += 1
 
     def _tell(self, written: Sequence[Written], events: list[Event]) -> list[TextDelta]:
         """Tokens become text; answers that are complete leave."""
@@ -290,32 +274,7 @@ class TextCore:
 
     def gauges(self) -> TextGauges:
         """The state now, and counters since the start."""
-        rows, tokens, seconds = self._counts.step
-        tree, pool = self.holdings.tree, self.holdings.pool
-        return TextGauges(
-            running=len(self.scheduler.running),
-            waiting=self.scheduler.waiting,
-            kv_pages=pool.pages,
-            kv_pages_used=pool.used - tree.unlocked,
-            kv_pages_cached=tree.unlocked,
-            step_seconds=seconds,
-            step_rows=rows,
-            step_tokens=tokens,
-            prompt_tokens=self._counts.prompt_tokens,
-            cached_tokens=self._counts.cached_tokens,
-            generated_tokens=self._counts.generated_tokens,
-            preemptions=self.scheduler.preemptions,
-        )
-
-
-@dataclass
-class Counts:
-    """What gauges tell of."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    step: tuple[int, int, float] = (0, 0, 0.0)  # the latest: answers, tokens, seconds
+        return self._counts.gauges(self.scheduler, self.holdings)
 
 
 def _info(error: MmgenError) -> ErrorInfo:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GRAMMAR_SECONDS = 1.5  # where no server says otherwise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextFront:
     """Made by `open`; `close` ends the helper process of the grammars."""
 

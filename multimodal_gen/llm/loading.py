@@ -12,18 +12,18 @@ from multimodal_gen import units
 from multimodal_gen.attention.paged_registry import choose_paged
 from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.errors import ConfigError
-from multimodal_gen.kernels.packed_linear import PackedWeight, unavailable
 from multimodal_gen.llm import checkpoint
 from multimodal_gen.llm.batch import Batch
 from multimodal_gen.llm.checkpoint import TextCheckpoint
+from multimodal_gen.llm.forms import choose
 from multimodal_gen.llm.kv_cache import KVCache
 from multimodal_gen.llm.models.config import DecoderConfig
 from multimodal_gen.llm.models.decoder import Decoder
 from multimodal_gen.llm.models.names import PAIRED, canonical
 from multimodal_gen.llm.models.tables import RENAMES, ignored, sharding
-from multimodal_gen.llm.residency import Multiplied, Pack, TextWeights
+from multimodal_gen.llm.residency import TextWeights
 from multimodal_gen.memory.free import free_bytes
-from multimodal_gen.nn.precision import resolve_device, resolve_dtype
+from multimodal_gen.nn.precision import compute_dtype, resolve_device, resolve_dtype
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.tensor import shard
@@ -50,21 +50,22 @@ class TextModel:
         self.card, self.config = card, found.config
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.llm_dtype, self.device)
+        if compute_dtype(self.dtype, self.device) != self.dtype and config.llm_quantization == "none":
+            log.warning(
+                "%s has no %s products: weights are widened in every step. --llm-dtype auto is faster here.",
+                self.device,
+                str(self.dtype).removeprefix("torch."),
+            )
         self.backend = choose_paged(self.device)
         with construction(torch.device("meta"), self.dtype):
             self.decoder = Decoder(found.config, self.backend).eval()
         self.ranks = _who_share(found.config, config, mesh)
         shard(self.decoder, sharding(found.config, self.ranks.size), self.ranks)
         self.tree = WeightTree(self.decoder, _files(found), RENAMES, ignored(found.config))
-        self.weights = TextWeights(self.decoder, self.tree, self.device, self._packs())
+        forms = choose(self.decoder, config, self.device, self.dtype)
+        self.weights = TextWeights(self.decoder, self.tree, self.device, forms)
         self._check_room(config, mesh)
         self.weights.load()
-
-    def _packs(self) -> dict[Multiplied, Pack]:
-        """Layers whose weights are computed with in another form."""
-        if self.device.type != "cpu" or unavailable(self.dtype):
-            return {}
-        return {layer: PackedWeight for layer in self.decoder.modules() if isinstance(layer, Multiplied)}
 
     def _check_room(self, config: EngineConfig, mesh: Mesh) -> None:
         sharing = mesh.degrees.world * mesh.loading if self.device.type == "cpu" else 1

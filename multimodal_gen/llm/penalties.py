@@ -50,8 +50,10 @@ def add_biases(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def forbid(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """End tokens of rows that have fewer than min_tokens, in place on float32 [R, V]. Where a grammar has no other
-    token, the grammar is right: see `grammar.masks`."""
-    places = [token + at * logits.shape[1] for at, row in enumerate(rows) for token in row.forbidden]
+    """End tokens of rows that have fewer than min_tokens, in place on float32 [R, V]; `grammar.masks` does it where
+    there is a grammar."""
+    places = [
+        token + at * logits.shape[1] for at, row in enumerate(rows) if row.matcher is None for token in row.forbidden
+    ]
     if places:
         logits.view(-1)[torch.tensor(places).to(logits.device)] = -torch.inf

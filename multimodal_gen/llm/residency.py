@@ -6,34 +6,33 @@ is let go of before the next layer comes, so the peak is the packed model and on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from multimodal_gen.llm.forms import Form, Multiplied
 from multimodal_gen.llm.models.vocabulary import Vocabulary
 from multimodal_gen.memory.component import span_bytes
 from multimodal_gen.memory.host import release_freed_memory
-from multimodal_gen.nn.linear import FusedLinear, Linear, Packed
 from multimodal_gen.weights.loading import WeightTree, allocate, clear_padding
-
-Multiplied = Linear | FusedLinear | Vocabulary
-Pack = Callable[[Tensor], Packed]  # weight [out, in] → the form that is computed with
 
 
 class TextWeights:
     """All weights of one model on one rank."""
 
-    def __init__(self, model: nn.Module, tree: WeightTree, device: torch.device, pack: dict[Multiplied, Pack]) -> None:
+    def __init__(
+        self, model: nn.Module, tree: WeightTree, device: torch.device, forms: Mapping[Multiplied, Form]
+    ) -> None:
         """
         Args:
             model: on the meta device, shared out.
-            pack: the layers that are computed with in another form, and how it is made.
+            forms: of the layers whose weights are not computed with as they were read.
 
         Raises: CorruptModel.
         """
         tree.verify()
-        self._model, self._tree, self._device, self._pack = model, tree, device, pack
+        self._model, self._tree, self._device, self._forms = model, tree, device, forms
         self._placed = False
         self._keys: dict[nn.Module, set[str]] = {}
         for key, place in tree.places.items():
@@ -41,8 +40,11 @@ class TextWeights:
 
     @property
     def needed(self) -> int:
-        """Bytes that the weights take as they are read, each once."""
-        return sum(tensor.nbytes for tensor in self._model.parameters())
+        """Bytes that loading takes: the weights in their forms, and the largest as it is read."""
+        gone = [layer.weight for layer in self._forms if not _stays(layer)]
+        packed = sum(layer.weight.numel() * form.bits / 8 for layer, form in self._forms.items())
+        plain = sum(tensor.nbytes for tensor in self._model.parameters()) - sum(weight.nbytes for weight in gone)
+        return int(plain + packed) + max((weight.nbytes for weight in gone), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +52,7 @@ class TextWeights:
         if not self._placed:
             return 0
         held = sum(tensor.untyped_storage().nbytes() for tensor in self._model.parameters())
-        return held + sum(layer.packed.nbytes for layer in self._pack if layer.packed is not None)
+        return held + sum(layer.packed.nbytes for layer in self._forms if layer.packed is not None)
 
     def load(self) -> None:
         """Read all weights. Raises: CorruptModel; it may be called again then."""
@@ -65,23 +67,21 @@ class TextWeights:
         except BaseException:
             self.take_out()
             raise
-        self._tree.absent = frozenset(key for layer in self._pack for key in self._keys[layer])
+        self._tree.absent = frozenset(key for layer in self._forms for key in self._keys[layer])
 
     def _bring(self, layer: nn.Module, keys: set[str]) -> None:
         for tensor in _own(layer):
             tensor.untyped_storage().resize_(span_bytes(tensor))
         clear_padding(layer)
         self._tree.fill(keys)
-        pack = self._pack.get(layer) if isinstance(layer, Multiplied) else None
-        if pack is not None:
-            assert isinstance(layer, Multiplied)
-            layer.packed = pack(layer.weight)
-            if not (isinstance(layer, Vocabulary) and layer.embeds):
+        if isinstance(layer, Multiplied) and layer in self._forms:
+            layer.packed = self._forms[layer].pack(layer.weight)
+            if not _stays(layer):
                 layer.weight.untyped_storage().resize_(0)
 
     def take_out(self) -> None:
         """Free all of it; tensors keep their shape, dtype and device."""
-        for layer in self._pack:
+        for layer in self._forms:
             layer.packed = None
         for tensor in self._model.parameters():
             tensor.untyped_storage().resize_(0)
@@ -90,6 +90,11 @@ class TextWeights:
             torch.cuda.empty_cache()
         else:
             release_freed_memory()
+
+
+def _stays(layer: Multiplied) -> bool:
+    """Whether the weight is needed as it was read, too."""
+    return isinstance(layer, Vocabulary) and layer.embeds
 
 
 def _own(layer: nn.Module) -> Iterator[Tensor]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from multimodal_gen.errors import MmgenError, Overflowed
+from multimodal_gen.errors import GenerationFailed, MmgenError, Overflowed
 from multimodal_gen.llm.choosing import choose
+from multimodal_gen.llm.grammar.masks import mask
 from multimodal_gen.llm.logprobs import Thoughts
 from multimodal_gen.llm.penalties import add_biases, forbid, penalise
 from multimodal_gen.llm.sampling import Sampled, SamplingRow
@@ -34,6 +35,7 @@ class Sampler:
         told = [at for at, row in enumerate(rows) if row.logprobs is not None]
         thoughts = self._thoughts(logits, rows, told) if told else None
         forbid(logits, rows)
+        mask(logits, rows)
         errors: dict[int, MmgenError] = {}
         ids = self._choose(logits, rows, errors)
         answers: list[TokenLogprob | None] = [None] * len(rows)
@@ -52,13 +54,20 @@ class Sampler:
         ids = best.tolist()
         for at, value in enumerate(highest.tolist()):
             if not -torch.inf < value < torch.inf:
-                errors.setdefault(at, Overflowed("The model's numbers overflowed; nothing can be chosen from them."))
+                errors[at] = _why(rows[at], value)
         drawn = [at for at, row in enumerate(rows) if not row.greedy and at not in errors]
         if drawn:
             chosen = choose(logits if len(drawn) == len(rows) else logits[drawn], [rows[at] for at in drawn])
             for at, token in zip(drawn, chosen.tolist(), strict=True):
                 ids[at] = token
         return [-1 if at in errors else token for at, token in enumerate(ids)]
+
+
+def _why(row: SamplingRow, best: float) -> MmgenError:
+    """Nothing can be chosen, since this is the best logit."""
+    if row.matcher is not None and best == -torch.inf:
+        return GenerationFailed("The answer came to a place where its grammar allows no token; nothing can match it.")
+    return Overflowed("The model's numbers overflowed; nothing can be chosen from them.")
 
 
 def _tops(rows: Sequence[SamplingRow], told: list[int]) -> list[int]:

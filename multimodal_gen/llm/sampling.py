@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from struct import Struct
-from typing import Protocol
+from typing import Any, Protocol
 
 from multimodal_gen.errors import MmgenError
 from multimodal_gen.text import TextRequest, TextSampling, TokenLogprob
@@ -18,6 +18,9 @@ _UNIT = 2.0**-53
 
 class TokenMatcher(Protocol):
     """Where one answer is in its grammar (`llm/grammar/matcher.py`)."""
+
+    def fill(self, mask: Any, row: int) -> bool:
+        """Write which tokens may follow into a row of an int32 bit mask [rows, V / 32]; False: all of them."""
 
     def accept(self, token_id: int) -> None:
         """The answer has one more token. Raises: GenerationFailed where the grammar has no place for it."""

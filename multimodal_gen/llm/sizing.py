@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from multimodal_gen import units
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
+from multimodal_gen.llm.loading import TextModel
+from multimodal_gen.memory.free import free_bytes
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.text import TextCard
 
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}  # a step of so many takes some times as long as one that only writes
@@ -25,12 +28,28 @@ class Room:
     step_tokens: int
 
 
-def settle(card: TextCard, config: EngineConfig, page_bytes: int, free: int, device: str) -> Room:
-    """The room for keys and values.
+def settle(model: TextModel, config: EngineConfig, mesh: Mesh) -> Room:
+    """The room for keys and values beside a loaded model; the same on all ranks. Raises: ConfigError, PeerLost."""
+    own = _free(model, config, mesh)
+    least = min(int(each) for each in mesh.control.all_gather_bytes(str(own).encode()))
+    return share(model.card, config, model.page_bytes(config.kv_page_size), least, model.device.type)
+
+
+def _free(model: TextModel, config: EngineConfig, mesh: Mesh) -> int:
+    """Bytes beside the weights, for one rank."""
+    sharing = mesh.degrees.world * mesh.loading if model.device.type == "cpu" else 1
+    free = free_bytes(model.device, sharing)
+    if config.device_memory_limit is None:
+        return free
+    return max(0, min(free, config.device_memory_limit - model.weights.nbytes))
+
+
+def share(card: TextCard, config: EngineConfig, page_bytes: int, free: int, device: str) -> Room:
+    """How much of what is free is taken.
 
     Args:
         page_bytes: of one page on one rank.
-        free: bytes, beside the weights, for one rank; the least that any rank has.
+        free: bytes for one rank; the least that any rank has.
         device: cpu or cuda.
 
     Raises: ConfigError.

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from multimodal_gen.config import EngineConfig
+from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.errors import ConfigError, CorruptModel, ModelNotFound, did_you_mean
+from multimodal_gen.llm.checkpoint import CONFIG, read_config
 from multimodal_gen.weights.hub import REPOSITORY, find_local, snapshot
 
-CONFIG = "config.json"
-# Fetched from a hub repository: no pickles, no code.
-WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+# Fetched from a hub repository: no pickles, no code, nothing of its folders, which hold other formats of the model.
+WANTED = ("*.safetensors", "*.json", "*.jinja")
+UNWANTED = ("*/*", "*.fp16.*", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def resolve(config: EngineConfig) -> Source:
     """Find the language model that `config.llm_path` names, downloaded if need be.
 
     Raises: ModelNotFound saying what was tried; CorruptModel for a folder that holds no model; ConfigError where no
-    language model was asked for.
+    language model was asked for; what `read_config` raises, before any weight of a repository is downloaded.
     """
     wanted = config.llm_path
     if wanted is None:
@@ -59,8 +60,18 @@ def resolve(config: EngineConfig) -> Source:
             "here, and not a hub repository id (owner/name)." + did_you_mean(wanted, NAMES),
             param="llm_path",
         )
-    folder = snapshot(wanted, config.revision, config.local_files_only, list(WANTED), "llm_path")
-    return Source(wanted.rpartition("/")[2], _folder(folder).path, "safetensors")
+    # Beside pictures --revision is that of their model.
+    revision = config.revision if config.model_path == NO_MODEL else None
+    first = snapshot(wanted, revision, config.local_files_only, [CONFIG], UNWANTED, "llm_path")
+    if not (first / CONFIG).exists():
+        raise ModelNotFound(
+            f"{wanted!r} has no {CONFIG}: it is no language model in transformers' format. A GGUF file is downloaded "
+            "by hand, and its path given.",
+            param="llm_path",
+        )
+    read_config(first)  # what cannot be computed here is not downloaded
+    folder = snapshot(wanted, revision, config.local_files_only, WANTED, UNWANTED, "llm_path")
+    return Source(wanted.rpartition("/")[2], folder, "safetensors")
 
 
 def _packaged(name: str, package: Package) -> Path:

@@ -101,7 +101,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidValue("The text holds half of a surrogate pair, which is no character.") from None
-        ids = backend.encode(text, add_special_tokens=add_special).ids
+        # In a batch of one: six times as fast, without offsets, and other threads run meanwhile.
+        ids = backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         if ids and max(ids) >= self.vocab_size:
             token = backend.id_to_token(max(ids))
             raise InvalidValue(f"The text holds {token!r}, a token that this model's vocabulary does not reach to.")

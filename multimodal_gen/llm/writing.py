@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from multimodal_gen.llm.detokenizer import AnswerText, DetokenizeRow, Piece
-from multimodal_gen.llm.sampling import SamplingRow
+from multimodal_gen.llm.sampling import SamplingRow, TokenMatcher
 from multimodal_gen.llm.sequence import Sequence
 from multimodal_gen.messages import TextDelta
 from multimodal_gen.text import FinishReason, TextRequest, TextTimings, TextUsage, TokenLogprob
@@ -28,6 +28,7 @@ class Writing:
     request: TextRequest
     end_ids: tuple[int, ...]  # tokens that end an answer
     let_go: Callable[[], None]  # of its adapter
+    begin: Callable[[], TokenMatcher] | None = None  # the grammar of each answer
     arrived: float = field(
         default_factory=time.monotonic
     )  # this and the other times: measured, nothing is decided by it
@@ -49,8 +50,14 @@ class Writing:
                 asked.stop,
                 asked.include_stop,
             )
-            self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids), text)
+            matcher = None if self.begin is None else self.begin()
+            self.choices[index] = Choice(SamplingRow.of(asked, index, self.end_ids, matcher), text)
         return self.choices[index]
+
+    def note_token(self) -> None:
+        """One of its answers has one more token."""
+        self.first = self.first or time.monotonic()
+        self.completion_tokens += 1
 
     def usage(self) -> TextUsage:
         """So far."""
@@ -88,7 +95,7 @@ class Written:
     def to_decode(self) -> DetokenizeRow:
         """For the detokenizer; the end token is no text, unless the request wants it."""
         request = self.writing.request
-        shown = self.token not in self.writing.end_ids or request.include_stop
+        shown = not self.ends or request.include_stop
         watch = self.sequence.generated >= request.min_tokens
         return DetokenizeRow(self.choice.text, [self.token] if shown else [], self.is_last, watch)
 

@@ -19,6 +19,17 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
     return (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype)
 
 
+def rms_normalize_thin(x: Tensor, eps: float) -> Tensor:
+    """rms_normalize for a few rows on a CPU, where the number of calls counts: three instead of seven.
+
+    A vector beside its negative has mean zero, so its standard deviation is the root mean square.
+    """
+    if x.device.type != "cpu":
+        return rms_normalize(x, eps)
+    dim = x.shape[-1]
+    return F.layer_norm(torch.cat((x, -x), -1), (2 * dim,), None, None, eps)[..., :dim]
+
+
 def rms_normalize_shared(x: Tensor, eps: float, group: Group) -> Tensor:
     """rms_normalize(x) where each rank holds an equal share of the last dimension: one float32 all-reduce of the mean
     squares of all that is normalised here."""
@@ -39,6 +50,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_normalize(x, self.eps).mul_(self.weight)
+
+
+class ThinRMSNorm(RMSNorm):
+    """The same by `rms_normalize_thin`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_normalize_thin(x, self.eps) * self.weight
 
 
 def layer_normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from typing import Any
 
@@ -35,6 +36,11 @@ class Exchange:
         self.outcome = ""  # set for errors; a stream's status says nothing
         self.routing_key: str | None = None  # of text requests that go well together
         self.origin: str | None = None  # a foreign origin that may read the answer
+
+    def work_id(self) -> str:
+        """A new id for work of this request in the engine. Clients choose request ids, which may repeat; the engine's
+        must not, and its log and status lines must show whose work it is."""
+        return f"{self.request_id}/{secrets.token_hex(6)}"
 
 
 class Guard:

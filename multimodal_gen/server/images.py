@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-import uuid
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from multimodal_gen.errors import (
@@ -25,6 +25,7 @@ from multimodal_gen.resolve import resolve
 from multimodal_gen.server import replies
 from multimodal_gen.server.context import Context, fingerprint
 from multimodal_gen.server.disconnect import unless_gone
+from multimodal_gen.server.enhance import enhance, is_guided, time_left
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.json_body import parse_object
 from multimodal_gen.server.models import check_model
@@ -58,11 +59,17 @@ def router(context: Context) -> APIRouter:
         exchange: Exchange = request.scope["state"]["exchange"]
         body = parse_object(await request.body())
         wish, unknown = read(body, unknown=context.config.unknown_fields)
-        settled = settle(wish, context, exchange.owner)
-        warnings = [f"Unknown field {name} was ignored." for name in unknown]
+        settled = settle(wish, context, exchange)
+        work = enhance(wish, settled, context, exchange, wish.deadline_s)
+        enhanced = await (unless_gone(work, request.receive) if wish.enhance_prompt else work)
+        if enhanced.revision is not None:
+            wish = enhanced.applied(wish, settled, guided=is_guided(settled, context))
+            settled = settle(wish, context, exchange)
+        settled = msgspec.structs.replace(settled, deadline_s=time_left(settled.deadline_s, enhanced))
+        warnings = [*(f"Unknown field {name} was ignored." for name in unknown), *enhanced.warnings]
         headers = {"x-mmgen-warning": "unknown fields ignored: " + ", ".join(unknown)} if unknown else {}
         ticket, maker = _submit(settled, context)
-        form = Form.of(wish, settled, context.card, context.model_name)
+        form = Form.of(wish, settled, context.card, context.model_name, revised=enhanced.revision is not None)
         if wish.stream:
             return ImageStream(context, exchange, ticket, form, maker, warnings, headers)
         with context.running.hold(exchange.owner, exchange.request_id, ticket):
@@ -80,7 +87,7 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageRequest:
+def settle(wish: ImageGenerationRequest, context: Context, exchange: Exchange) -> ImageRequest:
     """The engine's request for a client's wish.
 
     Raises: ModelNotFound, UnsupportedParameter, the InvalidValue family, RequestTooLarge.
@@ -100,14 +107,13 @@ def settle(wish: ImageGenerationRequest, context: Context, owner: str) -> ImageR
     pins = pins_for(wish.loras, context)
     try:
         request = resolve(
-            # Client-chosen request ids may repeat; the engine's must not.
-            request_id="img_" + uuid.uuid4().hex,
+            request_id=exchange.work_id(),
             prompt=wish.prompt,
             params=SamplingParams(**given),
             card=context.card,
             max_cost=context.config.max_request_cost,
             previews=wish.partial_images or 0,
-            fair_key=fingerprint(owner, wish.safety_identifier or wish.user or ""),
+            fair_key=fingerprint(exchange.owner, wish.safety_identifier or wish.user or ""),
             loras=pins,
             own_loras=wish.loras is not None,
         )

@@ -66,6 +66,12 @@ class Metrics:
         self._jobs_resumed = Counter(
             "mmgen_jobs_resumed", "Video jobs that went on from a checkpoint.", registry=registry
         )
+        self._enhanced = Counter(
+            "mmgen_enhanced_prompts",
+            "Prompts that the language model was asked to rewrite: ok, or failed and used as they were written.",
+            ("outcome",),
+            registry=registry,
+        )
         self._rejected = Counter(
             "mmgen_rejected", "Requests refused before any work, by error code.", ("reason",), registry=registry
         )
@@ -96,6 +102,10 @@ class Metrics:
     def job_resumed(self) -> None:
         """Count a video job that goes on from a checkpoint."""
         self._jobs_resumed.inc()
+
+    def prompt_enhanced(self, outcome: str) -> None:
+        """Count a prompt that was to be rewritten: ok or failed."""
+        self._enhanced.labels(outcome).inc()
 
     def rejected(self, reason: str) -> None:
         """Count a request that never ran."""

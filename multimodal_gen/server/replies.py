@@ -30,9 +30,12 @@ class Form:
     compression: int
     quality: str
     tokens_per_image: int
+    revised: bool = False  # whether the prompt is not the user's
 
     @classmethod
-    def of(cls, wish: ImageGenerationRequest, request: AnyRequest, card: ModelCard, model: str) -> Form:
+    def of(
+        cls, wish: ImageGenerationRequest, request: AnyRequest, card: ModelCard, model: str, *, revised: bool = False
+    ) -> Form:
         """The form that `wish` asks for, defaults filled in."""
         return cls(
             model=model,
@@ -40,6 +43,7 @@ class Form:
             compression=100 if wish.output_compression is None else wish.output_compression,
             quality=_QUALITY_MADE.get(wish.quality or "auto", "medium"),
             tokens_per_image=request.width * request.height // card.pixels_per_token,
+            revised=revised,
         )
 
     def facts(self, request: AnyRequest) -> dict[str, Any]:
@@ -51,6 +55,12 @@ class Form:
             "output_format": self.output_format,
             **_adapters(request),
         }
+
+    def prompts(self, request: AnyRequest) -> dict[str, Any]:
+        """What each image carries where the language model has rewritten its prompt."""
+        if not self.revised:
+            return {}
+        return {"revised_prompt": request.prompt, "revised_negative_prompt": request.negative_prompt}
 
     def usage(self, prompt_tokens: int, images: int) -> dict[str, Any]:
         """Tokens in OpenAI's shape; an image counts as its transformer tokens."""
@@ -83,7 +93,11 @@ def answer(
         "id": request_id,
         "model": form.model,
         "data": [
-            {"b64_json": _file(finished.outputs[i], form, maker.recipe(request, i, finished)), "seed": seed}
+            {
+                "b64_json": _file(finished.outputs[i], form, maker.recipe(request, i, finished)),
+                "seed": seed,
+                **form.prompts(request),
+            }
             for i, seed in enumerate(request.seeds)
         ],
         **form.facts(request),
@@ -107,6 +121,7 @@ def completed_event(
         "usage": form.usage(finished.prompt_tokens, 1),
         "index": index,
         "seed": request.seeds[index],
+        **form.prompts(request),
         "timings": {**msgspec.to_builtins(finished.timings), "per_step": finished.timings.per_step},
     }
     if warnings or finished.warnings:

@@ -81,6 +81,11 @@ class ImageGenerationRequest(BaseModel):
         description="Adapters for this request, in order, instead of the active ones: objects of `nickname`, "
         "`strength` (default 1) and `target` (default `all`); [] is the base model.",
     )
+    enhance_prompt: bool | None = Field(
+        None,
+        description="Have the server's language model rewrite the prompt first, within --enhance-timeout-s; default "
+        "false.",
+    )
     priority: int | None = Field(None, description="-100 to the server's --max-priority: higher runs first; default 0.")
     deadline_s: float | None = Field(
         None, description="Seconds after which the answer is worthless: the request is dropped with 504."

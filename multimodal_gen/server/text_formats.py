@@ -18,8 +18,6 @@ from multimodal_gen.server.text_schemas import TextWish
 from multimodal_gen.server.tool_wishes import ToolWish
 from multimodal_gen.text import GrammarKind
 
-MAX_GRAMMAR_CHARS = 1 << 18
-
 
 @dataclass(frozen=True)
 class Forms:
@@ -66,11 +64,6 @@ def read_rule(wish: TextWish) -> Rule | None:
         raise InvalidValue(
             f"An answer can follow one rule: give {rules[0].param!r} or {rules[1].param!r}, not both.",
             param=rules[1].param,
-        )
-    if rules and len(rules[0].source) > MAX_GRAMMAR_CHARS:
-        raise InvalidValue(
-            f"{rules[0].param!r} has {len(rules[0].source):,} characters; at most {MAX_GRAMMAR_CHARS:,} are taken.",
-            param=rules[0].param,
         )
     return rules[0] if rules else None
 

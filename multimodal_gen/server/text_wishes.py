@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -160,8 +159,7 @@ def submit(
         digest = None if adapter is None else context.engine.text_loras.find(adapter.name, adapter.param)
         requests = [
             settle(
-                # Client-chosen request ids may repeat; the engine's must not.
-                "txt_" + uuid.uuid4().hex,
+                exchange.work_id(),
                 prompt,
                 params,
                 card=context.text_card,

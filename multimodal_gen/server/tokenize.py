@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+import msgspec
+from fastapi import APIRouter, Request, Response
 
 from multimodal_gen.errors import InvalidValue
 from multimodal_gen.llm.front import TextFront
@@ -32,21 +33,14 @@ def router(context: Context) -> APIRouter:
         summary="Tokens of a text or a conversation",
         openapi_extra=_body(TokenizeWish.model_json_schema()),
     )
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
         front = text_front(context)
         wish, _ = read_wish(parse_object(await request.body()), TokenizeWish, context.config.unknown_fields)
         check_text_model(wish.model, context)
-        ids = await in_thread(context, partial(_ids, wish, front, context.config.unknown_fields))
         ready = context.engine.ready
-        answer: dict[str, Any] = {
-            "model": context.text_name,
-            "tokens": ids,
-            "count": len(ids),
-            "max_model_len": front.card.context if ready is None or ready.text is None else ready.text.context,
-        }
-        if wish.return_token_strs:
-            answer["token_strs"] = [front.tokenizer.token_text(token) for token in ids]
-        return answer
+        longest = front.card.context if ready is None or ready.text is None else ready.text.context
+        work = partial(_tokens, wish, front, context.config.unknown_fields, context.text_name, longest)
+        return Response(await in_thread(context, work), media_type="application/json")
 
     @routes.post("/v1/detokenize", summary="Text of tokens", openapi_extra=_body(DetokenizeWish.model_json_schema()))
     async def detokenize(request: Request) -> dict[str, Any]:
@@ -63,6 +57,15 @@ def router(context: Context) -> APIRouter:
         return {"model": context.text_name, "text": await in_thread(context, decode)}
 
     return routes
+
+
+def _tokens(wish: TokenizeWish, front: TextFront, unknown: Unknown, model: str, longest: int) -> bytes:
+    """The answer's body. Raises: as `_ids`."""
+    ids = _ids(wish, front, unknown)
+    answer: dict[str, Any] = {"model": model, "tokens": ids, "count": len(ids), "max_model_len": longest}
+    if wish.return_token_strs:
+        answer["token_strs"] = [front.tokenizer.token_text(token) for token in ids]
+    return msgspec.json.encode(answer)
 
 
 def _ids(wish: TokenizeWish, front: TextFront, unknown: Unknown) -> list[int]:

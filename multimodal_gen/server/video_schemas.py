@@ -57,6 +57,11 @@ class VideoSettings(BaseModel):
     output_format: Literal["mp4", "webm", "gif"] | None = Field(None, description="File format; default `mp4`.")
     user: str | None = Field(None, max_length=512, description="Your end user: users share the machine fairly.")
     safety_identifier: str | None = Field(None, max_length=512, description="Same as `user`, and wins over it.")
+    enhance_prompt: bool | None = Field(
+        None,
+        description="Have the server's language model rewrite the prompt first, within --enhance-timeout-s; default "
+        "false.",
+    )
     priority: int | None = Field(None, description="-100 to the server's --max-priority: higher runs first; default 0.")
 
 

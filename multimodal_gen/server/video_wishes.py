@@ -13,6 +13,7 @@ from multimodal_gen.errors import InvalidSize, InvalidValue
 from multimodal_gen.request import MAX_FPS, ModelCard, SamplingParams, VideoRequest
 from multimodal_gen.resolve import nearest_frames, resolve
 from multimodal_gen.server.context import Context, fingerprint
+from multimodal_gen.server.enhance import Enhanced
 from multimodal_gen.server.form_fields import PICTURE
 from multimodal_gen.server.models import check_model
 from multimodal_gen.server.video_schemas import VideoSettings, seconds_of
@@ -76,6 +77,7 @@ def make_job(
     request: VideoRequest,
     context: Context,
     owner: str,
+    enhanced: Enhanced,
     *,
     body_hash: str,
     idempotency_key: str | None,
@@ -87,12 +89,12 @@ def make_job(
         id=request.id,
         owner=owner,
         model=context.model_name,
-        prompt=request.prompt,
+        prompt=wish.prompt,
         seconds=asked or f"{request.num_frames / request.fps:.6g}",
         size=f"{request.width}x{request.height}",
         outputs=request.n,
         output_format=wish.output_format or "mp4",
-        facts=msgspec.json.encode(_facts(request)).decode(),
+        facts=msgspec.json.encode(_facts(request, enhanced)).decode(),
         created_at=int(time.time()),
         remixed_from=remixed_from,
         idempotency_key=idempotency_key,
@@ -103,9 +105,13 @@ def make_job(
     )
 
 
-def _facts(request: VideoRequest) -> dict[str, Any]:
+def _facts(request: VideoRequest, enhanced: Enhanced) -> dict[str, Any]:
     """What was settled for the client, as the video object shows it."""
+    revised = {} if enhanced.revision is None else {"revised_prompt": request.prompt}
+    warned = {"warnings": enhanced.warnings} if enhanced.warnings else {}
     return {
+        **revised,
+        **warned,
         "n": request.n,
         "seeds": request.seeds,
         "num_frames": request.num_frames,

@@ -22,6 +22,7 @@ from multimodal_gen.errors import (
 )
 from multimodal_gen.request import VideoRequest
 from multimodal_gen.server.context import Context
+from multimodal_gen.server.enhance import enhance, is_guided
 from multimodal_gen.server.errors import ERROR_RESPONSES
 from multimodal_gen.server.form_fields import PICTURE, fields_of
 from multimodal_gen.server.json_body import parse_object
@@ -157,8 +158,16 @@ def router(context: Context) -> APIRouter:
         if job is None:
             png = None if picture is None else await pictures.decode(picture)
             settled = settle(wish, context, owner, png, source)
+            exchange: Exchange = request.scope["state"]["exchange"]
+            enhanced = await enhance(wish, settled, context, exchange)
+            if enhanced.revision is not None:
+                revised = enhanced.applied(wish, settled, guided=is_guided(settled, context))
+                settled = settle(revised, context, owner, png, source)
             job = make_job(
-                wish, settled, context, owner, body_hash=digest, idempotency_key=key, remixed_from=remixed_id
+                *(wish, settled, context, owner, enhanced),
+                body_hash=digest,
+                idempotency_key=key,
+                remixed_from=remixed_id,
             )
             job = await runner.add(job, settled)
         headers = {"x-mmgen-warning": "unknown fields ignored: " + ", ".join(unknown)} if unknown else {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from multimodal_gen.errors import CorruptModel
-from multimodal_gen.weights.gguf_header import BY_NAME, read_gguf
+from multimodal_gen.weights.dequantize import dequantize
+from multimodal_gen.weights.gguf_header import read_gguf
 from multimodal_gen.weights.reader import BLOCK_BYTES, DTYPES, Layout, TensorFile
 
 
@@ -58,18 +58,9 @@ class GgufFile(TensorFile):
         if self.tensors[key].dtype in DTYPES:
             block = super()._decoded(key, data, shape)
         else:
-            block = torch.from_numpy(_dequantized(self.tensors[key].dtype, data, shape))
+            block = dequantize(self.tensors[key].dtype, data, shape)
         head = self._paired.get(key)
         if head is None:
             return block
         assert shape[0] % head == 0, f"{key}: {shape[0]} rows are no whole heads"
         return block.view(-1, head // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-
-
-def _dequantized(kind: str, data: memoryview, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 [shape]."""
-    from gguf import GGMLQuantizationType, quants
-
-    stored = BY_NAME[kind]
-    rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, shape[-1] // stored.block * stored.bytes)
-    return quants.dequantize(rows, GGMLQuantizationType[kind]).reshape(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -72,9 +72,17 @@ def wanted_files(parts: Iterable[str]) -> list[str]:
 
 
 def snapshot(
-    repository: str, revision: str | None, local_files_only: bool, wanted: list[str], param: str = "model_path"
+    repository: str,
+    revision: str | None,
+    local_files_only: bool,
+    wanted: Sequence[str],
+    unwanted: Sequence[str] = UNWANTED,
+    param: str = "model_path",
 ) -> Path:
-    """The folder of a repository's files that match `wanted`, downloaded if need be. Raises: ModelNotFound."""
+    """The folder of a repository's files that match `wanted` and not `unwanted`, downloaded if need be.
+
+    `param` is the setting that named it. Raises: ModelNotFound.
+    """
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -85,8 +93,8 @@ def snapshot(
                 repository,
                 revision=revision,
                 local_files_only=local_files_only,
-                allow_patterns=wanted,
-                ignore_patterns=list(UNWANTED),
+                allow_patterns=list(wanted),
+                ignore_patterns=list(unwanted),
             )
         )
     except hub.GatedRepoError:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import videos
 from tests.support.server import QUICK, ROOT, Server, start_server
+from tests.support.text_server import QUICK_CHAT, post
 from tests.support.wan_checkpoints import make_wan
 
 
@@ -65,3 +66,20 @@ def image_video_server(i2v_folder: Path, tmp_path_factory: pytest.TempPathFactor
     data = str(tmp_path_factory.mktemp("jobs"))
     with start_server("--model-path", str(i2v_folder), "--data-dir", data, "--max-picture-mb", "1") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_text_server() -> Iterator[Server]:
+    """SmolLM2 alone, with default settings, without a key."""
+    with start_server("--llm-path", "smollm2") as server:
+        yield server
+
+
+@pytest.fixture
+def text_server(shared_text_server: Server) -> Iterator[Server]:
+    """The shared server of texts; whatever a test does to it, its worker lives on and the next chat is answered."""
+    before = shared_text_server.worker_pid()
+    yield shared_text_server
+    assert shared_text_server.worker_pid() == before
+    response = post(shared_text_server, "/v1/chat/completions", {**QUICK_CHAT, "max_tokens": 1})
+    assert response.status_code == 200, response.text[:500]

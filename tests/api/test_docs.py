@@ -13,6 +13,7 @@ from PIL import Image
 
 from multimodal_gen.errors import BY_CODE
 from multimodal_gen.server.schemas import FIELDS
+from multimodal_gen.server.text_schemas import TEXT_FIELDS
 from multimodal_gen.server.video_schemas import VIDEO_FIELDS
 from tests.support.server import ROOT, Server, environment
 
@@ -52,6 +53,8 @@ def _server_for(code: str) -> str:
     """The fixture whose model the example is about."""
     if "input_reference" in code:
         return "image_video_server"
+    if any(word in code for word in ("client.chat", "client.completions", "/completions", "tokenize")):
+        return "text_server"
     return "video_server" if "/v1/videos" in code or "client.videos" in code else "server"
 
 
@@ -73,7 +76,7 @@ def test_every_endpoint_has_examples_in_both_languages(server: Server) -> None:
 
 
 def test_every_field_is_described() -> None:
-    assert not [name for name in FIELDS | VIDEO_FIELDS if f"`{name}`" not in PAGE]
+    assert not [name for name in FIELDS | VIDEO_FIELDS | TEXT_FIELDS if f"`{name}`" not in PAGE]
 
 
 def test_every_error_of_a_server_is_described() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.server import QUICK, ROOT, Server, assert_error, environment, http, start_server, wait_for
+from tests.support.text_server import QUICK_CHAT, post
 
 pytestmark = [pytest.mark.api]
 
@@ -39,6 +40,26 @@ def test_cpu_time_grows_where_the_work_is(server: Server) -> None:
     assert after["worker"] > before["worker"]
 
 
+def test_texts_are_counted_and_their_routing_keys_are_seen_while_they_run(text_server: Server) -> None:
+    tokens, key = "mmgen_text_generated_tokens_total", "mmgen_num_unique_running_routing_keys"
+    before = text_server.metric(tokens)
+    body = {**QUICK_CHAT, "max_tokens": 64, "ignore_eos": True}
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(post, text_server, "/v1/chat/completions", body, **{"x-routing-key": name})
+            for name in ("alice", "bob")
+        ]
+        wait_for(lambda: text_server.metric(key) == 2, 20, "both keys")
+        answers = [each.result(60) for each in asked]
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [64, 64]
+    assert text_server.metric(key) == 0
+    wait_for(lambda: text_server.metric(tokens) == before + 128, 5, "the worker's last word")
+    assert text_server.metric('mmgen_text_kv_pages{state="used"}') == 0
+    assert text_server.metric("mmgen_text_tpot_seconds_count") >= 2
+    refused = post(text_server, "/v1/chat/completions", body, **{"x-routing-key": "a b"})
+    assert_error(refused, 400, "invalid_value", "x-routing-key")
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
@@ -57,7 +78,16 @@ def test_the_scheduler_tells_what_runs_and_waits_once_it_can(tmp_path: Path) -> 
 
         long = {**QUICK, "num_inference_steps": 300}
         answers = [pool.submit(server.post, long, {"x-request-id": name}) for name in ("one", "two")]
-        wait_for(lambda: any(line["running"] and line["queued"] for line in lines(folder)), 30, "a line of both")
+
+        def told() -> bool:
+            found = [(line["running"], line["queued"]) for line in lines(folder)]
+            return any(
+                sorted(work.partition("/")[0] for work in running + queued) == ["one", "two"]
+                for running, queued in found
+                if running and queued
+            )
+
+        wait_for(told, 30, "a line of both")
         assert all(server.delete(name).status_code == 200 for name in ("one", "two"))
         assert [answer.result(30).status_code for answer in answers] == [499, 499]
         wait_for(lambda: not lines(folder)[-1]["running"], 10, "the end of the work")

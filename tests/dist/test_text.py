@@ -11,7 +11,7 @@ import torch
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.mesh import Mesh
-from tests.dist.text_cases import SEQUENCES
+from tests.dist.text_cases import SEQUENCES, every_layer
 from tests.support.gguf_files import write_gguf
 from tests.support.ranks import Ranks
 from tests.support.text_models import logits_of, make_model, open_model
@@ -48,6 +48,20 @@ def test_ranks_share_a_gguf_file_whose_rows_stand_in_pairs(ranks: Ranks, tmp_pat
     path = write_gguf(make_model("llama", tmp_path / "model"), tmp_path / "model.gguf", "Q8_0")
     alone = logits_of(open_model(path), SEQUENCES, 4)
     for found in ranks.run(Degrees(tp=2), "tests.dist.text_cases:logits", path=str(path)):
+        for index, logits in enumerate(alone):
+            torch.testing.assert_close(found[f"logits_{index}"], logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [6, 8])
+def test_ranks_share_adapters_as_they_share_the_weights(heads: int, ranks: Ranks, tmp_path: Path) -> None:
+    size = 2 if heads == 6 else 4  # of which two hold the same keys
+    folder = make_model("llama", tmp_path / "model", num_attention_heads=heads)
+    model = open_model(folder)
+    overlay, plain = every_layer(model), logits_of(model, SEQUENCES, 4)
+    alone = logits_of(model, SEQUENCES, 4, (overlay, None, overlay))
+    assert not torch.allclose(alone[0], plain[0], atol=0.1)
+    assert torch.allclose(alone[1], plain[1], atol=1e-4)
+    for found in ranks.run(Degrees(tp=size), "tests.dist.text_cases:adapted", path=str(folder)):
         for index, logits in enumerate(alone):
             torch.testing.assert_close(found[f"logits_{index}"], logits, atol=1e-4, rtol=1e-4)
 

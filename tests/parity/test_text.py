@@ -87,13 +87,13 @@ def test_bf16_tokens_are_those_of_transformers_or_as_good(tmp_path: Path) -> Non
     folder = make_text_folder("qwen3", tmp_path / "model")
     exact, rounded = reference(folder), reference(folder, torch.bfloat16)
     heard = answer(open_core(folder, "bfloat16"), *(ask(str(i), p, TOKENS) for i, p in enumerate(prompts(24))))
-    same = 0
+    our_exact, their_exact = 0, 0
     for i, prompt in enumerate(prompts(24)):
-        ours, theirs = heard.ids(str(i)), greedy(rounded, prompt, TOKENS)
-        same += ours == theirs
+        ours, theirs, wanted = heard.ids(str(i)), greedy(rounded, prompt, TOKENS), greedy(exact, prompt, TOKENS)
+        our_exact, their_exact = our_exact + (ours == wanted), their_exact + (theirs == wanted)
         if ours != theirs:
             _assert_tie(exact, rounded, prompt, ours, theirs)
-    assert same >= 16
+    assert our_exact >= their_exact - 5 > 3, f"{our_exact} and {their_exact} of 24 answers are those of float32"
 
 
 @torch.no_grad()

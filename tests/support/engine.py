@@ -19,7 +19,7 @@ from multimodal_gen.config import ServerConfig
 from multimodal_gen.engine import replica as supervision
 from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.group import Place, Placed
-from multimodal_gen.engine.ticket import Ticket
+from multimodal_gen.engine.ticket import AnyTicket, Ticket
 from multimodal_gen.media.arrays import to_numpy
 from multimodal_gen.messages import Checkpoint, Finished, Load, LorasChanged, Progress, RowState
 from multimodal_gen.request import AnyRequest, SamplingParams
@@ -123,7 +123,7 @@ class Running:
 
         return self.do(wait())
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: AnyTicket) -> None:
         """Give it up."""
         self._loop.call_soon_threadsafe(ticket.cancel)
 

@@ -13,9 +13,10 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.llm.answers import Answers
 from multimodal_gen.llm.card import describe
 from multimodal_gen.llm.core import TextCore
+from multimodal_gen.llm.grammar.library import compile_grammar, tokenizer_info
 from multimodal_gen.llm.loading import TextModel
 from multimodal_gen.messages import ErrorInfo, Event, Failed, TextFinished, TextStep
-from multimodal_gen.text import TextOutput, TextRequest, TextSampling
+from multimodal_gen.text import Grammar, GrammarKind, TextOutput, TextRequest, TextSampling
 from tests.support.checkpoints import qwen_tokenizer
 from tests.support.text_models import make_model
 
@@ -124,3 +125,11 @@ def greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
         eos_token_id=None,
     )
     return out[0, len(prompt) :].tolist()
+
+
+def grammar(core: TextCore, kind: GrammarKind, source: str) -> Grammar:
+    """Compiled here and now; the front's helper does the same."""
+    import xgrammar as xg
+
+    compiled = compile_grammar(xg.GrammarCompiler(tokenizer_info(core.tokenizer.vocabulary)), kind, source)
+    return Grammar(kind=kind, digest=f"{kind} {source}", compiled=compiled.serialize_json().encode())

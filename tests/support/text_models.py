@@ -14,6 +14,7 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.llm.batch import Batch, Span
 from multimodal_gen.llm.card import describe
 from multimodal_gen.llm.loading import TextModel, load
+from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.parallel.mesh import Mesh
 from tests.support.checkpoints import build
 
@@ -32,14 +33,22 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 PAGE = 4
 
 
-def make_model(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A folder in transformers' format; `changes` are keys of its configuration."""
+def make_model(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "1GB",
+    **changes: Any,
+) -> Path:
+    """A folder in transformers' format, in files of at most `shard`; `changes` are keys of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     own = {"head_dim": 32} if family == "qwen3" else {}
     config = AutoConfig.for_model(family, **{**SIZES, **own, **changes})
     model = build(lambda: AutoModelForCausalLM.from_config(config), seed)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 
@@ -64,11 +73,17 @@ def smollm2() -> Path:
     return Path(place) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def logits_of(model: TextModel, sequences: Sequence[Sequence[int]], chunk: int | None = None) -> list[Tensor]:
+def logits_of(
+    model: TextModel,
+    sequences: Sequence[Sequence[int]],
+    chunk: int | None = None,
+    overlays: Sequence[Overlay | None] | None = None,
+) -> list[Tensor]:
     """Logits of every token of some sequences, [length, vocabulary] each, computed together.
 
     Args:
         chunk: tokens of each sequence per forward; None: all at once. Pages lie scattered, in an order of their own.
+        overlays: of adapters, one per sequence.
     """
     need = [-(-len(ids) // PAGE) for ids in sequences]
     cache = model.new_cache(sum(need) + 3, PAGE)
@@ -82,7 +97,9 @@ def logits_of(model: TextModel, sequences: Sequence[Sequence[int]], chunk: int |
         for index in live:
             ids = list(sequences[index][start : start + step])
             spans.append(Span(ids, start, pages[index], len(ids), owner=index))
-        rows = model.forward(Batch.of(spans, PAGE, model.device), cache)
+        own = [None if overlays is None else overlays[index] for index in live]
+        routing = Routing.of([len(span.ids) for span in spans], own)
+        rows = model.forward(Batch.of(spans, PAGE, model.device, routing), cache)
         for index, part in zip(live, rows.split([span.logits for span in spans]), strict=True):
             found[index].append(part)
     return [torch.cat(parts) for parts in found]

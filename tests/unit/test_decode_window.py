@@ -92,7 +92,7 @@ def test_the_copies_take_no_more_than_they_may() -> None:
     world = World(1, torch.bfloat16, 150_000)
     for _ in range(120):
         world.step()
-        assert world.attention.nbytes <= 2 * 150_000  # rows double when they grow
+        assert world.attention.nbytes <= 2 * 150_000  # rows are given back when half of them are empty
     assert world.attention.nbytes > 0
     world.attention.clear()
     assert world.attention.nbytes == 0

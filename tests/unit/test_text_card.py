@@ -255,6 +255,53 @@ def test_an_unknown_repository_is_not_downloaded_without_leave() -> None:
     assert raised.value.param == "llm_path"
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the hub library keeps `owner/name` once it has downloaded it; empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    root, commit = tmp_path / "hub" / "models--owner--name", "0123456789abcdef0123456789abcdef01234567"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    (root / "snapshots" / commit).mkdir(parents=True)
+    return root / "snapshots" / commit
+
+
+def test_a_downloaded_repository_is_found_and_called_by_its_name(hub: Path) -> None:
+    write_folder(hub)
+    card = describe(EngineConfig(llm_path="owner/name", local_files_only=True))
+    assert (card.name, card.path) == ("name", str(hub))
+    assert describe(EngineConfig(llm_path="owner/name", local_files_only=True, revision="v2")).name == "name"
+    with pytest.raises(ModelNotFound, match="revision 'v2'"):  # without pictures it is the language model's
+        describe(EngineConfig(llm_path="owner/name", local_files_only=True, revision="v2", model_path="none"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [({"auto_map": {"AutoModel": "code.Model"}}, RemoteCodeRefused), ({"architectures": ["Other"]}, ConfigError)],
+)
+def test_a_repository_is_refused_by_its_configuration_before_weights(
+    changes: dict[str, Any], error: type[MmgenError], hub: Path
+) -> None:
+    write_json(hub / "config.json", {**CONFIG, **changes})
+    with pytest.raises(error):
+        describe(EngineConfig(llm_path="owner/name", local_files_only=True))
+
+
+def test_only_safetensors_and_text_of_the_root_are_downloaded() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    taken = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    taken += ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    left = ["README.md", "modeling.py", "pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.onnx"]
+    left += ["original/params.json", "consolidated.safetensors", "model.fp16.safetensors", "model-Q4_K_M.gguf"]
+    found = filter_repo_objects(
+        taken + left, allow_patterns=list(sources.WANTED), ignore_patterns=list(sources.UNWANTED)
+    )
+    assert list(found) == taken
+
+
 def test_json_numbers_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "tiny")
     (folder / "config.json").write_text(json.dumps({**CONFIG, "rms_norm_eps": float("nan")}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,9 @@ from multimodal_gen.errors import ConfigError, OutOfMemory
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.llm.sequence import Slot
 from multimodal_gen.messages import Failed, Started, TextFinished, TextStep
-from multimodal_gen.text import TextSampling
+from multimodal_gen.text import Grammar, TextSampling
 from tests.support.text import Clock
-from tests.support.text_core import Driver, answer, ask, make_text_folder, open_core
+from tests.support.text_core import Driver, answer, ask, grammar, make_text_folder, open_core
 
 pytestmark = [pytest.mark.unit]
 
@@ -34,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_folder("llama", tmp_path_factory.mktemp("llama"))
+    return make_text_folder("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +237,35 @@ def test_numbers_that_overflow_end_their_request_and_leave_nothing_in_the_cache(
     assert answer(core, ask("bad", [300] * 40, 6)).finished["bad"].usage.cached_tokens == 0
 
 
+def test_answers_follow_their_grammars_beside_others_that_have_none(core: TextCore) -> None:
+    schema = {"properties": {"a": {"enum": [1, 22]}}, "required": ["a"], "additionalProperties": False}
+    rules = {
+        "word": grammar(core, "regex", "[abc]{3}"),
+        "json": grammar(core, "json_schema", json.dumps({"type": "object", **schema})),
+    }
+    free = answer(core, ask("x", PROMPT, 20)).ids("x")
+    sampling = TextSampling(temperature=1.0, seed=1)
+    asked = [
+        ask(name, range(30, 40), 20, n=3, grammar=rule, sampling=sampling, ignore_eos=False)
+        for name, rule in rules.items()
+    ]
+    heard = answer(core, *asked, ask("free", PROMPT, 20))
+    assert heard.ids("free") == free
+    for output in heard.outputs["word"]:
+        assert re.fullmatch("[abc]{3}", output.text)
+        assert (output.finish_reason, output.token_ids[-1]) == ("stop", 2)
+    assert all(json.loads(output.text)["a"] in (1, 22) for output in heard.outputs["json"])
+    [late] = answer(core, ask("late", PROMPT, 3, grammar=rules["json"])).outputs["late"]
+    assert late.finish_reason == "length"
+
+
+def test_a_grammar_of_another_model_fails_its_request_alone(core: TextCore) -> None:
+    foreign = Grammar(kind="regex", digest="foreign", compiled=b"{}")
+    heard = answer(core, ask("a", PROMPT, 3, grammar=foreign), ask("b", PROMPT, 3))
+    assert heard.failed["a"].code == "generation_failed"
+    assert set(heard.outputs) == {"b"}
+
+
 def test_sleep_gives_memory_back_and_waking_says_the_same(folder: Path) -> None:
     core = open_core(folder)
     before = answer(core, ask("a", PROMPT)).ids("a")
@@ -253,7 +284,7 @@ def test_sleep_gives_memory_back_and_waking_says_the_same(folder: Path) -> None:
     [
         ({"max_context": 1000}, ("--max-context 1000", "256")),
         ({"kv_cache_memory": 100}, ("--kv-cache-memory", "256 tokens")),
-        ({"max_context": 200, "kv_cache_memory": 100_000}, ("200 tokens", "--kv-cache-memory")),
+        ({"max_context": 200, "kv_cache_memory": 33_000}, ("200 tokens", "--kv-cache-memory")),
     ],
 )
 def test_settings_that_cannot_be_met_are_named(folder: Path, settings: dict[str, int], named: tuple[str, ...]) -> None:
@@ -273,7 +304,7 @@ def make_adapter(path: Path, seed: int) -> AdapterSource:
     torch.manual_seed(seed)
     tensors = {
         f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.randn(shape)
-        for layer in range(3)
+        for layer in range(1)
         for side, shape in (("A", (4, 96)), ("B", (96, 4)))
     }
     save_file(tensors, path)
@@ -282,7 +313,7 @@ def make_adapter(path: Path, seed: int) -> AdapterSource:
 
 def test_a_thousand_requests_with_random_aborts_leave_no_page_and_no_adapter_held(folder: Path, tmp_path: Path) -> None:
     rng = random.Random(1)
-    core = open_core(folder, kv_page_size=4, kv_cache_memory=150_000, chunked_prefill_size=48, max_loras_per_batch=2)
+    core = open_core(folder, kv_page_size=4, kv_cache_memory=50_000, chunked_prefill_size=48, max_loras_per_batch=2)
     sources = tuple(make_adapter(tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate("xyz"))
     core.adapters.change(SwapLoras(sources=sources))
     digests = [None, None, *(info.digest for info in core.adapters.state.loaded)]

@@ -14,7 +14,7 @@ from multimodal_gen.llm.models.rope import Rope, Rotation
 from multimodal_gen.llm.models.vocabulary import Vocabulary
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.mlp import SwiGLU
-from multimodal_gen.nn.norm import RMSNorm, rms_normalize
+from multimodal_gen.nn.norm import ThinRMSNorm, rms_normalize_thin
 from multimodal_gen.nn.slots import Cut, How, hollow
 from multimodal_gen.parallel.group import Group
 
@@ -63,11 +63,11 @@ class HeadNorm(nn.Module):
 
     def __init__(self, head_dim: int, eps: float) -> None:
         super().__init__()
-        self.q, self.k = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
+        self.q, self.k = ThinRMSNorm(head_dim, eps), ThinRMSNorm(head_dim, eps)
 
     def forward(self, qk: Tensor, heads: int) -> Tensor:
         """qk [T, H + Hkv, D]: the first `heads` are queries."""
-        normal = rms_normalize(qk, self.q.eps)
+        normal = rms_normalize_thin(qk, self.q.eps)
         normal[:, :heads].mul_(self.q.weight)
         normal[:, heads:].mul_(self.k.weight)
         return normal
@@ -100,9 +100,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.eps)
+        self.attention_norm = ThinRMSNorm(config.width, config.eps)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.width, config.eps)
+        self.mlp_norm = ThinRMSNorm(config.width, config.eps)
         self.mlp = SwiGLU(config.width, config.hidden)
 
     def forward(self, x: Tensor, at: At, cache: KVCache, layer: int) -> Tensor:
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         self.config, self.backend = config, backend
         self.embedding = Vocabulary(config.vocab_size, config.width, embeds=True)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.eps)
+        self.norm = ThinRMSNorm(config.width, config.eps)
         self.head = None if config.tied else Vocabulary(config.vocab_size, config.width, embeds=False)
         self.rope = Rope(config.rope)
 

@@ -1,0 +1,1 @@
+"""What answers must match: schemas, expressions and grammars, compiled by a helper process, followed by the engine."""
