@@ -101,7 +101,8 @@ class Host:
             from multimodal_gen.engine.core import EngineCore
 
             self.pictures = EngineCore(pictures, config, ranks, clock)
-        if self.text is not None:  # last: what it imports in a thread, loading imports as well
+        if self.text is not None:
+            # Last: it imports in a thread, and two threads that import transformers see halves of it.
             self.text.core.matchers.prepare()
 
     @property
