@@ -29,9 +29,8 @@ class Writing:
     end_ids: tuple[int, ...]  # tokens that end an answer
     let_go: Callable[[], None]  # of its adapter
     begin: Callable[[], TokenMatcher] | None = None  # the grammar of each answer
-    arrived: float = field(
-        default_factory=time.monotonic
-    )  # this and the other times: measured, nothing is decided by it
+    # Times are measured; nothing is decided by them.
+    arrived: float = field(default_factory=time.monotonic)
     started: float | None = None  # its first step
     first: float | None = None  # its first token
     choices: dict[int, Choice] = field(default_factory=dict)  # by index; made by `choice`

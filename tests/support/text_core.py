@@ -15,6 +15,7 @@ from multimodal_gen.llm.card import describe
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.llm.grammar.library import compile_grammar, tokenizer_info
 from multimodal_gen.llm.loading import TextModel
+from multimodal_gen.llm.tokenizer import Tokenizer
 from multimodal_gen.messages import ErrorInfo, Event, Failed, TextFinished, TextStep
 from multimodal_gen.text import Grammar, GrammarKind, TextOutput, TextRequest, TextSampling
 from tests.support.checkpoints import qwen_tokenizer
@@ -131,5 +132,6 @@ def grammar(core: TextCore, kind: GrammarKind, source: str) -> Grammar:
     """Compiled here and now; the front's helper does the same."""
     import xgrammar as xg
 
-    compiled = compile_grammar(xg.GrammarCompiler(tokenizer_info(core.tokenizer.vocabulary)), kind, source)
+    vocabulary = Tokenizer.load(core.card).vocabulary
+    compiled = compile_grammar(xg.GrammarCompiler(tokenizer_info(vocabulary)), kind, source)
     return Grammar(kind=kind, digest=f"{kind} {source}", compiled=compiled.serialize_json().encode())

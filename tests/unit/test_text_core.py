@@ -338,3 +338,5 @@ def test_a_thousand_requests_with_random_aborts_leave_no_page_and_no_adapter_hel
     assert core.gauges().kv_pages_used == 0
     core.holdings.tree.clear()
     assert core.holdings.pool.used == 0
+    assert not core._writings
+    assert not core.scheduler._keys
