@@ -1,9 +1,9 @@
 """Eight chats and four pictures at once on one server, each beside what it takes alone.
 
-The server has the bundled emoji-image and SmolLM2. Chats stream 128 tokens each, pictures are 128 x 128 with 20 steps and
-guidance, every round has prompts of its own. Reported: milliseconds between a chat's tokens (p50, p99, the longest),
-seconds of a picture, alone and together; nobody starves where the longest gap stays within seconds and all finish. The
-last line of stdout is JSON.
+The server has the bundled emoji-image and SmolLM2. Chats stream 128 tokens each, pictures are 128 x 128 with 20 steps
+and guidance, every round has prompts of its own. Reported: milliseconds between a chat's tokens (p50, p99, the
+longest), seconds of a picture, alone and together; nobody starves where the longest gap stays within seconds and all
+finish. The last line of stdout is JSON.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import msgspec
 from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.llm import sources
 from multimodal_gen.llm.card import describe
+from multimodal_gen.llm.checkpoint import CONFIG
 from multimodal_gen.llm.models.registry import families
 from multimodal_gen.llm.parsers import reasoning
 from multimodal_gen.llm.parsers.tools import registry as tools
@@ -43,7 +44,7 @@ def is_language_model(model: str) -> bool:
     return (
         folder.is_dir()
         and not (folder / "model_index.json").exists()
-        and ((folder / sources.CONFIG).exists() or any(folder.glob("*.gguf")))
+        and ((folder / CONFIG).exists() or any(folder.glob("*.gguf")))
     )
 
 

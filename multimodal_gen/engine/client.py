@@ -115,6 +115,10 @@ class EngineClient:
             )
         return self.cards.text
 
+    def check_side(self, side: Side) -> None:
+        """Raises: UnsupportedEndpoint where that side has no model."""
+        _ = self.card if side == "pictures" else self.text_card
+
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -189,7 +193,7 @@ class EngineClient:
     @property
     def text_context(self) -> int:
         """Tokens that a prompt and its answer may have together. Raises: UnsupportedEndpoint, ModelLoading."""
-        assert self.text_card
+        self.check_side("text")
         if self.ready is None or self.ready.text is None:
             raise ModelLoading("The model is still loading; try again in a few seconds.", retry_after=5.0)
         return self.ready.text.context
@@ -237,7 +241,7 @@ class EngineClient:
 
         Raises: UnsupportedEndpoint without a language model; ModelLoading, Asleep, ShuttingDown, QueueFull.
         """
-        assert self.text_card, "requests are made for a card"
+        self.check_side("text")
         self.check_open()
         waiting, most = self.admitted.texts_waiting, self.config.max_queued_requests
         if waiting >= most:
@@ -290,9 +294,10 @@ class EngineClient:
     async def change_loras(self, change: Change, side: Side = "pictures") -> LorasChanged:
         """A transaction on the adapters of all replicas; changes are made one after another.
 
-        Raises: ModelLoading, Asleep, ShuttingDown, WorkerCrashed; the change's own error. The adapters are then as
-            before.
+        Raises: UnsupportedEndpoint where that side has no model; ModelLoading, Asleep, ShuttingDown, WorkerCrashed; the
+            change's own error. The adapters are then as before.
         """
+        self.check_side(side)
         return await to_its_end(self._change_loras(change, side))
 
     async def _change_loras(self, change: Change, side: Side) -> LorasChanged:

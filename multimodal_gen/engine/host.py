@@ -97,11 +97,13 @@ class Host:
             from multimodal_gen.engine.text import TextSide
 
             self.text = TextSide(text, config, ranks, clock)
-            self.text.core.matchers.prepare()
         if pictures is not None:
             from multimodal_gen.engine.core import EngineCore
 
             self.pictures = EngineCore(pictures, config, ranks, clock)
+        if self.text is not None:
+            # Last: it imports in a thread, and two threads that import transformers see halves of it.
+            self.text.core.matchers.prepare()
 
     @property
     def parts(self) -> dict[Side, Part]:

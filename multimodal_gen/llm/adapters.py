@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from multimodal_gen.adapters import AdapterInfo, AdapterSource, Change, LoraState, RestoreLora, SwapLoras
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, AdapterMergeOnly, AdapterNotFound, AdapterUnavailable, did_you_mean
@@ -17,9 +19,14 @@ from multimodal_gen.lora.changes import Staged
 from multimodal_gen.lora.overlay import make_overlay
 from multimodal_gen.lora.store import AdapterStore, Limits, Loaded
 from multimodal_gen.lora.tree import AdaptedTree
-from multimodal_gen.nn.lowrank import Overlay, Routing
+from multimodal_gen.nn.lowrank import Overlay, Routed, Routing
+from multimodal_gen.nn.stacked import Stack, StackedRouting
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.group import SOLO, Group
+
+# Of a batch and of all adapters that are ready; beyond, each adapter's tokens are computed by themselves.
+STACKED_TOKENS = 128
+STACKED_RANKS = 512
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class TextAdapters:
         self._store = AdapterStore(limits, {tree.target.tree: tree.spellings})
         self._ready = ReadyAdapters(config.max_loras_per_batch)
         self._overlays: dict[str, Overlay | None] = {}  # digest → of those that are ready; None: it does nothing
+        self._stack: Stack | None = None  # of these, in their order; made when it is used
 
     # --- changes ------------------------------------------------------------------------------------------------------
 
@@ -156,7 +164,7 @@ class TextAdapters:
         """Adapters in memory, with a name or without."""
         return len(self._store)
 
-    def routing(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> Routing | None:
+    def routing(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> Routed | None:
         """What the spans of a batch compute with; at most `max_loras_per_batch` different ones, None counted.
 
         Args:
@@ -166,20 +174,37 @@ class TextAdapters:
         Raises: what allocating raised, on this rank or another.
         """
         for leaving in self._ready.bring(adapters):
-            self._overlays.pop(leaving or "", None)
+            self._drop_overlay(leaving)
         overlays = {digest: self._overlay(digest) for digest in dict.fromkeys(adapters) if digest is not None}
+        if not any(overlays.values()):
+            return None
+        ranks = sum(self._store.find(digest).rank for digest in self._overlays)
+        if sum(lengths) <= STACKED_TOKENS and ranks <= STACKED_RANKS:
+            return self._stacked(lengths, adapters)
         return Routing.of(lengths, [None if digest is None else overlays[digest] for digest in adapters])
+
+    def _stacked(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> StackedRouting:
+        """All that is ready stands in the stack, not only what these tokens need: it is made anew less often."""
+        ready = {digest: overlay for digest, overlay in self._overlays.items() if overlay is not None}
+        if self._stack is None:
+            self._stack = Stack.of(tuple(ready.values()))
+        places = {digest: place for place, digest in enumerate(ready)}
+        owners = [places.get(digest or "", -1) for digest in adapters]
+        device = self._tree.device
+        each = torch.tensor(owners, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        return StackedRouting(self._stack, each)
 
     def forget_overlays(self) -> None:
         """Let go of what is computed with; it is made again when it is asked for."""
         for digest in list(self._overlays):
             self._ready.drop(digest)
-        self._overlays.clear()
+            self._drop_overlay(digest)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is computed with, besides the adapters themselves."""
-        return sum(overlay.nbytes for overlay in self._overlays.values() if overlay is not None)
+        held = sum(overlay.nbytes for overlay in self._overlays.values() if overlay is not None)
+        return held + (0 if self._stack is None else self._stack.nbytes)
 
     def _overlay(self, digest: str) -> Overlay | None:
         if digest not in self._overlays:
@@ -190,10 +215,15 @@ class TextAdapters:
                 failure = error
             agree(self._ranks, failure)
             self._overlays[digest] = overlay
+            self._stack = None
         return self._overlays[digest]
 
     def _forget_dropped(self) -> None:
         self._store.sweep()
         for digest in [digest for digest in self._overlays if digest not in self._store]:
-            del self._overlays[digest]
             self._ready.drop(digest)
+            self._drop_overlay(digest)
+
+    def _drop_overlay(self, digest: str | None) -> None:
+        if digest is not None and self._overlays.pop(digest, None) is not None:
+            self._stack = None

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from multimodal_gen.nn.lowrank import Routing
+from multimodal_gen.nn.lowrank import Routed
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Batch:
     positions: Tensor  # int64 [T]
     slots: Tensor  # int64 [T]: page · page_size + offset, where each token's KV goes
     logits_at: Tensor  # int64 [R]
-    routing: Routing | None = None  # adapters of the tokens
+    routing: Routed | None = None  # adapters of the tokens
 
     @classmethod
-    def of(cls, spans: Sequence[Span], page_size: int, device: torch.device, routing: Routing | None = None) -> Batch:
+    def of(cls, spans: Sequence[Span], page_size: int, device: torch.device, routing: Routed | None = None) -> Batch:
         """Lay spans out on a device, in their order."""
         ids, positions, slots, wanted = list[int](), list[int](), list[int](), list[int]()
         for span in spans:

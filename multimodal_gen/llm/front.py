@@ -27,7 +27,7 @@ class TextFront:
 
     @classmethod
     def open(cls, card: TextCard, config: EngineConfig, grammar_timeout_s: float = GRAMMAR_SECONDS) -> TextFront:
-        """Read the tokenizer and the template, and start the helper of the grammars in the background.
+        """Read the tokenizer and the template.
 
         Raises: CorruptModel, UnsupportedParameter for what no tokenizer of ours can read.
         """

@@ -94,11 +94,13 @@ class ChatTemplate:
         (`enable_thinking`). Raises: InvalidValue with param `messages` where the template refuses the conversation;
         PromptTooLong where it comes to more text than is ever taken.
         """
-        given = {"messages": [_message(message) for message in messages], "tools": _plain(list(tools or ())) or None}
+        given = {
+            **_plain(variables or {}),
+            "messages": [_message(message) for message in messages],
+            "tools": _plain(list(tools or ())) or None,
+        }
         marks = Marks.of(given, tokenizer, self.literals)
-        text = self._render(
-            {**tokenizer.named, **dict(variables or {}), **marks.put(given), "add_generation_prompt": generate}
-        )
+        text = self._render({**tokenizer.named, **marks.put(given), "add_generation_prompt": generate})
         if not marks.mark:
             return tokenizer.encode_rendered(text)
         return tokenizer.encode_parts(marks.parts(text))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal_gen.nn.linear import Linear
-from multimodal_gen.nn.lowrank import Overlay, Routing
+from multimodal_gen.nn.lowrank import Overlay, Routed, Routing
 from multimodal_gen.nn.slots import Cut, Extent, How, Slotted, hollow, share
 from multimodal_gen.parallel.group import SOLO, Group
 
@@ -20,7 +20,7 @@ class ForeignLinear(Linear):
             super().__init__(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype)
         self.overlay: Overlay | None = None  # set around a forward
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
         tokens = x.flatten(0, -2)
         y = super().forward(tokens, routing or Routing.of([len(tokens)], [self.overlay]))
         return y.unflatten(0, x.shape[:-1])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal_gen.nn.lowrank import Routing
+from multimodal_gen.nn.lowrank import Routed
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.nn.slots import Cut, Extent, How, Slotted, hollow, share
 from multimodal_gen.parallel.group import SOLO, Group
@@ -96,7 +96,7 @@ class Linear(Slotted):
             self.cuts, self.group = {"weight": Cut(1, group.rank, group.size)}, group
         self.weight = hollow((rows, stored), self.weight)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
         alone = self.group.size == 1
         bias = self.bias if alone else None
         y = linear(x, self.weight, bias) if self.packed is None else self.packed(x, bias)
@@ -156,6 +156,6 @@ class FusedLinear(Slotted):
         self.weight = hollow((sum(self.stored), self.weight.shape[1]), self.weight)
         self.bias = None if self.bias is None else hollow((sum(self.stored),), self.bias)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
         y = linear(x, self.weight, self.bias) if self.packed is None else self.packed(x, self.bias)
         return y if routing is None else routing.add_(self, x, y)

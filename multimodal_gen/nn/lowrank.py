@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -59,6 +60,13 @@ class Overlay:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(update.nbytes for update in self.updates.values())
+
+
+class Routed(Protocol):
+    """Which tokens of a packed batch use which overlay, in one form or another."""
+
+    def add_(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Add each token's update of `layer` to y [T, out], given the layer's input x [T, in]; returns y."""
 
 
 @dataclass(frozen=True)

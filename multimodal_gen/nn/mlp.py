@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal_gen.nn.linear import FusedLinear, Linear, align
-from multimodal_gen.nn.lowrank import Routing
+from multimodal_gen.nn.lowrank import Routed
 
 
 class GeluMLP(nn.Module):
@@ -18,7 +18,7 @@ class GeluMLP(nn.Module):
         self.up = Linear(dim, hidden, bias=True)
         self.down = Linear(hidden, out, bias=True)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
         return self.down(F.gelu(self.up(x, routing), approximate=self.approximate), routing)
 
 
@@ -33,6 +33,6 @@ class SwiGLU(nn.Module):
         self.gate_up = FusedLinear(dim, {"gate": hidden, "up": hidden}, multiple=16)
         self.down = Linear(hidden, dim, stored_in=align(hidden))
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
         gate, up = self.gate_up(x, routing).chunk(2, dim=-1)
         return self.down(F.silu(gate).mul_(up), routing)

@@ -113,7 +113,8 @@ async def _asked(wish: ChatWish, context: Context, front: TextFront, forms: Form
     prompt = await in_thread(context, work)
     tail = front.tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False)
     inside = forms.reasoning is not None and forms.reasoning.begins_inside(tail)
-    return Asked(prompt, tools, shape(rule, tools, forms.tools, forms.reasoning, inside=inside), inside)
+    before = None if forms.reasoning is None or forms.reasoning.is_over(tail) else forms.reasoning
+    return Asked(prompt, tools, shape(rule, tools, forms.tools, before, inside=inside), inside)
 
 
 def conversation(

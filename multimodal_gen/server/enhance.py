@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Wish = TypeVar("Wish", ImageGenerationRequest, VideoSettings)
 
 FIELD = "enhance_prompt"
-ANSWER_TOKENS = 320
+ANSWER_TOKENS = 200
 LEAST_DEADLINE_S = 1e-3
 INSTRUCTIONS = (
     "You rewrite short prompts for a model that makes pictures and videos. Keep everything that the user asks for. Add "
@@ -155,9 +155,9 @@ async def _ask(
         prompt,
         TextParams(
             max_tokens=ANSWER_TOKENS,
-            temperature=0.7,
+            temperature=0.5,
             top_p=0.9,
-            repetition_penalty=1.1,
+            repetition_penalty=1.05,
             seed=settled.seeds[0],
             priority=wish.priority or 0,
             deadline_s=limit,

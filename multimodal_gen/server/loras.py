@@ -43,6 +43,7 @@ def router(context: Context) -> APIRouter:
 
     @routes.post("/v1/set_lora", summary="Make adapters the active ones", openapi_extra=_body(SET_FIELDS))
     async def set_lora(request: Request) -> dict[str, Any]:
+        context.engine.check_side("pictures")
         fields = await read_fields(request, SET_FIELDS)
         change = await asyncio.to_thread(_set_change, fields, roots, context)  # it looks for files
         done = await _commit(change)
@@ -63,6 +64,7 @@ def router(context: Context) -> APIRouter:
 
     @routes.post("/v1/loras", summary="Upload an adapter", openapi_extra=_UPLOAD)
     async def upload(request: Request) -> dict[str, Any]:
+        context.engine.check_side("pictures")
         wish = _upload_fields(request)
         path, size = await received.receive(request.stream())
         arriving.add(path)

@@ -254,6 +254,7 @@ def _text_front(config: ServerConfig, engine: EngineClient) -> TextFront | None:
     except MmgenError:
         front.close()
         raise
+    front.grammars.prepare()
     return front
 
 

@@ -191,6 +191,7 @@ def router(context: Context) -> APIRouter:
 def _runner(context: Context) -> JobRunner:
     """Raises: UnsupportedEndpoint where the model makes no videos."""
     if context.jobs is None:
+        context.engine.check_side("pictures")
         raise UnsupportedEndpoint(f"{context.model_name} makes images; use POST /v1/images/generations.")
     return context.jobs
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ import jsonschema
 import openai
 import pytest
 
+from tests.support.random_schemas import random_schema
 from tests.support.server import Server, assert_error
 from tests.support.text_server import MODEL, chat, post
 
@@ -127,6 +130,31 @@ def test_several_choices_call_for_themselves(client: openai.OpenAI) -> None:
     assert len(set(ids)) == len(ids)
 
 
+def test_a_model_that_calls_by_itself_is_understood(client: openai.OpenAI) -> None:
+    """It has been shown how, in the format that it is told of, and nothing forces it."""
+    shown: list[Any] = []
+    for at, city in enumerate(("Rome", "Madrid", "Tokyo")):
+        call = {"id": f"c{at}", "type": "function"}
+        call = {**call, "function": {"name": "get_weather", "arguments": json.dumps({"city": city, "days": 3})}}
+        shown += [
+            {"role": "user", "content": f"How will the weather be in {city}, for three days?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": f"c{at}", "content": "Sunny."},
+            {"role": "assistant", "content": "It will be sunny."},
+        ]
+    common: dict[str, Any] = {
+        "model": MODEL, "messages": [*shown, *messages()], "tools": TOOLS[:1], "temperature": 0, "max_tokens": 60,
+    }  # fmt: skip
+    choice = client.chat.completions.create(**common).choices[0]
+    (found,) = choice.message.tool_calls or []
+    assert (choice.finish_reason, choice.message.content, found.function.name) == ("tool_calls", None, "get_weather")
+    assert json.loads(found.function.arguments) == {"city": "Paris", "days": 3}
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**common, stream=True)]
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or []]
+    assert "".join(part.function.arguments or "" for part in parts if part.function) == found.function.arguments
+    assert not any(chunk.delta.content for chunk in chunks)
+
+
 def test_with_both_a_format_and_tools_the_answer_is_one_of_them(text_server: Server) -> None:
     answer = chat(
         text_server, QUESTION, tools=TOOLS, response_format=forms(PERSON), max_tokens=120, parallel_tool_calls=False
@@ -189,3 +217,39 @@ def test_one_schema_for_many_requests(text_server: Server) -> None:
         ask = [pool.submit(chat, text_server, f"{at}", response_format=forms(schema), max_tokens=30) for at in range(8)]
         for answer in ask:
             jsonschema.validate(json.loads(content(answer.result())), schema)
+
+
+@pytest.mark.slow
+def test_answers_to_two_hundred_random_schemas_are_valid(text_server: Server) -> None:
+    """Through the official client, sixteen at a time. A bias towards the ends of things keeps answers short."""
+    client = openai.OpenAI(base_url=text_server.base_url + "/v1", api_key="none", max_retries=0, timeout=600)
+    ends = ['"', '",', '"}', "}", "]", '":', ' "', "}}", "]}"]
+    tokens = [post(text_server, "/v1/tokenize", {"prompt": end}).json()["tokens"] for end in ends]
+    bias = {str(ids[0]): 6 for ids in tokens if len(ids) == 1}
+    assert len(bias) > 4
+    rng = random.Random(26)
+    schemas = [random_schema(rng) for _ in range(200)]
+
+    def ask(at: int) -> str | None:
+        for _ in range(10):
+            with contextlib.suppress(openai.BadRequestError):  # a busy machine compiled it too slowly
+                answer = client.chat.completions.create(
+                    model=MODEL,
+                    messages=messages("Give an example."),
+                    response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schemas[at]}},
+                    logit_bias=bias,  # type: ignore[arg-type]
+                    max_tokens=250,
+                    seed=at,
+                )
+                break
+        choice = answer.choices[0]
+        return choice.message.content if choice.finish_reason == "stop" else None
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(len(schemas))))
+    ended = 0
+    for schema, answer in zip(schemas, answers, strict=True):
+        if answer is not None:  # else cut off at the limit
+            ended += 1
+            jsonschema.validate(json.loads(answer), schema)
+    assert ended >= 190, ended

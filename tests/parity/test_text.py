@@ -121,20 +121,16 @@ SMOL_TOKENS = 8
 class Smol:
     """The model, loaded once, and what transformers makes of the texts."""
 
-    def __init__(self) -> None:
-        from transformers import AutoModelForCausalLM
-
-        file = smollm2()
-        self.model: TextModel = open_model(file)
+    def __init__(self, theirs: Any) -> None:
+        self.model: TextModel = open_model(smollm2())
         self.tokenizer = Tokenizer.load(self.model.card)
         self.prompts = [self.tokenizer.encode(text) for text in TEXTS]
-        theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
         self.expected = [greedy(theirs, prompt, SMOL_TOKENS) for prompt in self.prompts]
 
 
 @pytest.fixture(scope="module")
-def smol() -> Smol:
-    return Smol()
+def smol(smollm2_by_transformers: Any) -> Smol:
+    return Smol(smollm2_by_transformers)
 
 
 @pytest.mark.parametrize(

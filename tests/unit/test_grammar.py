@@ -147,6 +147,9 @@ BAD = [
     ("structural_tag", '{"type": "structural_tag", "format": {"type": "nothing"}}', "nothing"),
     ("structural_tag", "nonsense", "no JSON"),
     ("ebnf", "#" * 70_000, "70,000 characters"),
+    ("regex", "(.*)*" * 60, "ambiguous"),
+    ("ebnf", 'root ::= root root | "a" | ""', "ambiguous"),
+    ("regex", "(a?){100}" * 10, "ambiguous"),
 ]  # fmt: skip
 
 
@@ -238,6 +241,9 @@ def test_too_many_at_once_are_turned_away(compiler: GrammarCompiler, monkeypatch
 def test_a_helper_that_dies_is_an_error_once_and_the_next_one_serves(tokenizer: Tokenizer) -> None:
     compiler = GrammarCompiler(smollm2_card(), tokenizer, LIMIT_S)
     try:
+        assert compiler.helper_pid is None, "nothing is started before it is needed"
+        compiler.prepare()
+        assert compiler.helper_pid is not None
         threading.Timer(0.2, os.kill, (compiler.helper_pid, signal.SIGKILL)).start()
         with pytest.raises(GenerationFailed, match="starts it anew"):
             compiler.compile_now("regex", "a", "regex")

@@ -36,7 +36,7 @@ class GrammarCompiler:
     """One for each front. Requests for the same grammar share one compilation, also while it runs. Thread-safe."""
 
     def __init__(self, card: TextCard, tokenizer: Tokenizer, timeout_s: float = 1.5) -> None:
-        """The helper is started at once and prepares itself in the background. `timeout_s`: for one grammar."""
+        """`timeout_s`: for one grammar. The helper is started by `prepare`, or by the first grammar."""
         assert card.vocab_size == tokenizer.vocab_size, "the tokenizer is the model's"
         self._tokenizer, self._timeout_s = tokenizer, timeout_s
         self._lock = threading.Lock()
@@ -44,7 +44,12 @@ class GrammarCompiler:
         self._bytes = 0
         self._closed = False
         self.compilations = 0  # so far, for metrics and tests
-        self._helper = self._start()
+        self._helper: HelperProcess | None = None
+
+    def prepare(self) -> None:
+        """Start the helper, which prepares itself in the background: a server does, so that no request waits."""
+        with self._lock:
+            self._running()
 
     async def compile(self, kind: GrammarKind, source: str, param: str) -> Grammar:
         """A grammar, without blocking the loop.
@@ -73,15 +78,21 @@ class GrammarCompiler:
         """End the helper; whoever waits is refused."""
         with self._lock:
             self._closed = True
-        self._helper.kill()
+            helper = self._helper
+        if helper is not None:
+            helper.kill()
 
     @property
-    def helper_pid(self) -> int:
-        """The helper process."""
-        return self._helper.pid
+    def helper_pid(self) -> int | None:
+        """The helper process; None: none was started."""
+        return None if self._helper is None else self._helper.pid
 
-    def _start(self) -> HelperProcess:
-        return HelperProcess(lambda: self._tokenizer.vocabulary)
+    def _running(self) -> HelperProcess:
+        """The helper, started if need be; the lock is held."""
+        assert not self._closed, "nothing is asked of a closed front"
+        if self._helper is None or self._helper.ended:
+            self._helper = HelperProcess(lambda: self._tokenizer.vocabulary)
+        return self._helper
 
     def _order(self, kind: GrammarKind, source: str, param: str) -> Future[Grammar | Refused]:
         settled = _settled(kind, source, param)
@@ -91,15 +102,13 @@ class GrammarCompiler:
             if digest in self._kept:
                 self._kept.move_to_end(digest)
                 return self._kept[digest]
-            assert not self._closed, "nothing is asked of a closed front"
-            if self._helper.ended:
-                self._helper = self._start()
-            if self._helper.waiting >= MAX_WAITING:
+            helper = self._running()
+            if helper.waiting >= MAX_WAITING:
                 raise QueueFull("Too many grammars are being compiled; try again soon.", retry_after=1.0)
             future: Future[Grammar | Refused] = Future()
             self._kept[digest] = future
             self.compilations += 1
-        ordered = self._helper.compile(kind, settled, self._timeout_s)
+        ordered = helper.compile(kind, settled, self._timeout_s)
         ordered.add_done_callback(lambda done: self._keep(digest, kind, future, done.result()))
         return future
 
@@ -139,7 +148,8 @@ class GrammarCompiler:
         raise InvalidValue(f"{_WHAT[kind]} in {param!r} takes {much} to compile; make it simpler.", param=param)
 
     def _stuck(self) -> MmgenError:
-        self._helper.kill()
+        if self._helper is not None:
+            self._helper.kill()
         return GenerationFailed("The process that compiles grammars did not answer; the next request starts it anew.")
 
 

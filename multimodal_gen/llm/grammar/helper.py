@@ -31,6 +31,7 @@ from multimodal_gen.llm.grammar.orders import (
     pack,
     read_order,
 )
+from multimodal_gen.llm.vocabulary import Vocabulary
 
 PR_SET_PDEATHSIG = 1
 FORKS = 2  # at once
@@ -51,7 +52,7 @@ def main() -> int:
     assert isinstance(first, Prepare), "the first order says what is compiled for"
     info = library.tokenizer_info(first.vocabulary)
     _write(sink, pack(Ready()))
-    return _Helper(info, len(first.vocabulary.tokens), sink).run()
+    return _Helper(info, first.vocabulary, sink).run()
 
 
 @dataclass
@@ -64,8 +65,8 @@ class _Fork:
 
 
 class _Helper:
-    def __init__(self, info: Any, vocab_size: int, sink: int) -> None:
-        self._info, self._vocab_size, self._sink = info, vocab_size, sink
+    def __init__(self, info: Any, vocabulary: Vocabulary, sink: int) -> None:
+        self._info, self._vocabulary, self._sink = info, vocabulary, sink
         self._waiting: deque[Compile] = deque()
         self._forks: dict[int, _Fork] = {}  # by pipe
 
@@ -106,7 +107,7 @@ class _Helper:
             with contextlib.suppress(BaseException):
                 os.close(reading)
                 _die_with(parent)
-                _write(writing, pack(_carry_out(order, self._info, self._vocab_size)))
+                _write(writing, pack(_carry_out(order, self._info, self._vocabulary)))
                 code = 0
             os._exit(code)
         os.close(writing)
@@ -128,10 +129,10 @@ class _Helper:
         elif status == 0:
             _write(self._sink, bytes(fork.said))
         else:
-            _write(self._sink, pack(Refused(fork.order.id, "died")))
+            _write(self._sink, pack(Refused(fork.order.id, "large")))  # out of memory, or of the stack
 
 
-def _carry_out(order: Compile, info: Any, vocab_size: int) -> Answer:
+def _carry_out(order: Compile, info: Any, vocabulary: Vocabulary) -> Answer:
     """In the fork."""
     import xgrammar as xg
 
@@ -150,10 +151,15 @@ def _carry_out(order: Compile, info: Any, vocab_size: int) -> Answer:
         ignored = _WARNING.search(told.read(1 << 16).decode("utf-8", "replace"))
     if ignored is not None:
         return Refused(order.id, "wrong", ignored[1].strip())
-    if not library.can_start(compiled, vocab_size):
-        return Refused(order.id, "wrong", "no answer can match it")
     data = compiled.serialize_json().encode()
-    return Compiled(order.id, data) if len(data) <= MAX_COMPILED_BYTES else Refused(order.id, "large")
+    if len(data) > MAX_COMPILED_BYTES:
+        return Refused(order.id, "large")
+    seconds = library.try_out(compiled, vocabulary)
+    if seconds is None:
+        return Refused(order.id, "wrong", "no answer can match it")
+    if seconds > library.MAX_TOKEN_S:
+        return Refused(order.id, "wrong", "it is too ambiguous: there are too many ways to read one answer")
+    return Compiled(order.id, data)
 
 
 def _words(message: str) -> str:

@@ -19,8 +19,11 @@ class ReasoningFormat:
 
     def begins_inside(self, prompt: str) -> bool:
         """Whether the answer to this rendered prompt starts in the middle of the reasoning."""
-        prompt = prompt[-1000:].rstrip()
-        return prompt.endswith(self.opener) or (self.always and not prompt.endswith(self.closer))
+        return prompt.rstrip().endswith(self.opener) or (self.always and not self.is_over(prompt))
+
+    def is_over(self, prompt: str) -> bool:
+        """Whether this prompt has ended the reasoning already, as templates do where it is switched off."""
+        return prompt.rstrip().endswith(self.closer)
 
 
 FORMATS: dict[str, ReasoningFormat] = {

@@ -19,6 +19,40 @@ _NAME = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*\(")
 _MAYBE_NAME = re.compile(r"\s*([A-Za-z_][\w.-]*\s*)?")
 
 
+class _Brackets:
+    """Looks for the bracket that ends a call, no character twice."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at  # of the next character
+        self._opened = 1
+        self._quote = ""
+        self._escaped = False
+
+    def end(self, text: str) -> int:
+        """Where the call has ended; 0: not yet; -1: it is none of ours."""
+        while self._at < min(len(text), MAX_CALL_CHARS):
+            self._look(text[self._at])
+            self._at += 1
+            if not self._opened:
+                return self._at
+            if self._opened > MAX_NESTING:
+                return -1
+        return 0 if len(text) < MAX_CALL_CHARS else -1
+
+    def _look(self, char: str) -> None:
+        if self._quote:
+            if self._escaped or char == "\\":
+                self._escaped = not self._escaped
+            elif char == self._quote:
+                self._quote = ""
+        elif char in "'\"":
+            self._quote = char
+        elif char in "([{":
+            self._opened += 1
+        elif char in ")]}":
+            self._opened -= 1
+
+
 class PythonicCalls(ToolParser):
     """Calls are told one by one, each when it is complete. They are read as literals and never evaluated."""
 
@@ -26,6 +60,7 @@ class PythonicCalls(ToolParser):
         super().__init__(tools)
         self._state: Literal["start", "calls", "text"] = "start"
         self._raw = ""  # of the list, until its first call is sure
+        self._brackets: _Brackets | None = None  # of the call that is being read
 
     def _step(self) -> bool:
         if self._state == "start":
@@ -55,7 +90,7 @@ class PythonicCalls(ToolParser):
         return self._state != "start"
 
     def _read_call(self) -> bool:
-        if self.calls:
+        if self.calls and self._brackets is None:
             self._buffer = self._buffer.lstrip(", \t\r\n")
             if self._buffer.startswith("]"):
                 return self._close()
@@ -64,9 +99,11 @@ class PythonicCalls(ToolParser):
             if _MAYBE_NAME.fullmatch(self._buffer):
                 return False
             return self._give_up()
-        end = _end_of_call(self._buffer, name.end())
+        self._brackets = self._brackets or _Brackets(name.end())
+        end = self._brackets.end(self._buffer)
         if end == 0:
             return False
+        self._brackets = None
         values = _arguments_of(self._buffer[:end], self.tools[name[1]]) if end > 0 and name[1] in self.tools else None
         if values is None:
             return self._give_up()
@@ -86,29 +123,6 @@ class PythonicCalls(ToolParser):
         """No call of ours: the rest is text, as it was written."""
         self._buffer, self._raw, self._state = self._raw + self._buffer, "", "text"
         return True
-
-
-def _end_of_call(text: str, at: int) -> int:
-    """Where the call whose arguments begin at `at` has ended; 0: not yet; -1: it is none."""
-    opened, quote, escaped = 1, "", False
-    for place in range(at, len(text)):
-        char = text[place]
-        if quote:
-            if escaped or char == "\\":
-                escaped = not escaped
-            elif char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-        elif char in "([{":
-            opened += 1
-            if opened > MAX_NESTING:
-                return -1
-        elif char in ")]}":
-            opened -= 1
-            if not opened:
-                return place + 1
-    return 0 if len(text) < MAX_CALL_CHARS else -1
 
 
 def _arguments_of(call: str, tool: Tool) -> dict[str, Any] | None:
