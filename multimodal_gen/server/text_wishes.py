@@ -54,10 +54,17 @@ def text_front(context: Context) -> TextFront:
 
 
 def check_text_model(name: str | None, context: Context) -> None:
-    """Raises: ModelNotFound unless the name is absent or the language model's. Nothing is ever loaded on request."""
+    """Raises: UnsupportedEndpoint for the model of pictures; ModelNotFound unless the name is absent or the language
+    model's. Nothing is ever loaded on request."""
     names = _names(context)
     if name is None or name in names:
         return
+    pictures = context.engine.cards.pictures
+    if pictures is not None and name in (context.model_name, pictures.name):
+        raise UnsupportedEndpoint(
+            f"{name} makes {pictures.media}s; use POST /v1/{'videos' if pictures.video else 'images/generations'}.",
+            param="model",
+        )
     raise ModelNotFound(
         f"This server's language model is not {name[:100]!a}.{did_you_mean(name[:100], names)} It is {names[0]!r}; "
         "leave 'model' out to use it.",

@@ -8,11 +8,12 @@ import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.support.random_schemas import random_schema
 from tests.support.server import Server, assert_error
@@ -112,6 +113,30 @@ def test_a_named_tool_is_called_once_and_the_stream_says_the_same(client: openai
     assert len(parts) > 3  # as they were written
     assert parts[0].id is not None
     assert chunks[-1].finish_reason == "tool_calls"
+
+
+class Pet(BaseModel):
+    name: str = Field(max_length=8)
+    kind: Literal["cat", "dog"]
+
+
+class Owner(BaseModel):
+    name: str = Field(max_length=8)
+    age: int = Field(ge=0, le=120)
+    pet: Pet | None
+
+
+def test_the_clients_own_helpers_parse_answers_and_streams(client: openai.OpenAI) -> None:
+    common: dict[str, Any] = {"model": MODEL, "messages": messages("Invent somebody with a pet."), "max_tokens": 120}
+    answer = client.chat.completions.parse(**common, response_format=Owner)
+    assert isinstance(answer.choices[0].message.parsed, Owner)
+    with client.chat.completions.stream(**common, response_format=Owner) as stream:
+        assert {"content.delta", "content.done"} <= {event.type for event in stream}
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Owner)
+    tool = openai.pydantic_function_tool(Pet)
+    forced: dict[str, Any] = {**common, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    (call,) = client.chat.completions.parse(**forced).choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Pet)
 
 
 def test_several_choices_call_for_themselves(client: openai.OpenAI) -> None:
