@@ -45,7 +45,7 @@ class Arbiter:
         return self._saved_s >= self._expected_s or self._waited_s >= PATIENCE * self._expected_s
 
     def most_tokens(self, *, text: bool) -> int | None:
-        """How large a denoising step may be, so that no text waits longer than a budget for it; a row is always whole."""
+        """How large a denoising step may be, so that no text waits longer than a budget; a row is always whole."""
         return max(1, int(self.budget_s / self._token_s)) if text and self._token_s else None
 
     def ran(self, side: Side, seconds: float, *, pictures: bool, text: bool, tokens: int = 0) -> None:
