@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from multimodal_gen import settings
+from multimodal_gen.adapters import AdapterInfo, check_alpha, check_nickname
 from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.environment import calm_openmp
 from multimodal_gen.errors import ConfigError, InvalidValue, UnknownParameter, did_you_mean
 from multimodal_gen.llm.answers import Answers
 from multimodal_gen.llm.asking import TextParams, settle
 from multimodal_gen.llm.front import TextFront
+from multimodal_gen.lora.sources import make_source
 from multimodal_gen.messages import TextDelta, TextFinished
 from multimodal_gen.text import Grammar, GrammarKind, TextCard, TextInfo, TextOutput, TextRequest
 
@@ -75,6 +77,7 @@ class LLM:
         json_schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         ebnf: str | None = None,
+        lora: str | None = None,
         on_delta: OnDelta | None = None,
         **overrides: Any,
     ) -> list[TextOutput]:
@@ -84,6 +87,7 @@ class LLM:
             prompts: texts or lists of token ids; one of them or several.
             params: for all prompts; keywords in `overrides` (its field names) take precedence.
             json_schema, regex, ebnf: what every answer must match; at most one of them.
+            lora: name of a loaded adapter; None: the base model.
             on_delta: called with what a step has added to an answer.
 
         Returns: the answers in the order of the prompts, `n` for each.
@@ -93,7 +97,7 @@ class LLM:
             self.front.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in _several(prompts)
         ]
-        return self._run(tokens, params, overrides, self._grammar(json_schema, regex, ebnf), on_delta)
+        return self._run(tokens, params, overrides, self._grammar(json_schema, regex, ebnf), lora, on_delta)
 
     def chat(
         self,
@@ -105,6 +109,7 @@ class LLM:
         json_schema: Mapping[str, Any] | None = None,
         regex: str | None = None,
         ebnf: str | None = None,
+        lora: str | None = None,
         on_delta: OnDelta | None = None,
         **overrides: Any,
     ) -> list[TextOutput]:
@@ -124,7 +129,7 @@ class LLM:
             self.front.template.encode(self.front.tokenizer, each, tools=tools, variables=template_variables)
             for each in several
         ]
-        return self._run(tokens, params, overrides, self._grammar(json_schema, regex, ebnf), on_delta)
+        return self._run(tokens, params, overrides, self._grammar(json_schema, regex, ebnf), lora, on_delta)
 
     def _run(
         self,
@@ -132,14 +137,14 @@ class LLM:
         params: TextParams | None,
         overrides: Mapping[str, Any],
         grammar: Grammar | None,
+        lora: str | None,
         on_delta: OnDelta | None,
     ) -> list[TextOutput]:
         engine, settled = self._engine, _merge(params or TextParams(), overrides)
         context = engine.info.context
-        requests = [
-            settle(f"local-{next(self._ids)}", tokens, settled, card=self.card, context=context, grammar=grammar)
-            for tokens in prompts
-        ]
+        adapter = None if lora is None else engine.adapters.find(lora, "lora")
+        given: dict[str, Any] = {"card": self.card, "context": context, "grammar": grammar, "adapter": adapter}
+        requests = [settle(f"local-{next(self._ids)}", tokens, settled, **given) for tokens in prompts]
         written = _Written(requests, on_delta)
         engine.run(requests, written.hear)
         return [output for request in requests for output in written.outputs[request.id]]
@@ -153,6 +158,40 @@ class LLM:
             text = source if isinstance(source, str) else msgspec.json.encode(source).decode()
             return self.front.grammars.compile_now(kind, text, kind)
         return None
+
+    def load_lora_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool = False,
+        lora_alpha: float | None = None,
+        allow_partial: bool = False,
+    ) -> AdapterInfo:
+        """Load an adapter of the language model under a name, for `lora` of `generate` and `chat`.
+
+        Beyond `max_loaded_loras` the least recently used one that is not pinned leaves.
+
+        Args:
+            path: a safetensors file, or peft's folder.
+            pinned: never make it leave for another.
+            lora_alpha: instead of the file's.
+            allow_partial: load a file of which some modules have no place in the model.
+
+        Raises: the AdapterError family; all is as before then.
+        """
+        check_nickname(name, "name")
+        source = make_source(name, str(path), None, check_alpha(lora_alpha), allow_partial)
+        return self._engine.load_adapter(source, pinned=pinned).info
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Forget an adapter, pinned or not. Raises: AdapterNotFound."""
+        self._engine.unload_adapter(name)
+
+    @property
+    def lora_adapters(self) -> dict[str, AdapterInfo]:
+        """Those that are loaded, the least recently used first."""
+        return {name: entry.info for name, entry in self._engine.adapters.entries.items()}
 
     def sleep(self) -> int:
         """Give the memory of weights and keys and values back, on all ranks; returns the bytes that it was."""

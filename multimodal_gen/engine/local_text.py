@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from multimodal_gen.adapters import LoraState
+from multimodal_gen.adapters import AdapterSource, LoraState, SwapLoras
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.background import Background
 from multimodal_gen.engine.orders import rebuilt
+from multimodal_gen.engine.text_loras import Loading, TextLoras
 from multimodal_gen.errors import Asleep, MmgenError
-from multimodal_gen.messages import Failed, MemoryChanged, Sleep, TextDelta, TextFinished, TextStep, Wake
+from multimodal_gen.messages import Failed, LorasChanged, MemoryChanged, Sleep, TextDelta, TextFinished, TextStep, Wake
 from multimodal_gen.text import TextCard, TextInfo, TextRequest
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 OnText = Callable[[TextDelta | TextFinished], None]
 
 
@@ -35,6 +38,16 @@ class TextEngine(Protocol):
 
     def run(self, requests: Sequence[TextRequest], on_text: OnText) -> None:
         """Run requests to their end. Whatever is raised, also by `on_text`, leaves nothing of them behind."""
+
+    @property
+    def adapters(self) -> TextLoras:
+        """Those that requests may name."""
+
+    def load_adapter(self, source: AdapterSource, *, pinned: bool) -> Loading:
+        """Load one, whatever has to leave for it. Raises: the AdapterError family; all is as before then."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget one. Raises: AdapterNotFound."""
 
     def sleep(self) -> MemoryChanged:
         """Give the memory of weights and caches back."""
@@ -54,7 +67,9 @@ class LocalTextEngine:
         self._card = card
         self._config = config
         self._loras: LoraState | None = None  # of a side that was let go
+        self._names = TextLoras(config, self._change, users=lambda digest: 0)
         self._side: TextSide | None = self._load()
+        self._names.begin(self._side.core.adapters.state)
 
     def _load(self) -> TextSide:
         import torch
@@ -101,6 +116,22 @@ class LocalTextEngine:
         finally:  # an error, an exception in on_text or Ctrl-C: nothing of this call may stay queued
             for request in requests:
                 side.cancel(request.id)
+
+    @property
+    def adapters(self) -> TextLoras:
+        """Those that requests may name."""
+        return self._names
+
+    def load_adapter(self, source: AdapterSource, *, pinned: bool) -> Loading:
+        """Load one, whatever has to leave for it. Raises: the AdapterError family."""
+        return _apart(self._names.load(source, pinned=pinned))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget one. Raises: AdapterNotFound."""
+        _apart(self._names.unload(name))
+
+    async def _change(self, change: SwapLoras) -> LorasChanged:
+        return self.side.change_adapters(change)
 
     def sleep(self) -> MemoryChanged:
         """Give the memory of weights and caches back."""
@@ -167,6 +198,19 @@ class RemoteTextEngine:
         finally:
             heard.put(None)
 
+    @property
+    def adapters(self) -> TextLoras:
+        """Those that requests may name."""
+        return self._client.text_loras
+
+    def load_adapter(self, source: AdapterSource, *, pinned: bool) -> Loading:
+        """Load one in all workers, whatever has to leave for it. Raises: the AdapterError family, WorkerCrashed."""
+        return self._background.do(self._client.text_loras.load(source, pinned=pinned))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget one. Raises: AdapterNotFound, WorkerCrashed."""
+        self._background.do(self._client.text_loras.unload(name))
+
     def sleep(self) -> MemoryChanged:
         """Give the memory of weights and caches back, in all workers."""
         return self._background.begin(self._client.sleep)
@@ -178,6 +222,12 @@ class RemoteTextEngine:
     def close(self) -> None:
         """End the workers."""
         self._background.close()
+
+
+def _apart(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end; the caller's thread may have an event loop that runs."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 def _hear(event: object, on_text: OnText) -> None:

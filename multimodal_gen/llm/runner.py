@@ -15,7 +15,9 @@ from multimodal_gen.llm.loading import TextModel
 from multimodal_gen.llm.logprobs import tell
 from multimodal_gen.llm.sampler import Sampled, Sampler
 from multimodal_gen.llm.sequence import Slot
+from multimodal_gen.llm.sizing import COPIES
 from multimodal_gen.llm.writing import Writing
+from multimodal_gen.memory.free import Promise
 from multimodal_gen.parallel.group import Group
 
 
@@ -28,7 +30,14 @@ class Runner:
         self.kv_bytes = pages * model.page_bytes(page_size)
         self._pages, self._page_size, self._ranks = pages, page_size, ranks
         self._sampler = Sampler()
-        self._cache: KVCache | None = model.new_cache(pages, page_size)
+        self._cache: KVCache | None = None
+        self._promise: Promise | None = None  # of what pages and their copies will come to
+        self._open()
+
+    def _open(self) -> None:
+        self._cache = self.model.new_cache(self._pages, self._page_size)
+        kind = self.model.device.type
+        self._promise = Promise(COPIES[kind] * self.kv_bytes) if kind == "cpu" else None
 
     @property
     def asleep(self) -> bool:
@@ -89,14 +98,14 @@ class Runner:
 
     def sleep(self) -> None:
         """Give the memory of weights, keys and values back."""
-        self._cache = None
+        self._cache = self._promise = None
         self.adapters.forget_overlays()
         self.model.sleep()
 
     def wake(self) -> None:
         """Have it again. Raises: CorruptModel."""
         self.model.wake()
-        self._cache = self.model.new_cache(self._pages, self._page_size)
+        self._open()
 
 
 def _side_by_side(slots: Sequence[Slot]) -> list[int]:

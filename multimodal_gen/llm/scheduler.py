@@ -34,7 +34,7 @@ ECHO_TOKENS = 128  # of a step, where logits of all of them are wanted: a row is
 class Limits:
     """What one step may have; settled by the core from the settings."""
 
-    step_tokens: int  # that the model reads; sequences that write go on even where they are more
+    step_tokens: int  # that the model reads; more where many write, since half of it is for prompts all the same
     sequences: int  # that run at once
     adapters: int  # different ones, the base model counted as one
     policy: str = "fcfs"  # row of `policies.POLICIES`
@@ -122,7 +122,8 @@ class TextScheduler:
         before = self.preemptions
         line = [sequence for sequence in line if sequence.key in self._running]
         slots = self._write(line, turn)
-        budget = max(1, self.limits.step_tokens - len(slots))
+        # However many write, half a step is for prompts: else those that come would wait for those that are there.
+        budget = max(1, self.limits.step_tokens - len(slots), self.limits.step_tokens // 2)
         budget -= self._read(slots, line, turn, budget)
         if self.preemptions == before:  # what was given up a moment ago must not be taken by others
             self._start(slots, waiting, turn, budget, now)
@@ -132,12 +133,11 @@ class TextScheduler:
         """The step is done: the keys and values of its tokens are there."""
         for slot in slots:
             sequence, job = slot.sequence, self._jobs[slot.sequence.request.id]
-            if slot.completes and not job.read:
+            first = slot.completes and not job.read  # once it is committed, nothing of it remains to be read
+            self.holdings.commit(sequence, sequence.computed + slot.count)
+            if first:
                 job.read = True
-                self.holdings.commit(sequence, sequence.computed + slot.count)
                 self.holdings.pin(sequence)
-            else:
-                self.holdings.commit(sequence, sequence.computed + slot.count)
 
     def _write(self, line: list[Sequence], turn: Collection[Adapter]) -> list[Slot]:
         """Sequences that write, best first; where a page is missing, the last in line gives up its own."""

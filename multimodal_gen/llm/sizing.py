@@ -14,6 +14,7 @@ from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.text import TextCard
 
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}  # a step of so many takes some times as long as one that only writes
+COPIES = {"cpu": 2}  # a token's bytes over those in its page: sequences that write have dense copies (`Windowed`)
 SHARE = 5  # of what is free, a fifth is taken where nobody says how much
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def share(card: TextCard, config: EngineConfig, page_bytes: int, free: int, devi
             f"--max-context {config.max_context} is more than the {card.context} tokens that {card.name} was made for.",
             param="max_context",
         )
+    page_bytes *= COPIES.get(device, 1)
     wanted = min(card.context, config.max_context or card.context)
     per_text = -(-wanted // config.kv_page_size)
     if config.kv_cache_memory is None:

@@ -6,6 +6,7 @@ Files in the page cache count as free: the kernel takes them back when it needs 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,24 @@ class HostMemory:
     free: int
 
 
+class Promise:
+    """RAM that this process was given and has not touched yet, so that the machine takes it for free.
+
+    It counts as used as long as this object lives; what is touched meanwhile counts twice.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.bytes = size
+        _promises.add(self)
+
+
+_promises: weakref.WeakSet[Promise] = weakref.WeakSet()
+
+
 def free_bytes(device: torch.device | str, sharing: int = 1) -> int:
     """Free memory where weights would go, for one of `sharing` ranks that use the same device."""
     if str(device).partition(":")[0] == "cpu":
-        return host_memory().free // sharing
+        return max(0, host_memory().free // sharing - sum(promise.bytes for promise in _promises))
     import torch
 
     return torch.cuda.mem_get_info(torch.device(device))[0] // sharing

@@ -1,9 +1,9 @@
 """Several overlays side by side, for batches of few tokens: three operations per layer, however many there are.
 
-Runs of tokens cost two products and more for each overlay, which is right for long prompts. Where every token is
-another sequence's, most of the time would go into calls: here one product makes the hidden numbers of all overlays for
-all tokens, those of other tokens' overlays are set to zero, and one product adds the rest (a dense relative of the
-kernels of Punica: Chen et al., 2023).
+A run of tokens costs two products and more for each overlay, which is right for long prompts. Where every token is of
+another sequence, most of the time would go into calls. Here one product makes the hidden numbers of all overlays for
+all tokens, those of other tokens' overlays become zero, and one product adds the rest (a dense relative of the kernels
+of Punica: Chen et al., 2023).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import videos
 from tests.support.server import QUICK, ROOT, Server, start_server
+from tests.support.text_adapters import write_poet
 from tests.support.text_server import QUICK_CHAT, post
 from tests.support.wan_checkpoints import make_wan
 
@@ -69,9 +70,20 @@ def image_video_server(i2v_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def shared_text_server() -> Iterator[Server]:
-    """SmolLM2 alone, with default settings, without a key."""
-    with start_server("--llm-path", "smollm2") as server:
+def shared_text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """SmolLM2 alone, with default settings, without a key; there is an adapter that can be loaded."""
+    root = write_poet(tmp_path_factory.mktemp("text adapters"))
+    with start_server("--llm-path", "smollm2", "--lora-root", str(root)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def both_server() -> Iterator[Server]:
+    """The bundled model and SmolLM2 in one server. A busy machine may take its time with a prompt."""
+    with start_server(
+        *("--model-path", "emoji-image", "--llm-path", "smollm2", "--kv-cache-memory", "128MiB"),
+        *("--enhance-timeout-s", "100"),
+    ) as server:
         yield server
 
 

@@ -16,6 +16,7 @@ from multimodal_gen.server.schemas import FIELDS
 from multimodal_gen.server.text_schemas import TEXT_FIELDS
 from multimodal_gen.server.video_schemas import VIDEO_FIELDS
 from tests.support.server import ROOT, Server, environment
+from tests.support.text_adapters import write_poet
 
 pytestmark = [pytest.mark.api]
 
@@ -31,6 +32,7 @@ def test_example(request: pytest.FixtureRequest, tmp_path: Path, language: str, 
     Path(tmp_path, ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
     for adapter in (ROOT / "examples" / "loras").glob("*.safetensors"):
         shutil.copy(adapter, tmp_path)
+    write_poet(tmp_path)
     Image.new("RGB", (320, 180), "teal").save(tmp_path / "first.png")
     code = code.replace(ADDRESS, server.base_url)
     command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
@@ -53,8 +55,10 @@ def _server_for(code: str) -> str:
     """The fixture whose model the example is about."""
     if "input_reference" in code:
         return "image_video_server"
-    if any(word in code for word in ("client.chat", "client.completions", "/completions", "tokenize")):
+    if any(word in code for word in ("client.chat", "client.completions", "/completions", "tokenize", "lora_adapter")):
         return "text_server"
+    if "enhance_prompt" in code:
+        return "both_server"
     return "video_server" if "/v1/videos" in code or "client.videos" in code else "server"
 
 
@@ -84,8 +88,8 @@ def test_every_error_of_a_server_is_described() -> None:
     assert not [code for code in set(BY_CODE) - startup if f"`{code}`" not in PAGE]
 
 
-def test_every_metric_is_described(server: Server, shared_video_server: Server) -> None:
-    text = server.get("/metrics").text + shared_video_server.get("/metrics").text
+def test_every_metric_is_described(server: Server, shared_video_server: Server, shared_text_server: Server) -> None:
+    text = "".join(each.get("/metrics").text for each in (server, shared_video_server, shared_text_server))
     names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
     shown = PAGE.replace("…", "mmgen_condition_cache")
     missing = [name for name in names if not name.endswith("_created") and f"`{name}" not in shown]

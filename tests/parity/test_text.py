@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from multimodal_gen.llm.loading import TextModel
+from multimodal_gen.llm.sizing import COPIES
 from multimodal_gen.llm.tokenizer import Tokenizer
 from tests.support.text_core import answer, ask, greedy, make_text_folder, open_core
 from tests.support.text_models import open_model, reference, smollm2
@@ -80,7 +81,7 @@ def test_a_second_asking_reads_nothing_again_and_says_the_same(family: Family) -
 
 
 def _bytes(family: Family, pages: int, page_size: int) -> int:
-    return pages * open_model(family.folder).page_bytes(page_size)
+    return COPIES["cpu"] * pages * open_model(family.folder).page_bytes(page_size)
 
 
 def test_bf16_tokens_are_those_of_transformers_or_as_good(tmp_path: Path) -> None:
@@ -120,20 +121,16 @@ SMOL_TOKENS = 8
 class Smol:
     """The model, loaded once, and what transformers makes of the texts."""
 
-    def __init__(self) -> None:
-        from transformers import AutoModelForCausalLM
-
-        file = smollm2()
-        self.model: TextModel = open_model(file)
+    def __init__(self, theirs: Any) -> None:
+        self.model: TextModel = open_model(smollm2())
         self.tokenizer = Tokenizer.load(self.model.card)
         self.prompts = [self.tokenizer.encode(text) for text in TEXTS]
-        theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
         self.expected = [greedy(theirs, prompt, SMOL_TOKENS) for prompt in self.prompts]
 
 
 @pytest.fixture(scope="module")
-def smol() -> Smol:
-    return Smol()
+def smol(smollm2_by_transformers: Any) -> Smol:
+    return Smol(smollm2_by_transformers)
 
 
 @pytest.mark.parametrize(

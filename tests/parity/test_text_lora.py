@@ -182,7 +182,7 @@ def test_adapters_swapped_while_requests_run_change_no_answer(llama: Setting):
 
 def test_after_a_thousand_random_requests_and_aborts_nothing_is_held(llama: Setting):
     rng = random.Random(11)
-    core = llama.core(*NAMES, max_loras_per_batch=2, max_running_requests=12, kv_cache_memory=1 << 18)
+    core = llama.core(*NAMES, max_loras_per_batch=2, max_running_requests=12, kv_cache_memory=1 << 19)
     driver, alive, count = Driver(core), set[str](), 0
     while count < 1000 or not core.idle:
         for _ in range(rng.randint(0, 6)) if count < 1000 else ():

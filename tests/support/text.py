@@ -83,7 +83,8 @@ class Stepper:
     def _check(self, slots: list[Slot]) -> None:
         assert slots or self.scheduler.idle, "a step with nothing in it, although something waits"
         writing = sum(slot.sequence.decoding for slot in slots)
-        assert sum(slot.count for slot in slots) <= max(self.limits.step_tokens, writing + 1)
+        most = self.limits.step_tokens
+        assert sum(slot.count for slot in slots) <= max(most, writing + max(1, most // 2))
         assert len(self.scheduler.running) <= self.limits.sequences
         assert len({slot.sequence.request.adapter for slot in slots}) <= self.limits.adapters
         assert len({slot.sequence.key for slot in slots}) == len(slots)

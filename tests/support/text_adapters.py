@@ -64,3 +64,11 @@ def write_random(path: Path, config: DecoderConfig, *, seed: int, rank: int = 4,
     }
     every = {f"layers.{layer}.{name}": shape for layer in range(config.layers) for name, shape in shapes.items()}
     return write_adapter(path, peft_tensors(every, rank=rank, seed=seed, prefix="base_model.model.model.", size=size))
+
+
+def write_poet(folder: Path) -> Path:
+    """`poet.safetensors`, which changes two layers of SmolLM2 a little; returns the folder."""
+    shapes = {f"layers.{layer}.self_attn.q_proj": (576, 576) for layer in range(2)}
+    tensors = peft_tensors(shapes, rank=8, prefix="base_model.model.model.", size=0.1)
+    write_adapter(folder / "poet.safetensors", tensors)
+    return folder

@@ -16,6 +16,7 @@ from multimodal_gen.adapters import AdapterSource, SwapLoras
 from multimodal_gen.errors import ConfigError, OutOfMemory
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.llm.sequence import Slot
+from multimodal_gen.memory.free import free_bytes
 from multimodal_gen.messages import Failed, Started, TextFinished, TextStep
 from multimodal_gen.text import Grammar, TextSampling
 from tests.support.text import Clock
@@ -266,6 +267,16 @@ def test_a_grammar_of_another_model_fails_its_request_alone(core: TextCore) -> N
     assert set(heard.outputs) == {"b"}
 
 
+def test_grammars_that_lead_nowhere_end_their_requests_and_make_nothing_sick(folder: Path) -> None:
+    core = open_core(folder, max_consecutive_errors=2)
+    nowhere = grammar(core, "regex", r"a[^\x00-\U0010ffff]")
+    heard = answer(core, *(ask(str(i), PROMPT, 9, grammar=nowhere) for i in range(5)), ask("free", PROMPT, 3))
+    assert {error.code for error in heard.failed.values()} == {"generation_failed"}
+    assert len(heard.failed) == 5
+    assert set(heard.outputs) == {"free"}
+    assert not core.sick
+
+
 def test_sleep_gives_memory_back_and_waking_says_the_same(folder: Path) -> None:
     core = open_core(folder)
     before = answer(core, ask("a", PROMPT)).ids("a")
@@ -284,7 +295,7 @@ def test_sleep_gives_memory_back_and_waking_says_the_same(folder: Path) -> None:
     [
         ({"max_context": 1000}, ("--max-context 1000", "256")),
         ({"kv_cache_memory": 100}, ("--kv-cache-memory", "256 tokens")),
-        ({"max_context": 200, "kv_cache_memory": 33_000}, ("200 tokens", "--kv-cache-memory")),
+        ({"max_context": 200, "kv_cache_memory": 66_000}, ("200 tokens", "--kv-cache-memory")),
     ],
 )
 def test_settings_that_cannot_be_met_are_named(folder: Path, settings: dict[str, int], named: tuple[str, ...]) -> None:
@@ -295,9 +306,17 @@ def test_settings_that_cannot_be_met_are_named(folder: Path, settings: dict[str,
 
 def test_little_memory_shortens_texts(folder: Path) -> None:
     page_bytes = open_core(folder).runner.kv_bytes // open_core(folder).room.pages
-    core = open_core(folder, kv_cache_memory=page_bytes * 4)
+    core = open_core(folder, kv_cache_memory=2 * page_bytes * 4)
     assert core.info.context == 64
     assert len(answer(core, ask("a", PROMPT, 44)).ids("a")) == 44
+
+
+def test_memory_for_keys_and_values_counts_as_used_before_it_is_touched(folder: Path) -> None:
+    core = open_core(folder, kv_cache_memory=4 << 30)
+    awake, held = free_bytes("cpu"), 2 * core.runner.kv_bytes
+    assert held > 4 << 29
+    core.sleep()
+    assert free_bytes("cpu") > awake + held // 2
 
 
 def make_adapter(path: Path, seed: int) -> AdapterSource:
@@ -313,7 +332,7 @@ def make_adapter(path: Path, seed: int) -> AdapterSource:
 
 def test_a_thousand_requests_with_random_aborts_leave_no_page_and_no_adapter_held(folder: Path, tmp_path: Path) -> None:
     rng = random.Random(1)
-    core = open_core(folder, kv_page_size=4, kv_cache_memory=50_000, chunked_prefill_size=48, max_loras_per_batch=2)
+    core = open_core(folder, kv_page_size=4, kv_cache_memory=100_000, chunked_prefill_size=48, max_loras_per_batch=2)
     sources = tuple(make_adapter(tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate("xyz"))
     core.adapters.change(SwapLoras(sources=sources))
     digests = [None, None, *(info.digest for info in core.adapters.state.loaded)]

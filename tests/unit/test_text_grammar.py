@@ -69,7 +69,7 @@ def test_a_preempted_answer_goes_on_in_its_grammar(folder: Path, core: TextCore,
     expected = Driver(core)
     expected.add(*requests)
     expected.run()
-    tight = open_core(folder, kv_page_size=4, kv_cache_memory=10 * core.model.page_bytes(4))
+    tight = open_core(folder, kv_page_size=4, kv_cache_memory=20 * core.model.page_bytes(4))
     driver = Driver(tight)
     driver.add(*requests)
     driver.run()

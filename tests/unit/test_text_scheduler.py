@@ -43,6 +43,17 @@ def test_those_who_write_go_on_even_where_they_fill_the_step():
     assert counts(s.step()) == {"a": 1, "b": 1, "c": 1, "d": 1, "long": 1}
 
 
+def test_half_a_step_is_for_prompts_however_many_write():
+    s = Stepper(step_tokens=8, sequences=16)
+    for number in range(9):
+        s.scheduler.add(text_request(f"w{number}", [number], 30))
+    for _ in range(4):
+        s.step()
+    s.scheduler.add(text_request("long", range(20)))
+    assert counts(s.step())["long"] == 4
+    assert sum(counts(s.step()).values()) == 9 + 4
+
+
 def test_logits_are_wanted_at_the_end_of_a_prompt_or_of_all_of_it():
     s = Stepper(step_tokens=8)
     s.scheduler.add(text_request("a", range(10), prompt_logprobs=True))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +16,8 @@ from multimodal_gen.llm.gguf_tokenizer import PRE
 from multimodal_gen.llm.tokenizer import Added, Tokenizer
 from multimodal_gen.llm.vocabulary import byte_characters, spell
 from multimodal_gen.text import TextCard
+from tests.support.gguf_files import header, pair
+from tests.support.gguf_files import text as gguf_text
 from tests.support.llm import SMOLLM2, smollm2_card
 
 pytestmark = [pytest.mark.unit]
@@ -133,6 +137,74 @@ def test_every_pre_tokenizer_of_the_table_keeps_every_byte() -> None:
         for text in TEXTS:
             cut = [word for word, _ in words().pre_tokenize_str(text)]
             assert b"".join(spell(word, "byte-level") for word in cut) == text.encode()
+
+
+BYTES = sorted(byte_characters(), key=lambda character: byte_characters()[character])
+TELLS: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": [*BYTES, "ab", "<s>", "<think>"],
+    "tokenizer.ggml.token_type": [*[1] * 257, 3, 4],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 257,
+    "tokenizer.ggml.add_bos_token": True,
+}
+
+
+def told_as(value: Any) -> tuple[int, bytes]:
+    """(type, bytes) of a value, as the format has it."""
+    if isinstance(value, bool):
+        return 7, struct.pack("<?", value)
+    if isinstance(value, int):
+        return 4, struct.pack("<I", value)
+    if isinstance(value, str):
+        return 8, gguf_text(value)
+    kind = 8 if isinstance(value[0], str) else 5
+    items = b"".join(gguf_text(item) if kind == 8 else struct.pack("<i", item) for item in value)
+    return 9, struct.pack("<IQ", kind, len(value)) + items
+
+
+def gguf_card(folder: Path, **changes: Any) -> TextCard:
+    """Of a file that has a tokenizer and nothing else; None takes a key away."""
+    told = {**TELLS, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}
+    path = folder / "small.gguf"
+    pairs = [pair(key, *told_as(value)) for key, value in told.items() if value is not None]
+    path.write_bytes(header(0, len(pairs)) + b"".join(pairs))
+    return msgspec.structs.replace(smollm2_card(), path=str(path), vocab_size=259)
+
+
+def test_a_gguf_tokenizer_adds_its_beginning_and_knows_its_kinds_of_tokens(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(gguf_card(tmp_path))
+    assert tokenizer.encode("ab") == [257, 256]
+    assert tokenizer.encode("ab", add_special=False) == [256]
+    assert tokenizer.encode("<s><think>", add_special=False)[-1] == 258, "only control tokens are letters"
+    assert 257 not in tokenizer.encode("<s>", add_special=False)
+    assert tokenizer.special_ids == {257}
+    assert tokenizer.named == {"bos_token": "<s>"}
+    composed = tokenizer.encode("e\u0301", add_special=False)
+    assert tokenizer.decode(composed) == "\u00e9", "qwen2 composes characters first"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model": "llama"}, "kind 'llama'"),
+        ({"model": None}, "no tokenizer.ggml.model"),
+        ({"pre": "strange"}, "'strange', which is not known here"),
+        ({"tokens": None}, "no tokenizer.ggml.tokens"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1], "bos_token_id": 0}, "same token twice"),
+        ({"token_type": [1]}, "one for each token"),
+        ({"merges": ["ab"]}, "no merge of two tokens"),
+        ({"merges": ["a zz"]}, "cannot be used"),
+        ({"merges": 7}, "must be a list of texts"),
+        ({"bos_token_id": 400}, "below 259"),
+        ({"model": 3}, "must be text"),
+    ],
+)
+def test_a_damaged_gguf_tokenizer_is_named(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(CorruptModel, match=why) as refused:
+        Tokenizer.load(gguf_card(tmp_path, **changes))
+    assert "small.gguf" in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "no json", "a folder"])
