@@ -87,10 +87,12 @@ def _families(parsed: Parsed) -> dict[str, str]:
     known = {spec.family: spec.adapters for spec in registry.families()}
     if all(entry.tree is None for entry in parsed.entries):  # what names a tree is of a model with several
         known[LANGUAGE] = (DECODER,)
-    counts = {
-        family: max((fits(target, modules) for target in targets), default=0) for family, targets in known.items()
-    }
-    return {family: f"{count} of {len(modules)} modules" for family, count in counts.items() if count}
+    found = {}
+    for family, targets in known.items():
+        count = max((fits(target, modules) for target in targets), default=0)
+        if count:
+            found[family] = f"{count} of {len(modules)} modules"
+    return found
 
 
 def _spellings(model: str) -> dict[str, Any]:
