@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource, LoraState, SwapLoras
+from multimodal_gen.cli.lora import inspect
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.text_loras import TextLoras
 from multimodal_gen.errors import AdapterInUse, AdapterLimit, AdapterNotFound, CorruptAdapter, InvalidValue
 from multimodal_gen.llm.adapter_names import parse_flags, pinned_names, split_model
 from multimodal_gen.messages import LorasChanged
+from tests.support.text_adapters import write_poet
 
 pytestmark = [pytest.mark.unit]
 
@@ -245,3 +247,8 @@ def test_a_model_name_may_end_with_an_adapter():
     assert split_model("llama:8b", known) == ("llama:8b", None)
     assert split_model("llama:8b:poet", known) == ("llama:8b", "poet")
     assert split_model("other:poet", known) == ("other:poet", None)
+
+
+def test_inspecting_a_file_says_that_it_fits_language_models(tmp_path):
+    facts = inspect(write_poet(tmp_path) / "poet.safetensors")
+    assert facts["families"]["language models"] == "2 of 2 modules"
