@@ -220,7 +220,8 @@ class TextCore:
             choice, token = writing.choices[slot.sequence.index], sampled.ids[0]
             error = sampled.errors.get(0) or attempt_alone("following an answer", partial(choice.row.accept, token))
             if error is not None:
-                self._fail(writing.request.id, error, events)
+                # A grammar that leads nowhere is its author's fault; numbers that overflow may be the model's.
+                self._fail(writing.request.id, error, events, excused=not isinstance(error, Overflowed))
                 taken = [each for each in taken if each.writing is not writing]
                 continue
             slot.sequence.tokens.append(token)
@@ -253,10 +254,11 @@ class TextCore:
         echo = (TokenLogprob(writing.request.prompt[0], None), *writing.echo) if writing.request.prompt_logprobs else ()
         return TextFinished(writing.request.id, writing.usage(), writing.timings(), echo)
 
-    def _fail(self, request_id: str, error: MmgenError, events: list[Event]) -> None:
-        # Numbers that overflow under adapters say nothing of the process's health.
+    def _fail(self, request_id: str, error: MmgenError, events: list[Event], *, excused: bool = False) -> None:
+        """End a request; `excused`: it says nothing of the process's health."""
+        # Nor do numbers that overflow under adapters.
         adapter = self._writings[request_id].request.adapter
-        excused = isinstance(error, NO_SICKNESS) or (isinstance(error, Overflowed) and adapter is not None)
+        excused |= isinstance(error, NO_SICKNESS) or (isinstance(error, Overflowed) and adapter is not None)
         self._failures += not excused
         events.append(self._drop(request_id, error))
 

@@ -133,12 +133,11 @@ class TextScheduler:
         """The step is done: the keys and values of its tokens are there."""
         for slot in slots:
             sequence, job = slot.sequence, self._jobs[slot.sequence.request.id]
-            if slot.completes and not job.read:
+            first = slot.completes and not job.read  # once it is committed, nothing of it remains to be read
+            self.holdings.commit(sequence, sequence.computed + slot.count)
+            if first:
                 job.read = True
-                self.holdings.commit(sequence, sequence.computed + slot.count)
                 self.holdings.pin(sequence)
-            else:
-                self.holdings.commit(sequence, sequence.computed + slot.count)
 
     def _write(self, line: list[Sequence], turn: Collection[Adapter]) -> list[Slot]:
         """Sequences that write, best first; where a page is missing, the last in line gives up its own."""

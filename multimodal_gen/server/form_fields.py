@@ -26,6 +26,10 @@ def _decimal(text: str) -> Any:
     return float(text) if _DECIMAL.fullmatch(text) else text
 
 
+def _truth(text: str) -> Any:
+    return {"true": True, "false": False}.get(text, text)
+
+
 # Field → how its text is read. What cannot be read so stays text, and the schema says what is wrong with it.
 _READERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(
@@ -33,6 +37,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
         _whole,
     ),
     **dict.fromkeys(("guidance_scale", "guidance_scale_2", "flow_shift"), _decimal),
+    "enhance_prompt": _truth,
 }
 _LISTS = ("seed", "loras")
 

@@ -77,6 +77,16 @@ def shared_text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         yield server
 
 
+@pytest.fixture(scope="session")
+def both_server() -> Iterator[Server]:
+    """The bundled model and SmolLM2 in one server. A busy machine may take its time with a prompt."""
+    with start_server(
+        *("--model-path", "emoji-image", "--llm-path", "smollm2", "--kv-cache-memory", "128MiB"),
+        *("--enhance-timeout-s", "100"),
+    ) as server:
+        yield server
+
+
 @pytest.fixture
 def text_server(shared_text_server: Server) -> Iterator[Server]:
     """The shared server of texts; whatever a test does to it, its worker lives on and the next chat is answered."""

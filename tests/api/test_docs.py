@@ -57,6 +57,8 @@ def _server_for(code: str) -> str:
         return "image_video_server"
     if any(word in code for word in ("client.chat", "client.completions", "/completions", "tokenize", "lora_adapter")):
         return "text_server"
+    if "enhance_prompt" in code:
+        return "both_server"
     return "video_server" if "/v1/videos" in code or "client.videos" in code else "server"
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from typing import Any
 
 import pytest
 
-from tests.support.server import Server, assert_error, http
-from tests.support.text_server import QUICK_CHAT, chat, events, post
+from tests.support.server import Server, assert_error, http, wait_for
+from tests.support.text_fuzz import random_body
+from tests.support.text_server import QUICK_CHAT, chat, events, idle, post
 
 pytestmark = [pytest.mark.api]
 
@@ -224,3 +226,21 @@ def test_an_error_while_a_stream_is_written_is_its_last_event(text_server: Serve
     assert last["error"]["code"] == "deadline_exceeded"
     with pytest.raises(AssertionError):
         events(text)
+
+
+def test_no_mixture_of_fields_breaks_the_server(text_server: Server) -> None:
+    """Right and wrong values side by side: an answer or one plain error each time, and nothing is left behind."""
+    rng, codes = random.Random(9), set[int]()
+    for _ in range(300):
+        path, body = random_body(rng)
+        response = post(text_server, path, body)
+        codes.add(response.status_code)
+        if response.status_code == 200:
+            stream = response.headers["content-type"].startswith("text/event-stream")
+            assert events(response.text) if stream else response.json(), (path, body)
+            continue
+        assert response.status_code in (400, 404), (path, body, response.text[:500])
+        error = response.json()["error"]
+        assert_error(response, response.status_code, error["code"], error["param"])
+    assert {200, 400} <= codes
+    wait_for(lambda: idle(text_server), 10, "the end of all texts")

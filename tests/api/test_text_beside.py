@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -24,10 +25,12 @@ CHAT = "/v1/chat/completions"
 SMALL = ("--llm-path", "smollm2", "--kv-cache-memory", "128MiB")
 
 
-@pytest.fixture(scope="module")
-def both() -> Iterator[Server]:
-    with start_server("--model-path", "emoji-image", *SMALL, "--enhance-timeout-s", "100") as server:
-        yield server
+@pytest.fixture
+def both(both_server: Server) -> Iterator[Server]:
+    """Whatever a test does to it, its worker lives on."""
+    before = both_server.worker_pid()
+    yield both_server
+    assert both_server.worker_pid() == before
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> httpx2.Response:
@@ -64,7 +67,8 @@ def test_both_models_are_listed_and_each_can_be_asked_for_by_name(both: Server) 
 def test_who_asks_the_wrong_model_is_told_where_to_go(both: Server) -> None:
     message = assert_error(both.post({**QUICK, "model": "smollm2"}), 400, "unsupported_endpoint", "model")
     assert CHAT in message
-    assert_error(chat(both, model="emoji-image"), 404, "model_not_found", "model")
+    message = assert_error(chat(both, model="emoji-image"), 400, "unsupported_endpoint", "model")
+    assert "/v1/images/generations" in message
 
 
 def test_chats_and_pictures_at_the_same_time_are_all_answered(both: Server) -> None:
@@ -132,6 +136,20 @@ def test_a_language_model_that_takes_too_long_leaves_the_prompt_as_it_was() -> N
             if path == "/v1/sleep":
                 assert_error(chat(server), 503, "asleep")
         assert chat(server).status_code == 200
+
+
+def test_a_videos_prompt_is_rewritten_before_its_job_is_made(t2v_folder: Path, tmp_path: Path) -> None:
+    flags = ("--model-path", str(t2v_folder), "--data-dir", str(tmp_path), *SMALL, "--enhance-timeout-s", "100")
+    with start_server(*flags) as server:
+        wish = {"prompt": "a boat", "num_frames": 1, "num_inference_steps": 1, "size": "64x64", "seed": 4}
+        form = {name: (None, str(value)) for name, value in {**wish, "enhance_prompt": "true"}.items()}
+        job = server.client.post(server.base_url + "/v1/videos", files=form).json()
+        assert job["prompt"] == "a boat", job
+        assert len(job["revised_prompt"]) > len("a boat")
+        assert "warnings" not in job
+        path = f"/v1/videos/{job['id']}"
+        wait_for(lambda: server.get(path).json()["status"] == "completed", 60, "the video")
+        assert server.get(path).json()["revised_prompt"] == job["revised_prompt"]
 
 
 def test_without_a_language_model_a_prompt_cannot_be_rewritten(server: Server) -> None:

@@ -127,14 +127,15 @@ def test_waking_has_the_time_of_loading_and_no_more(folder: Path) -> None:
         engine.wait_ready()
         sleep(engine)
         (replica,) = engine.client.replicas
-        patient = replica._config
-        replica._config = msgspec.structs.replace(patient, load_timeout_s=4.0)
+        patient = replica._load
+        hurried = msgspec.structs.replace(patient.config, load_timeout_s=4.0)
+        replica._load = msgspec.structs.replace(patient, config=hurried)
         began = time.monotonic()
         with pytest.raises(WorkerCrashed):
             wake(engine)
         assert time.monotonic() - began > 2.9, "a look at it may be almost due"
         assert_asleep(engine)
-        replica._config = patient
+        replica._load = patient
         wake(engine)
         assert engine.client.state == "ready"
 

@@ -210,7 +210,8 @@ class StopsOne:
         placed = await self.place.start(load)
         replica = self.engine.client.replicas[0]
         limit = 600.0 if self.stopped else 2.0
-        replica._config = msgspec.structs.replace(replica._config, load_timeout_s=limit)
+        config = msgspec.structs.replace(replica._load.config, load_timeout_s=limit)
+        replica._load = msgspec.structs.replace(replica._load, config=config)
         if not self.stopped:
             self.stopped = [worker.pid for worker in placed.workers]
             os.kill(self.stopped[1], signal.SIGSTOP)

@@ -123,6 +123,8 @@ def texts(**fields: str | list[str]) -> Form:
         ({"loras[0][nickname]": "a"}, {"loras": [{"nickname": "a"}]}),
         ({"input_reference[image_url]": "data:x"}, {"input_reference": {"image_url": "data:x"}}),
         ({"strange": "1", "weird[]": "2"}, {"strange": "1", "weird": "2"}),
+        ({"enhance_prompt": "true", "n": ""}, {"enhance_prompt": True}),
+        ({"enhance_prompt": "yes"}, {"enhance_prompt": "yes"}),
     ],
 )  # fmt: skip
 def test_text_becomes_what_json_would_have(given: dict[str, Any], wanted: dict[str, Any]) -> None:

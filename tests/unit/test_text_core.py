@@ -267,6 +267,16 @@ def test_a_grammar_of_another_model_fails_its_request_alone(core: TextCore) -> N
     assert set(heard.outputs) == {"b"}
 
 
+def test_grammars_that_lead_nowhere_end_their_requests_and_make_nothing_sick(folder: Path) -> None:
+    core = open_core(folder, max_consecutive_errors=2)
+    nowhere = grammar(core, "regex", r"a[^\x00-\U0010ffff]")
+    heard = answer(core, *(ask(str(i), PROMPT, 9, grammar=nowhere) for i in range(5)), ask("free", PROMPT, 3))
+    assert {error.code for error in heard.failed.values()} == {"generation_failed"}
+    assert len(heard.failed) == 5
+    assert set(heard.outputs) == {"free"}
+    assert not core.sick
+
+
 def test_sleep_gives_memory_back_and_waking_says_the_same(folder: Path) -> None:
     core = open_core(folder)
     before = answer(core, ask("a", PROMPT)).ids("a")
