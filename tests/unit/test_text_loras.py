@@ -170,6 +170,32 @@ def test_unloading_waits_for_the_requests_that_use_it():
     run(work())
 
 
+def test_one_of_two_names_for_the_same_adapter_may_go_at_any_time():
+    async def work() -> None:
+        workers = Workers(unload_s=0.05, max_loaded_loras=2)
+        await workers.names.load(source("a", "/nowhere/same.safetensors"))
+        await workers.names.load(source("b", "/nowhere/same.safetensors"))
+        workers.begins("a")
+        await workers.names.unload("a")
+        with pytest.raises(AdapterInUse):
+            await workers.names.unload("b")
+        await workers.names.load(source("a", "/nowhere/same.safetensors"))
+        assert len((await workers.names.load(source("c"))).evicted) == 1
+        workers.begins("c")
+        with pytest.raises(AdapterLimit):
+            await workers.names.load(source("d"))
+
+    run(work())
+
+
+def test_a_limit_of_zero_loads_nothing():
+    async def work() -> None:
+        with pytest.raises(AdapterLimit, match="--max-loras is 0"):
+            await Workers(max_loras=0).names.load(source("a"))
+
+    run(work())
+
+
 def test_unloading_gives_up_after_a_while_and_the_adapter_goes_on():
     async def work() -> None:
         workers = Workers(unload_s=0.05)
