@@ -243,3 +243,21 @@ def test_ranks_that_share_a_text_model_write_the_same(folder: Path, monkeypatch:
         wait_for(lambda: used_pages(engine) == 0, 5, "pages of nobody")
     for at, ids in enumerate(found):
         assert ids == tuple(answer(core, ask("r", tuple(range(3, 30 + at)), 16)).ids("r"))
+
+
+def test_ranks_take_the_same_turns_of_both_sides(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which side is next follows from measured times: ranks that measured for themselves would come apart."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    core, pictures = open_core(folder), make_z_image(tmp_path / "z")
+    with running(model_path=str(pictures), llm_path=str(folder), tp_size=2, **SETTINGS) as engine:
+        engine.wait_ready()
+        texts = Asking(engine)
+        drawn = [engine.submit(steps=60, seed=seed) for seed in range(3)]
+        tickets = [texts.submit(tuple(range(3, 30 + at)), 40) for at in range(3)]
+        found = [texts.outputs(ticket)[0].token_ids for ticket in tickets]
+        assert [engine.result(ticket).shape for ticket in drawn] == [(64, 64, 3)] * 3
+        assert engine.client.restarts == 0
+    for at, ids in enumerate(found):
+        assert ids == tuple(answer(core, ask("r", tuple(range(3, 30 + at)), 40)).ids("r"))
