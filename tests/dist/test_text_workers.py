@@ -13,7 +13,7 @@ import pytest
 from multimodal_gen.config import ServerConfig
 from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.ticket import TextTicket
-from multimodal_gen.errors import Asleep, Cancelled, MmgenError, QueueFull, UnsupportedEndpoint, WorkerCrashed
+from multimodal_gen.errors import Asleep, Cancelled, MmgenError, OutOfMemory, QueueFull, UnsupportedEndpoint, WorkerCrashed
 from multimodal_gen.llm.answers import Answers
 from multimodal_gen.messages import Progress, Started, TextDelta, TextFinished
 from multimodal_gen.text import TextOutput
@@ -201,6 +201,28 @@ def test_both_sides_sleep_and_wake_together(both: Running) -> None:
     both.do(rest(True))
     assert texts.outputs(texts.submit()) [0].token_ids == before[0].token_ids
     assert (both.make() == picture).all()
+
+
+def test_where_one_side_cannot_wake_both_sleep_on(both: Running) -> None:
+    both.start_again("wake:oom:1")
+    texts = Asking(both)
+    expected = texts.outputs(texts.submit())[0].token_ids
+
+    async def sleep() -> int:
+        return (await both.client.sleep()).freed_bytes
+
+    async def wake() -> None:
+        await both.client.wake()
+
+    both.do(sleep())
+    with pytest.raises(OutOfMemory):
+        both.do(wake())
+    assert both.client.state == "asleep"
+    with pytest.raises(Asleep):
+        texts.submit()
+    both.do(wake())
+    assert texts.outputs(texts.submit())[0].token_ids == expected
+    assert both.make().shape == (64, 64, 3)
 
 
 def test_a_language_model_alone_is_a_whole_engine(folder: Path) -> None:
