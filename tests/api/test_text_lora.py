@@ -266,8 +266,9 @@ def test_what_changes_adapters_for_everybody_needs_the_admin_key_and_a_failed_ch
     root: Path, model: Path
 ):
     flags = ("--model-path", "none", "--llm-path", str(model), "--llm-dtype", "float32", "--lora-root", str(root))
+    flags = (*flags, "--tp-size", "2")  # one rank's failure is the other's
     admin = {"authorization": f"Bearer {ADMIN}"}
-    fault = "adapter:raise:1"
+    fault = "adapter:raise:1@1"
     with start_server(*flags, "--admin-api-key", ADMIN, api_key="a-user-key", fault=fault) as server:
         for path in ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter"):
             assert_error(call(server, f"/v1/{path}", {}), 403, "admin_key_required")
