@@ -77,13 +77,9 @@ def run(arguments: Arguments) -> int:
 def _load(config: EngineConfig) -> LLM:
     from multimodal_gen.llm_api import LLM
 
-    defaults = msgspec.structs.asdict(EngineConfig())
-    values = msgspec.structs.asdict(config)
-    path = values.pop("llm_path") or DEFAULT_LLM
-    values.pop("model_path")
-    if values.pop("lora"):
+    if config.lora:
         raise ConfigError("--lora names adapters of pictures; --lora-paths names those of text.", param="lora")
-    return LLM(path, **{name: value for name, value in values.items() if value != defaults[name]})
+    return LLM(msgspec.structs.replace(config, llm_path=config.llm_path or DEFAULT_LLM))
 
 
 def _sampling(arguments: Arguments) -> dict[str, Any]:

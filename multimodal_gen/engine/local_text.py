@@ -191,11 +191,14 @@ class RemoteTextEngine:
                     if isinstance(event, (TextDelta, TextFinished)):
                         heard.put(event)
 
+        listening = [asyncio.create_task(listen(request)) for request in requests]
         try:
-            await asyncio.gather(*(listen(request) for request in requests))
+            await asyncio.gather(*listening)
         except MmgenError as error:
             heard.put(error)
         finally:
+            for task in listening:  # those that wait for room must not ask any more
+                task.cancel()
             heard.put(None)
 
     @property

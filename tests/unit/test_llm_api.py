@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from multimodal_gen import LLM, DiffGenerator, TextOutput, TextParams
-from multimodal_gen.engine.local_text import LocalTextEngine
+from multimodal_gen.engine.local_text import LocalTextEngine, RemoteTextEngine
 from multimodal_gen.errors import (
     Asleep,
     ConfigError,
@@ -21,11 +21,14 @@ from multimodal_gen.errors import (
     UnknownParameter,
 )
 from multimodal_gen.messages import TextDelta
+from multimodal_gen.text import Grammar
+from tests.support.server import wait_for
 from tests.support.text_core import answer, ask, make_text_folder, open_core
 
 pytestmark = [pytest.mark.unit]
 
 SMALL: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "16MiB", "threads": 1}
+NONSENSE = Grammar(kind="regex", digest="nonsense", compiled=b"{}")
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 PROMPTS = ["a red apple", "the quick brown fox", "one two three four"]
 
@@ -191,7 +194,15 @@ def test_several_ranks_write_what_one_does(llm: LLM, folder: Path, monkeypatch: 
             raise ValueError("no more")
 
         with pytest.raises(ValueError, match="no more"):
-            shared_out.generate(PROMPTS, max_tokens=100, on_delta=burst, **GREEDY)
+            shared_out.generate(PROMPTS * 4, max_tokens=100, on_delta=burst, **GREEDY)
+        engine = shared_out._live
+        assert isinstance(engine, RemoteTextEngine)
+        wait_for(lambda: not len(engine._client.admitted), 10, "the end of all that was asked")
+        generated = engine._client.text_gauges.generated_tokens
+        with pytest.raises(GenerationFailed, match="grammar"):
+            shared_out._run([[5]] * 8, TextParams(max_tokens=100, **GREEDY), {}, NONSENSE, None, None)
+        wait_for(lambda: not len(engine._client.admitted), 10, "the end of all that was asked")
+        assert engine._client.text_gauges.generated_tokens - generated < 200, "no more was asked after the error"
         assert shared_out.generate("a", max_tokens=2, **GREEDY)
         with pytest.raises(InvalidValue):
             shared_out.generate("a", n=0)
