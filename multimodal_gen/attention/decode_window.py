@@ -6,7 +6,8 @@ step. Rows of one lane have room for equally many tokens and are computed togeth
 here is copied again.
 
 Keys are kept transposed, and in float32: weights are off by percents where large scores are rounded to bfloat16 before
-the softmax.
+the softmax. Behind a row's end is nothing of the sequence that had it before: numbers that overflowed there would come
+through any mask.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class Lane:
         """Free a row; the last one takes its place."""
         last = len(self.owners) - 1
         if row != last:
-            kept = self.lengths[last]
+            kept, had = self.lengths[last], self.lengths[row]
             for keys, values in zip(self.keys, self.values, strict=True):
                 keys[row, :, :, :kept] = keys[last, :, :, :kept]
                 values[row, :, :kept] = values[last, :, :kept]
+                keys[row, :, :, kept:had] = values[row, :, kept:had] = 0.0
             self.owners[row], self.lengths[row] = self.owners[last], kept
         self.owners.pop()
         self.lengths.pop()
@@ -195,6 +197,7 @@ def _fill(lane: Lane, row: int, span: PagedSpan, cache: Sequence[Tensor]) -> Non
         keys, values = pool.index_select(1, pages).transpose(1, 2).flatten(2, 3)[:, :, : span.start]  # [Hkv, L, D]
         lane.keys[layer][row, :, :, : span.start] = keys.transpose(1, 2)
         lane.values[layer][row, :, : span.start] = values
+        lane.keys[layer][row, :, :, span.start :] = lane.values[layer][row, :, span.start :] = 0.0
 
 
 def _attend(plan: LanePlan, layer: int, q: Tensor, kv: Tensor) -> Tensor:

@@ -31,11 +31,13 @@ class _Gathered:
 
     pages: Tensor  # int64 [count · pages of the longest]
     behind: Tensor  # bool [count, 1, 1, tokens of those pages]: within the sequence
+    others: Tensor  # bool [count, 1, tokens of those pages, 1]: not within it
     count: int
 
     def __call__(self, layer: int, pool: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         found = pool.index_select(1, self.pages).unflatten(1, (self.count, -1))
-        k, v = found.transpose(2, 3).flatten(3, 4)  # [count, Hkv, L, D]
+        # What others left in a page may be no numbers, which no mask takes out of a sum.
+        k, v = found.transpose(2, 3).flatten(3, 4).masked_fill_(self.others, 0.0)  # [count, Hkv, L, D]
         grouped = q.unflatten(1, (k.shape[1], -1))  # neighbouring heads share keys
         return F.scaled_dot_product_attention(grouped, k, v, self.behind).flatten(1, 2)
 
@@ -122,7 +124,8 @@ def _gathered(spans: Sequence[PagedSpan], page_size: int) -> _Gathered:
     rows = [list(span.pages[: -(-span.stop // page_size)]) for span in spans]
     pages = torch.tensor([row + [0] * (width - len(row)) for row in rows]).flatten()
     stops = torch.tensor([span.stop for span in spans])
-    return _Gathered(pages, (torch.arange(width * page_size) < stops[:, None])[:, None, None], len(spans))
+    within = torch.arange(width * page_size) < stops[:, None]
+    return _Gathered(pages, within[:, None, None], ~within[:, None, :, None], len(spans))
 
 
 def _chunk(span: PagedSpan, page_size: int) -> _Chunk:

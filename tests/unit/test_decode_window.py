@@ -112,3 +112,27 @@ def test_a_row_of_a_large_batch_is_what_it_is_alone() -> None:
     together = attend(list(range(8)))
     for i in range(8):
         torch.testing.assert_close(attend([i])[0], together[i], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window_bytes", [1 << 30, 0], ids=["in copies", "in pages"])
+def test_numbers_that_overflowed_harm_nobody_who_gets_their_memory(window_bytes: int) -> None:
+    torch.manual_seed(0)
+    pool, attention = [torch.randn(2, PAGES, KV_HEADS, PAGE, DIM)], Windowed(window_bytes)
+
+    def step(spans: list[Span], spoilt: int | None = None) -> torch.Tensor:
+        batch = Batch.of(spans, PAGE, CPU)
+        attend = attention.plan(batch, pool)
+        q, k, v = (torch.randn(len(spans), heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        if spoilt is not None:
+            k[spoilt], v[spoilt] = torch.inf, torch.nan
+        found = attend(0, q, write(pool[0], k, v, batch))
+        keep = [at for at in range(len(spans)) if at != spoilt]
+        want = paged_attention(q[keep], pool[0], [spans[at] for at in keep])
+        torch.testing.assert_close(found[keep], want, atol=1e-5, rtol=1e-5)
+        return found
+
+    bad, other = range(8), range(8, 16)
+    step([Span([0], 62, bad, 1, 0), Span([0], 40, other, 1, 1)], spoilt=0)
+    step([Span([0], 41, other, 1, 1)])  # has the first row now
+    # Of a sequence that has a row, and the pages, of the one that is gone.
+    step([Span([0], 42, other, 1, 1), Span([0], 57, bad, 1, 2)])
