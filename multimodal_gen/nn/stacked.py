@@ -71,7 +71,8 @@ class StackedRouting:
 
     stack: Stack
     owners: Tensor  # int64 [T]: place in the stack; -1: the weights alone
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # widths → [T, ΣR]; made once per forward
+    # Widths → bool [T, ΣR]: hidden numbers of others; made once per forward.
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def add_(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add each token's update of `layer` to y [T, out], given the layer's input x [T, in]; returns y."""
@@ -79,14 +80,15 @@ class StackedRouting:
         if update is None:
             return y
         dtype = compute_dtype(x.dtype, x.device)
-        hidden = torch.mm(x.to(dtype), update.down).mul_(self._mask(update.widths, dtype))
+        # Not by a product: another's numbers may have overflowed.
+        hidden = torch.mm(x.to(dtype), update.down).masked_fill_(self._mask(update.widths), 0.0)
         if dtype == y.dtype:
             return y.addmm_(hidden, update.up)
         return y.add_((hidden @ update.up).to(y.dtype))
 
-    def _mask(self, widths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _mask(self, widths: tuple[int, ...]) -> Tensor:
         if widths not in self.masks:
             columns = [place for place, width in enumerate(widths) for _ in range(width)]
             at = torch.tensor(columns, device=self.owners.device)
-            self.masks[widths] = (self.owners[:, None] == at).to(dtype)
+            self.masks[widths] = self.owners[:, None] != at
         return self.masks[widths]
