@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,12 @@ class LLM:
     Not thread-safe: call it from one thread at a time.
     """
 
-    def __init__(self, model_path: str, **options: Any) -> None:
+    def __init__(self, model_path: str | Path | EngineConfig, **options: Any) -> None:
         """Load a folder, a GGUF file, a hub repository, or `smollm2`.
 
         Every engine flag has the keyword of the same name: `--max-running-requests` is `max_running_requests=`. `dtype`
-        and `quantization` are short for `llm_dtype` and `llm_quantization`.
+        and `quantization` are short for `llm_dtype` and `llm_quantization`. Settings that are settled already take the
+        place of all of it.
         Raises: ModelNotFound, CorruptModel, RemoteCodeRefused, ConfigError.
         """
         calm_openmp()
@@ -52,7 +54,11 @@ class LLM:
         from multimodal_gen.llm.card import describe
         from multimodal_gen.parallel.plan import plan
 
-        self.config = settings.load(EngineConfig, _named(str(model_path), options))
+        if isinstance(model_path, EngineConfig):
+            assert not options, "settled settings are whole"
+            self.config = msgspec.structs.replace(model_path, model_path=NO_MODEL, lora=[])
+        else:
+            self.config = settings.load(EngineConfig, _named(str(model_path), options))
         self.card: TextCard = describe(self.config)
         apart = plan(self.config, None, text=self.card).workers > 1 or self.config.executor == "ray"
         self.front = TextFront.open(self.card, self.config)

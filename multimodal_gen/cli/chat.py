@@ -14,7 +14,7 @@ import msgspec
 from multimodal_gen.cli.flags import Arguments, Parser, add_settings, number, read_settings, whole
 from multimodal_gen.cli.text import as_json
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.errors import ConfigError, MmgenError
+from multimodal_gen.errors import AdapterNotFound, ConfigError, MmgenError, did_you_mean
 
 if TYPE_CHECKING:
     from multimodal_gen.llm_api import LLM
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_LLM = "smollm2"
 HELP = """/reset          forget the conversation
 /system TEXT    begin anew with these instructions; without TEXT, with none
+/adapter NAME   answer with an adapter of --lora-paths from now on; without NAME, with none
 /help           show this
 /exit           leave; so does Ctrl-D. Ctrl-C stops an answer."""
 PROMPT = "> "
@@ -39,6 +40,9 @@ def add_arguments(parser: Parser) -> None:
         help="ask this and leave; - reads it from stdin (default: a conversation)",
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="answer with this adapter of --lora-paths (default: the only one there is)"
+    )
     parser.add_argument("--json", action="store_true", help="with PROMPT: print one JSON object instead of the text")
     group = parser.add_argument_group("sampling", "the model's defaults apply to what is left out")
     group.add_argument("--max-tokens", type=whole, metavar="N", help="tokens of an answer (default: what fits)")
@@ -61,24 +65,21 @@ def run(arguments: Arguments) -> int:
         llm = _load(config)
     with llm:
         talk = Talk(llm, _sampling(arguments), arguments.system)
+        talk.use(arguments.adapter or (next(iter(llm.lora_adapters)) if len(llm.lora_adapters) == 1 else None))
         if prompt is None:
             return _converse(talk)
         output = talk.ask(prompt, shown=not arguments.json)
         if arguments.json:
-            print(as_json({"model": llm.card.name, **_facts(output)}))
+            print(as_json({"model": llm.card.name, "adapter": talk.adapter, **_facts(output)}))
     return 0
 
 
 def _load(config: EngineConfig) -> LLM:
     from multimodal_gen.llm_api import LLM
 
-    defaults = msgspec.structs.asdict(EngineConfig())
-    values = msgspec.structs.asdict(config)
-    path = values.pop("llm_path") or DEFAULT_LLM
-    values.pop("model_path")
-    if values.pop("lora"):
+    if config.lora:
         raise ConfigError("--lora names adapters of pictures; --lora-paths names those of text.", param="lora")
-    return LLM(path, **{name: value for name, value in values.items() if value != defaults[name]})
+    return LLM(msgspec.structs.replace(config, llm_path=config.llm_path or DEFAULT_LLM))
 
 
 def _sampling(arguments: Arguments) -> dict[str, Any]:
@@ -94,11 +95,22 @@ class Talk:
     llm: LLM
     sampling: dict[str, Any]
     system: str | None
+    adapter: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)  # without the system's
 
     def reset(self, system: str | None) -> None:
         """Begin anew."""
         self.system, self.messages = system, []
+
+    def use(self, adapter: str | None) -> None:
+        """Answer with an adapter, or none, from now on. Raises: AdapterNotFound."""
+        known = self.llm.lora_adapters
+        if adapter is not None and adapter not in known:
+            raise AdapterNotFound(
+                f"There is no adapter {adapter[:128]!a}.{did_you_mean(adapter[:128], known)} --lora-paths NAME=PATH "
+                "loads one."
+            )
+        self.adapter = adapter
 
     def ask(self, text: str, *, shown: bool) -> TextOutput:
         """One question and its answer, which is shown as it is written.
@@ -108,11 +120,18 @@ class Talk:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         asked = {"role": "user", "content": text}
         show = _show if shown else None
-        (output,) = self.llm.chat([*first, *self.messages, asked], on_delta=show, **self.sampling)
+        (output,) = self.llm.chat([*first, *self.messages, asked], lora=self.adapter, on_delta=show, **self.sampling)
         if shown:
             print(flush=True)
         self.messages += [asked, {"role": "assistant", "content": output.text}]
         return output
+
+
+def _use(talk: Talk, adapter: str | None) -> None:
+    try:
+        talk.use(adapter)
+    except MmgenError as error:
+        print(error.message, file=sys.stderr)
 
 
 def _show(delta: TextDelta) -> None:
@@ -133,6 +152,8 @@ def _converse(talk: Talk) -> int:
             talk.reset(talk.system)
         elif command == "/system":
             talk.reset(rest.strip() or None)
+        elif command == "/adapter":
+            _use(talk, rest.strip() or None)
         elif command.startswith("/") and command[1:].isalpha():
             print(f"There is no command {command}; /help lists them.", file=sys.stderr)
         elif line:

@@ -9,6 +9,7 @@ from multimodal_gen.cli.flags import Arguments, Parser
 from multimodal_gen.cli.text import as_json, columns
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterError, ConfigError, did_you_mean
+from multimodal_gen.llm.adapter_target import DECODER
 from multimodal_gen.lora.names import fits
 from multimodal_gen.lora.sources import DEFAULT_ROOT, resolve_path
 from multimodal_gen.pipelines import registry
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from multimodal_gen.lora.file import AdapterFile
 
 ACTIONS = ("ls", "inspect")
+LANGUAGE = "language models"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -82,11 +84,14 @@ def _facts(file: AdapterFile, parsed: Parsed) -> dict[str, Any]:
 def _families(parsed: Parsed) -> dict[str, str]:
     """Native families that know the file's modules → how many of them."""
     modules = {(entry.module, entry.flat) for entry in parsed.entries}
+    known = {spec.family: spec.adapters for spec in registry.families()}
+    if all(entry.tree is None for entry in parsed.entries):  # what names a tree is of a model with several
+        known[LANGUAGE] = (DECODER,)
     found = {}
-    for spec in registry.families():
-        count = max((fits(target, modules) for target in spec.adapters), default=0)
+    for family, targets in known.items():
+        count = max((fits(target, modules) for target in targets), default=0)
         if count:
-            found[spec.family] = f"{count} of {len(modules)} modules"
+            found[family] = f"{count} of {len(modules)} modules"
     return found
 
 

@@ -4,7 +4,8 @@ A step cannot be interrupted, and a denoising step may take as long as a hundred
 of its steps that takes less than the budget for a token leaves the rest of it to pictures, and a denoising step runs
 once what it will take has been saved. Over any stretch of time a token then takes the budget at most on average, and
 pictures get all that text can spare. Where text can spare nothing, because its own steps are longer than the budget,
-pictures still get a share of the time: after `PATIENCE` times what their own step takes.
+pictures still get a share of the time: after `PATIENCE` times what their own step takes. While text is written, a
+denoising step has as many rows as a budget has time for, at least one.
 
 Everything is a function of what `ran` was told, so that all ranks decide alike.
 """
@@ -26,6 +27,7 @@ class Arbiter:
         self._expected_s = 0.0  # of the next denoising step; 0: not known yet
         self._saved_s = 0.0  # that text has left to pictures; less than nothing where they took more
         self._waited_s = 0.0  # of text steps while pictures had work, since their last step
+        self._token_s = 0.0  # of a denoising step, for one token of the transformer; 0: not known yet
 
     def choose(self, *, pictures: bool, text: bool) -> Side | None:
         """The side whose step is next, of those that have work; None where neither has."""
@@ -42,11 +44,15 @@ class Arbiter:
             return self._saved_s > 0.0 and self._saved_s >= self._expected_s
         return self._saved_s >= self._expected_s or self._waited_s >= PATIENCE * self._expected_s
 
-    def ran(self, side: Side, seconds: float, *, pictures: bool, text: bool) -> None:
-        """A step is over; `pictures` and `text`: who had work when it was chosen."""
+    def most_tokens(self, *, text: bool) -> int | None:
+        """How large a denoising step may be, so that no text waits longer than a budget; a row is always whole."""
+        return max(1, int(self.budget_s / self._token_s)) if text and self._token_s else None
+
+    def ran(self, side: Side, seconds: float, *, pictures: bool, text: bool, tokens: int = 0) -> None:
+        """A step is over; `pictures` and `text`: who had work when it was chosen; `tokens` of a denoising step."""
         if side == "pictures":
-            known = self._expected_s > 0.0
-            self._expected_s = (1 - SMOOTHING) * self._expected_s + SMOOTHING * seconds if known else seconds
+            self._expected_s = _mean(self._expected_s, seconds)
+            self._token_s = _mean(self._token_s, seconds / tokens) if tokens else self._token_s
             self._waited_s = 0.0
         if not (pictures and text):
             return
@@ -58,3 +64,8 @@ class Arbiter:
         # A hiccup is not paid for, nor saved from, for ever.
         most = self.budget_s + self._expected_s
         self._saved_s = min(most, max(-most, self._saved_s))
+
+
+def _mean(before: float, latest: float) -> float:
+    """A moving one, which begins with the first value."""
+    return (1 - SMOOTHING) * before + SMOOTHING * latest if before else latest

@@ -184,15 +184,17 @@ class EngineCore:
 
     # --- steps --------------------------------------------------------------------------------------------------
 
-    def step(self) -> Iterator[Event]:
+    def step(self, most_tokens: int | None = None) -> Iterator[Event]:
         """Run one denoising step for the rows that the scheduler picks; yields what happens, as it happens.
+
+        `most_tokens`: of all rows together, where somebody waits for the step to end; one row runs at least.
 
         The step runs while the iterator is consumed; `Started` comes before any work on its request, so that whoever
         watches knows which requests a crash took down.
         """
         for request_id in self.scheduler.expired():
             yield self._drop(request_id, DeadlineExceeded("The request's deadline passed before it was finished."))
-        slots = self.scheduler.plan()
+        slots = self.scheduler.plan(most_tokens)
         for slot in slots:
             active = self._active[slot.request_id]
             if not active.started:

@@ -22,6 +22,7 @@ from multimodal_gen.messages import (
     Cancel,
     ChangeLoras,
     Event,
+    Gauges,
     Generate,
     GenerateText,
     MemoryChanged,
@@ -68,6 +69,7 @@ class _Running:
     side: Side
     began: float
     busy: frozenset[Side]  # who had work when it was chosen
+    tokens: int  # of a denoising step
 
 
 class Host:
@@ -194,7 +196,9 @@ class Host:
         if running is not None:
             seconds = self._clock() - running.began
             busy = running.busy
-            self._arbiter.ran(running.side, seconds, pictures="pictures" in busy, text="text" in busy)
+            self._arbiter.ran(
+                running.side, seconds, pictures="pictures" in busy, text="text" in busy, tokens=running.tokens
+            )
 
     def take(self, message: Work) -> Iterable[Event]:
         """Do what the front asks, between two steps."""
@@ -223,10 +227,17 @@ class Host:
         side = self._arbiter.choose(pictures="pictures" in busy, text="text" in busy)
         if side is None:
             return
-        began = self._clock()
-        yield from parts[side].step()
+        began, tokens = self._clock(), 0
+        for event in self._steps(side, busy):
+            tokens = event.step_tokens if isinstance(event, Gauges) else tokens
+            yield event
         if not self.idle:  # else rank 0 sleeps before the next turn
-            self._running = _Running(side, began, busy)
+            self._running = _Running(side, began, busy, tokens)
+
+    def _steps(self, side: Side, busy: frozenset[Side]) -> Iterator[Event]:
+        if side == "text" or self.pictures is None:
+            return self.parts[side].step()
+        return self.pictures.step(self._arbiter.most_tokens(text="text" in busy))
 
     def _rest(self, order: Sleep | Wake) -> MemoryChanged:
         """Both sides sleep, or both wake; where one cannot wake, both sleep."""

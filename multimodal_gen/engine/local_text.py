@@ -16,7 +16,7 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.background import Background
 from multimodal_gen.engine.orders import rebuilt
 from multimodal_gen.engine.text_loras import Loading, TextLoras
-from multimodal_gen.errors import AdapterNotFound, Asleep, MmgenError, did_you_mean
+from multimodal_gen.errors import Asleep, MmgenError
 from multimodal_gen.messages import Failed, LorasChanged, MemoryChanged, Sleep, TextDelta, TextFinished, TextStep, Wake
 from multimodal_gen.text import TextCard, TextInfo, TextRequest
 
@@ -35,9 +35,6 @@ class TextEngine(Protocol):
     @property
     def info(self) -> TextInfo:
         """What is loaded."""
-
-    def adapter(self, name: str) -> str:
-        """The digest of a loaded adapter. Raises: AdapterNotFound."""
 
     def run(self, requests: Sequence[TextRequest], on_text: OnText) -> None:
         """Run requests to their end. Whatever is raised, also by `on_text`, leaves nothing of them behind."""
@@ -104,15 +101,6 @@ class LocalTextEngine:
         """What is loaded."""
         return self.side.info
 
-    def adapter(self, name: str) -> str:
-        """The digest of a loaded adapter. Raises: AdapterNotFound."""
-        known = {info.nickname: info.digest for info in self.side.core.adapters.state.loaded}
-        if name not in known:
-            raise AdapterNotFound(
-                f"No adapter {name[:128]!a} is loaded.{did_you_mean(name[:128], known)}", param="lora"
-            )
-        return known[name]
-
     def run(self, requests: Sequence[TextRequest], on_text: OnText) -> None:
         """Run requests to their end."""
         side = self.side
@@ -174,14 +162,6 @@ class RemoteTextEngine:
         assert ready.text is not None, "they host a language model"
         return ready.text
 
-    def adapter(self, name: str) -> str:
-        """The digest of a loaded adapter. Raises: AdapterNotFound."""
-
-        async def found() -> str:
-            return self._client.text_loras.find(name, "lora")
-
-        return self._background.do(found())
-
     def run(self, requests: Sequence[TextRequest], on_text: OnText) -> None:
         """Run requests to their end."""
         if self._client.failure is not None:
@@ -211,14 +191,14 @@ class RemoteTextEngine:
                     if isinstance(event, (TextDelta, TextFinished)):
                         heard.put(event)
 
-        listeners = [asyncio.ensure_future(listen(request)) for request in requests]
+        listening = [asyncio.create_task(listen(request)) for request in requests]
         try:
-            await asyncio.gather(*listeners)
+            await asyncio.gather(*listening)
         except MmgenError as error:
             heard.put(error)
         finally:
-            for listener in listeners:  # those that wait for room must not ask when this has ended
-                listener.cancel()
+            for task in listening:  # those that wait for room must not ask any more
+                task.cancel()
             heard.put(None)
 
     @property

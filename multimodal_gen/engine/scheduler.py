@@ -110,10 +110,11 @@ class Scheduler:
         now = self._clock()
         return [job.id for job in self._jobs.values() if job.deadline < now]
 
-    def plan(self) -> list[Slot]:
-        """Rows of the next step. Rows that start here count as running from now on."""
+    def plan(self, most_tokens: int | None = None) -> list[Slot]:
+        """Rows of the next step, of at most so many tokens together but one row at least. Rows that start here count as
+        running from now on."""
         chosen: list[Slot] = []
-        budget = self.max_batch_tokens
+        budget = self.max_batch_tokens if most_tokens is None else min(most_tokens, self.max_batch_tokens)
         now = self._clock()
         jobs = sorted(self._jobs.values(), key=lambda job: self._rank(job, now))
         joining = self._joining(jobs)

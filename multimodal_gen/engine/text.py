@@ -14,7 +14,7 @@ from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
-from multimodal_gen.errors import MmgenError, PeerLost
+from multimodal_gen.errors import Asleep, MmgenError, PeerLost
 from multimodal_gen.llm.adapter_names import start_change
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.memory.host import release_freed_memory
@@ -99,7 +99,9 @@ class TextSide:
             self.core.adapters.lose(state, why)
 
     def change_adapters(self, change: Change) -> LorasChanged:
-        """A transaction, done when this returns. Raises: the AdapterError family."""
+        """A transaction, done when this returns. Raises: the AdapterError family, Asleep."""
+        if self.asleep:
+            raise Asleep("The model is asleep and its memory is given back; wake it first.")
         return self.changes.run(change, weights_too=False)
 
     def finish_changes(self) -> list[Event]:

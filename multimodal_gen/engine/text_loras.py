@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,16 +164,23 @@ class TextLoras:
             ) from None
 
     async def _free(self, entry: Entry) -> None:
-        while self._users(entry.info.digest):
+        while self._used(entry, self._entries):
             await self._answered.wait()
+
+    def _used(self, entry: Entry, among: Mapping[str, Entry]) -> bool:
+        """Whether requests need this name's adapter, and no other name that stays has it."""
+        others = (each for each in among.values() if each is not entry and not each.leaving)
+        return self._users(entry.info.digest) > 0 and all(each.info.digest != entry.info.digest for each in others)
 
     def _victims(self, source: AdapterSource) -> tuple[str, ...]:
         """Who leaves so that there is room for one more, least recently used first. Raises: AdapterLimit."""
+        if not self._limit:
+            raise AdapterLimit("This server loads no adapters: --max-loras is 0.")
         others = {name: entry for name, entry in self._entries.items() if name != source.nickname}
         size = _size(source)
         victims: list[str] = []
         while len(others) >= self._limit or (others and size + _bytes(others.values()) > self._max_bytes):
-            name = next((name for name, entry in others.items() if self._may_leave(entry)), None)
+            name = next((name for name, entry in others.items() if self._may_leave(entry, others)), None)
             if name is None:
                 raise AdapterLimit(
                     f"{len(others)} adapters are loaded, and none of them may leave for another: each is pinned, or in "
@@ -183,8 +190,8 @@ class TextLoras:
             victims.append(name)
         return tuple(victims)
 
-    def _may_leave(self, entry: Entry) -> bool:
-        return not (entry.pinned or entry.leaving or self._users(entry.info.digest))
+    def _may_leave(self, entry: Entry, among: Mapping[str, Entry]) -> bool:
+        return not (entry.pinned or entry.leaving or self._used(entry, among))
 
     def _settle(self, state: LoraState) -> None:
         """The names are those that the workers have; order and pins of those that stay are as they were."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource, Change, LoraState, RestoreLora, SwapLoras
 from multimodal_gen.config import EngineConfig
@@ -103,7 +104,9 @@ class TextAdapters:
         self._store = AdapterStore(limits, {tree.target.tree: tree.spellings})
         self._ready = ReadyAdapters(config.max_loras_per_batch)
         self._overlays: dict[str, Overlay | None] = {}  # digest → of those that are ready; None: it does nothing
+        self._changed = False  # whether they are others than those in the stack
         self._stack: Stack | None = None  # of these, in their order; made when it is used
+        self._places: dict[str, int] = {}  # digest → place in the stack
 
     # --- changes ------------------------------------------------------------------------------------------------------
 
@@ -178,21 +181,25 @@ class TextAdapters:
         overlays = {digest: self._overlay(digest) for digest in dict.fromkeys(adapters) if digest is not None}
         if not any(overlays.values()):
             return None
-        ranks = sum(self._store.find(digest).rank for digest in self._overlays)
-        if sum(lengths) <= STACKED_TOKENS and ranks <= STACKED_RANKS:
-            return self._stacked(lengths, adapters)
+        stack = self._side_by_side() if sum(lengths) <= STACKED_TOKENS else None
+        if stack is not None:
+            return StackedRouting(stack, self._owners(lengths, adapters))
         return Routing.of(lengths, [None if digest is None else overlays[digest] for digest in adapters])
 
-    def _stacked(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> StackedRouting:
-        """All that is ready stands in the stack, not only what these tokens need: it is made anew less often."""
-        ready = {digest: overlay for digest, overlay in self._overlays.items() if overlay is not None}
-        if self._stack is None:
-            self._stack = Stack.of(tuple(ready.values()))
-        places = {digest: place for place, digest in enumerate(ready)}
-        owners = [places.get(digest or "", -1) for digest in adapters]
-        device = self._tree.device
-        each = torch.tensor(owners, device=device).repeat_interleave(torch.tensor(lengths, device=device))
-        return StackedRouting(self._stack, each)
+    def _side_by_side(self) -> Stack | None:
+        """All that is ready, not only what these tokens need, so that it is made anew less often; None: too much."""
+        if self._changed:
+            ready = {digest: overlay for digest, overlay in self._overlays.items() if overlay is not None}
+            ranks = sum(self._store.find(digest).rank for digest in ready)
+            self._places = {digest: place for place, digest in enumerate(ready)}
+            self._stack = Stack.of(tuple(ready.values())) if ranks <= STACKED_RANKS else None
+            self._changed = False
+        return self._stack
+
+    def _owners(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> Tensor:
+        """int64 [T]: the place in the stack of each token's adapter; -1: the base model."""
+        owners = torch.tensor([self._places.get(digest or "", -1) for digest in adapters])
+        return owners.repeat_interleave(torch.tensor(lengths)).to(self._tree.device)
 
     def forget_overlays(self) -> None:
         """Let go of what is computed with; it is made again when it is asked for."""
@@ -215,7 +222,7 @@ class TextAdapters:
                 failure = error
             agree(self._ranks, failure)
             self._overlays[digest] = overlay
-            self._stack = None
+            self._stack, self._changed = None, True
         return self._overlays[digest]
 
     def _forget_dropped(self) -> None:
@@ -226,4 +233,4 @@ class TextAdapters:
 
     def _drop_overlay(self, digest: str | None) -> None:
         if digest is not None and self._overlays.pop(digest, None) is not None:
-            self._stack = None
+            self._stack, self._changed = None, True

@@ -25,6 +25,7 @@ class StackedUpdate:
     down: Tensor  # [in as stored, ΣR]
     up: Tensor  # [ΣR, out as stored]; zero where an overlay leaves a part alone
     widths: tuple[int, ...]  # R of each overlay
+    places: Tensor  # int64 [ΣR]: whose column it is
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def _beside(layer: nn.Module, overlays: Sequence[Overlay]) -> StackedUpdate:
     found = [overlay.updates.get(layer) for overlay in overlays]
     present = [update for update in found if update is not None]
     out = layer.get_parameter("weight").shape[0]
-    return StackedUpdate(
-        torch.cat([update.down for update in present], dim=1),
-        torch.cat([_whole(update, out) for update in present]),
-        tuple(0 if update is None else update.down.shape[1] for update in found),
-    )
+    down = torch.cat([update.down for update in present], dim=1)
+    widths = tuple(0 if update is None else update.down.shape[1] for update in found)
+    places = [place for place, width in enumerate(widths) for _ in range(width)]
+    up = torch.cat([_whole(update, out) for update in present])
+    return StackedUpdate(down, up, widths, torch.tensor(places, device=down.device))
 
 
 def _whole(update: Update, out: int) -> Tensor:
@@ -81,14 +82,12 @@ class StackedRouting:
             return y
         dtype = compute_dtype(x.dtype, x.device)
         # Not by a product: another's numbers may have overflowed.
-        hidden = torch.mm(x.to(dtype), update.down).masked_fill_(self._mask(update.widths), 0.0)
+        hidden = torch.mm(x.to(dtype), update.down).masked_fill_(self._mask(update), 0.0)
         if dtype == y.dtype:
             return y.addmm_(hidden, update.up)
         return y.add_((hidden @ update.up).to(y.dtype))
 
-    def _mask(self, widths: tuple[int, ...]) -> Tensor:
-        if widths not in self.masks:
-            columns = [place for place, width in enumerate(widths) for _ in range(width)]
-            at = torch.tensor(columns, device=self.owners.device)
-            self.masks[widths] = self.owners[:, None] != at
-        return self.masks[widths]
+    def _mask(self, update: StackedUpdate) -> Tensor:
+        if update.widths not in self.masks:
+            self.masks[update.widths] = self.owners[:, None] != update.places
+        return self.masks[update.widths]

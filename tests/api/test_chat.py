@@ -173,7 +173,7 @@ def test_what_begins_alike_is_read_once(text_server: Server) -> None:
     assert usage["prompt_tokens_details"]["cached_tokens"] > 100
 
 
-def test_an_unread_stream_and_a_closed_one_free_their_pages(text_server: Server) -> None:
+def test_a_closed_stream_frees_its_pages(text_server: Server) -> None:
     body = json.dumps(
         {"messages": messages("Count to a thousand."), "max_tokens": 2000, "ignore_eos": True, "stream": True}
     ).encode()
@@ -183,3 +183,18 @@ def test_an_unread_stream_and_a_closed_one_free_their_pages(text_server: Server)
         wait_for(lambda: text_server.metric("mmgen_text_running") == 1, 10, "the text's beginning")
     took = wait_for(lambda: idle(text_server), 10, "the end of the abandoned text")
     assert took < 5
+
+
+@pytest.mark.slow
+def test_a_stream_that_nobody_reads_is_cut_off(text_server: Server) -> None:
+    """Long before it is written to its end, and long before --body-timeout-s."""
+    body = {"messages": messages(), "max_tokens": 4000, "ignore_eos": True, "stream": True, "n": 64}
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", text_server.port))
+        before, memory = text_server.metric("mmgen_cancelled_total"), text_server.rss()
+        connection.sendall(http("POST", "/v1/chat/completions", json.dumps(body).encode()))
+        wait_for(lambda: text_server.metric("mmgen_text_running") == 1, 20, "the text's beginning")
+        wait_for(lambda: text_server.metric("mmgen_cancelled_total") > before, 60, "the end of the stream")
+    wait_for(lambda: idle(text_server), 10, "the end of the text")
+    assert text_server.rss() - memory < 64 << 20

@@ -115,6 +115,15 @@ def test_a_client_that_leaves_while_its_prompt_is_rewritten_frees_the_engine(bot
     wait_for(lambda: both.metric("mmgen_text_running") == both.metric("mmgen_running") == 0, 10, "the end of both")
 
 
+def test_a_request_can_be_given_up_while_its_prompt_is_rewritten(both: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        headers = {"x-request-id": "give-me-up"}
+        asked = pool.submit(both.post, {**QUICK, "prompt": "a rocket", "enhance_prompt": True}, headers)
+        wait_for(lambda: both.delete("give-me-up").status_code == 200, 20, "something to give up")
+        assert_error(asked.result(), 499, "cancelled")
+    wait_for(lambda: both.metric("mmgen_text_running") == 0, 10, "the end of the text")
+
+
 def test_a_deadline_covers_the_rewriting_too(both: Server) -> None:
     answer = both.post({**QUICK, "enhance_prompt": True, "deadline_s": 0.01})
     assert_error(answer, 504, "deadline_exceeded")

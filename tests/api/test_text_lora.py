@@ -262,13 +262,24 @@ def test_a_worker_that_dies_comes_back_with_its_adapters(root: Path, model: Path
         assert loaded(server) == ["a", "e"]
 
 
-def test_what_changes_adapters_for_everybody_needs_the_admin_key(root: Path, model: Path):
+def test_what_changes_adapters_for_everybody_needs_the_admin_key_and_a_failed_change_changes_nothing(
+    root: Path, model: Path
+):
     flags = ("--model-path", "none", "--llm-path", str(model), "--llm-dtype", "float32", "--lora-root", str(root))
-    with start_server(*flags, "--admin-api-key", ADMIN, api_key="a-user-key") as server:
+    flags = (*flags, "--tp-size", "2")  # one rank's failure is the other's
+    admin = {"authorization": f"Bearer {ADMIN}"}
+    fault = "adapter:raise:1@1"
+    with start_server(*flags, "--admin-api-key", ADMIN, api_key="a-user-key", fault=fault) as server:
         for path in ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter"):
             assert_error(call(server, f"/v1/{path}", {}), 403, "admin_key_required")
         assert_error(complete(server, lora_path="a.safetensors"), 403, "admin_key_required", "lora_path")
         body = {"lora_name": "a", "lora_path": "a.safetensors"}
-        response = call(server, "/v1/load_lora_adapter", body, authorization=f"Bearer {ADMIN}")
+        assert_error(call(server, "/v1/load_lora_adapter", body, **admin), 500, "generation_failed")
+        assert loaded(server) == []
+        response = call(server, "/v1/load_lora_adapter", body, **admin)
         assert response.status_code == 200, response.text
+        assert said(server, model="tiny:a") != said(server)
+        assert call(server, "/v1/sleep", {}, **admin).status_code == 200
+        assert_error(call(server, "/v1/load_lora_adapter", {**body, "lora_name": "b"}, **admin), 503, "asleep")
+        assert call(server, "/v1/wake", {}, **admin).status_code == 200
         assert said(server, model="tiny:a") != said(server)

@@ -13,7 +13,7 @@ import pytest
 from multimodal_gen.config import ServerConfig
 from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.ticket import TextTicket
-from multimodal_gen.errors import Asleep, Cancelled, MmgenError, QueueFull, UnsupportedEndpoint, WorkerCrashed
+from multimodal_gen.errors import Asleep, Cancelled, MmgenError, OutOfMemory, QueueFull, UnsupportedEndpoint, WorkerCrashed
 from multimodal_gen.llm.answers import Answers
 from multimodal_gen.messages import Progress, Started, TextDelta, TextFinished
 from multimodal_gen.text import TextOutput
@@ -203,6 +203,28 @@ def test_both_sides_sleep_and_wake_together(both: Running) -> None:
     assert (both.make() == picture).all()
 
 
+def test_where_one_side_cannot_wake_both_sleep_on(both: Running) -> None:
+    both.start_again("wake:oom:1")
+    texts = Asking(both)
+    expected = texts.outputs(texts.submit())[0].token_ids
+
+    async def sleep() -> int:
+        return (await both.client.sleep()).freed_bytes
+
+    async def wake() -> None:
+        await both.client.wake()
+
+    both.do(sleep())
+    with pytest.raises(OutOfMemory):
+        both.do(wake())
+    assert both.client.state == "asleep"
+    with pytest.raises(Asleep):
+        texts.submit()
+    both.do(wake())
+    assert texts.outputs(texts.submit())[0].token_ids == expected
+    assert both.make().shape == (64, 64, 3)
+
+
 def test_a_language_model_alone_is_a_whole_engine(folder: Path) -> None:
     with running(model_path="none", llm_path=str(folder), **SETTINGS) as engine:
         engine.wait_ready()
@@ -243,3 +265,21 @@ def test_ranks_that_share_a_text_model_write_the_same(folder: Path, monkeypatch:
         wait_for(lambda: used_pages(engine) == 0, 5, "pages of nobody")
     for at, ids in enumerate(found):
         assert ids == tuple(answer(core, ask("r", tuple(range(3, 30 + at)), 16)).ids("r"))
+
+
+def test_ranks_take_the_same_turns_of_both_sides(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which side is next follows from measured times: ranks that measured for themselves would come apart."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    core, pictures = open_core(folder), make_z_image(tmp_path / "z")
+    with running(model_path=str(pictures), llm_path=str(folder), tp_size=2, **SETTINGS) as engine:
+        engine.wait_ready()
+        texts = Asking(engine)
+        drawn = [engine.submit(steps=60, seed=seed) for seed in range(3)]
+        tickets = [texts.submit(tuple(range(3, 30 + at)), 40) for at in range(3)]
+        found = [texts.outputs(ticket)[0].token_ids for ticket in tickets]
+        assert [engine.result(ticket).shape for ticket in drawn] == [(64, 64, 3)] * 3
+        assert engine.client.restarts == 0
+    for at, ids in enumerate(found):
+        assert ids == tuple(answer(core, ask("r", tuple(range(3, 30 + at)), 40)).ids("r"))

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.mmgen import command, environment, mmgen
+from tests.support.text_adapters import write_random
 from tests.support.text_core import make_text_folder
+from tests.support.text_models import open_model
 
 pytestmark = [pytest.mark.e2e]
 
@@ -52,6 +54,36 @@ def test_a_conversation_on_stdin_has_its_commands_and_remembers(flags: list[str]
     brief = json.loads(mmgen("chat", "hello", "--system", "Be brief.", "--json", *flags, folder=tmp_path).out)["text"]
     assert told.out.startswith(once + "\n")
     assert told.out.endswith(f"{once}\n{brief}\n"), "after /reset as at the beginning; then with the new instructions"
+
+
+def test_a_conversation_uses_the_adapters_that_it_is_told_of(flags: list[str], folder: Path, tmp_path: Path) -> None:
+    config = open_model(folder).config
+    paths = []
+    for seed, name in enumerate(("poet", "clerk")):
+        write_random(tmp_path / f"{name}.safetensors", config, seed=seed)
+        paths += ["--lora-paths", f"{name}={tmp_path / f'{name}.safetensors'}"]
+    lines = [
+        "hello",
+        "/reset",
+        "/adapter poet",
+        "hello",
+        "/adapter nobody",
+        "/reset",
+        "hello",
+        "/adapter",
+        "/reset",
+        "hello",
+    ]
+    told = mmgen("chat", *flags, *paths, folder=tmp_path, stdin="\n".join(lines))
+    assert told.code == 0, told.err
+    assert "There is no adapter 'nobody'" in told.err
+    poet = json.loads(mmgen("chat", "hello", "--json", *flags, *paths[:2], folder=tmp_path).out)
+    base = json.loads(mmgen("chat", "hello", "--json", *flags, folder=tmp_path).out)
+    assert (poet["adapter"], base["adapter"]) == ("poet", None)
+    assert poet["text"] != base["text"]
+    assert told.out == "".join(f"{each['text']}\n" for each in (base, poet, poet, base))
+    wrong = mmgen("chat", "hello", *flags, *paths, "--adapter", "poem", folder=tmp_path)
+    assert (wrong.code, "Did you mean 'poet'" in wrong.err) == (2, True)
 
 
 def test_what_is_wrong_is_one_line_and_exit_code_two(flags: list[str], folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from multimodal_gen.llm.loading import TextModel
 from multimodal_gen.llm.sizing import COPIES
 from multimodal_gen.llm.tokenizer import Tokenizer
-from tests.support.text_core import answer, ask, greedy, make_text_folder, open_core
+from tests.support.text_core import answer, ask, greedy, greedy_together, make_text_folder, open_core
 from tests.support.text_models import open_model, reference, smollm2
 
 pytestmark = [pytest.mark.parity]
@@ -125,7 +125,7 @@ class Smol:
         self.model: TextModel = open_model(smollm2())
         self.tokenizer = Tokenizer.load(self.model.card)
         self.prompts = [self.tokenizer.encode(text) for text in TEXTS]
-        self.expected = [greedy(theirs, prompt, SMOL_TOKENS) for prompt in self.prompts]
+        self.expected = greedy_together(theirs, self.prompts, SMOL_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +137,10 @@ def smol(smollm2_by_transformers: Any) -> Smol:
     "settings",
     [
         {"max_running_requests": 1},
-        {"max_running_requests": 8, "chunked_prefill_size": 5},
+        {"max_running_requests": 8, "chunked_prefill_size": 16, "kv_page_size": 1},
         {"max_running_requests": 32, "prefix_cache": False},
     ],
-    ids=["1", "8, in pieces", "32, nothing is kept"],
+    ids=["1", "8, in pieces, pages of one token", "32, nothing is kept"],
 )
 def test_smollm2_says_what_it_says_in_transformers(smol: Smol, settings: dict[str, Any]) -> None:
     core = open_core(smollm2(), model=smol.model, **settings)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from multimodal_gen.adapters import AdapterSource, RestoreLora, SwapLoras
 from multimodal_gen.errors import AdapterError, AdapterLimit, AdapterMergeOnly, AdapterMismatch, AdapterNotFound
 from multimodal_gen.llm.adapter_turns import TURN_STEPS
+from multimodal_gen.llm.adapters import STACKED_TOKENS
 from multimodal_gen.llm.core import TextCore
 from multimodal_gen.llm.loading import TextModel
 from multimodal_gen.lora.sources import make_source
@@ -100,6 +101,34 @@ def test_base_and_three_adapters_in_one_batch_say_what_each_says_alone(setting: 
         mixed = max(mixed, len(ready))
     assert {name: driver.heard.ids(name) for name in wanted} == wanted
     assert mixed == min(3, places)
+
+
+def test_a_long_prompt_computes_its_adapter_by_itself(llama: Setting):
+    """Beyond `STACKED_TOKENS` runs of tokens take the place of the stack; both in one answer, beside others."""
+    prompt = [(7 * at) % 300 + 5 for at in range(STACKED_TOKENS + 30)]
+    theirs, said = reference(llama.folder), {}
+    for name in NAMES:
+        wrapped = with_peft(theirs, llama.files[name])
+        said[name] = greedy(wrapped, prompt, 6)
+        theirs = wrapped.unload()
+    said[None] = greedy(theirs, prompt, 6)
+    core = llama.core(*NAMES, chunked_prefill_size=1024)
+    heard = answer(core, *[ask(f"{name}", prompt, 6, adapter=digest(core, name)) for name in (None, *NAMES)])
+    assert {name: heard.ids(f"{name}") for name in said} == said
+    assert len(set(map(tuple, said.values()))) > 1
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int4")])
+def test_adapters_run_beside_weights_of_fewer_bits(llama: Setting, dtype: str, bits: str):
+    core = open_core(llama.folder, dtype, llm_quantization=bits)
+    for name in NAMES:
+        load(core, name, llama.files[name])
+    every = (None, *NAMES)
+    alone = {name: answer(core, ask("x", PROMPTS[0], 6, adapter=digest(core, name))).ids("x") for name in every}
+    heard = answer(core, *[ask(f"{name}", PROMPTS[0], 6, adapter=digest(core, name)) for name in every])
+    assert len(set(map(tuple, alone.values()))) == 4, "an adapter changes nothing"
+    together = {name: heard.ids(f"{name}") for name in every}
+    assert {name: ids[0] for name, ids in together.items()} == {name: ids[0] for name, ids in alone.items()}
 
 
 def test_n_answers_of_an_adapter_share_its_prompt_and_no_other_adapters(llama: Setting):

@@ -112,20 +112,27 @@ def answer(core: TextCore, *requests: TextRequest) -> Heard:
     return driver.run()
 
 
-@torch.no_grad()
 def greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
     """What transformers goes on with."""
-    ids = torch.tensor([list(prompt)])
+    return greedy_together(model, [prompt], tokens)[0]
+
+
+@torch.no_grad()
+def greedy_together(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """The same of several prompts in one batch, padded at their start."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     out = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
     )
-    return out[0, len(prompt) :].tolist()
+    return out[:, width:].tolist()
 
 
 def grammar(core: TextCore, kind: GrammarKind, source: str) -> Grammar:

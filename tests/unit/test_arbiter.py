@@ -127,3 +127,14 @@ def test_ranks_that_are_told_the_same_choose_the_same() -> None:
         return made
 
     assert choices() == choices()
+
+
+def test_while_text_is_written_a_denoising_step_is_no_larger_than_a_budget() -> None:
+    arbiter = Arbiter(0.1)
+    assert arbiter.most_tokens(text=True) is None, "nobody knows yet what a token takes"
+    arbiter.ran("pictures", 0.4, pictures=True, text=False, tokens=800)
+    assert arbiter.most_tokens(text=False) is None
+    assert arbiter.most_tokens(text=True) == 200
+    for _ in range(30):
+        arbiter.ran("pictures", 1.0, pictures=True, text=True, tokens=100)
+    assert arbiter.most_tokens(text=True) == pytest.approx(10, abs=1)

@@ -10,13 +10,14 @@ import pytest
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.client import least_loaded
 from multimodal_gen.engine.patience import Patience
-from multimodal_gen.engine.readings import total
-from multimodal_gen.engine.ticket import Ticket
+from multimodal_gen.engine.readings import Readings, total, total_text
+from multimodal_gen.engine.ticket import TextTicket, Ticket
 from multimodal_gen.environment import worker_threads
-from multimodal_gen.messages import Gauges
+from multimodal_gen.messages import Gauges, TextGauges
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ImageRequest, SamplingParams
 from multimodal_gen.resolve import resolve
+from multimodal_gen.text import TextRequest
 
 pytestmark = [pytest.mark.unit]
 
@@ -114,3 +115,46 @@ def test_cores_are_shared_out_unless_threads_are_set(monkeypatch: pytest.MonkeyP
     assert worker_threads(EngineConfig(), 1).threads is None
     assert [worker_threads(EngineConfig(), n).threads for n in (2, 3, 16)] == [4, 2, 1]
     assert worker_threads(EngineConfig(threads=5), 4).threads == 5
+
+
+def text(prompt: int = 10, max_tokens: int = 20, n: int = 1) -> TextRequest:
+    return TextRequest(id="t", prompt=tuple(range(prompt)), max_tokens=max_tokens, n=n)
+
+
+def test_a_text_costs_what_is_left_to_read_and_to_write() -> None:
+    ticket = TextTicket(text(10, 20, n=2), lambda _: None, 0.0)
+    assert ticket.cost_left == 10 + 2 * 20
+    ticket.tokens_done = 1
+    assert ticket.cost_left == 2 * 20 - 1
+    ticket.tokens_done = 50
+    assert ticket.cost_left == 0
+
+
+def test_a_worker_of_texts_has_the_whole_limit_until_it_has_read_as_much() -> None:
+    patience = Patience(600.0, chunk_tokens=100)
+    assert patience.limit([text(50)]) == 600.0
+    patience.spoke(0.2, 0, 50)
+    assert patience.limit([text(50)]) == 30.0
+    assert patience.limit([text(50), text(50)]) == 600.0
+    patience.spoke(0.2, 0, 100)
+    assert patience.limit([text(50)] * 10) == 30.0, "a step reads no more than a chunk"
+    assert patience.limit([text(5000)]) == 30.0
+    work = request(64)
+    assert patience.limit([text(50), work]) == 600.0, "nobody has seen it make pictures"
+    patience.spoke(0.2, work.row_tokens)
+    patience.finished(work)
+    patience.finished(text())
+    assert patience.limit([text(50), work]) == 30.0
+
+
+def test_what_texts_have_counted_outlives_their_worker_and_what_it_held_does_not() -> None:
+    readings = Readings()
+    assert readings.text == TextGauges()
+    readings.note(TextGauges(running=3, kv_pages=10, kv_pages_used=7, generated_tokens=100, preemptions=1))
+    readings.note(TextGauges(running=2, kv_pages=10, kv_pages_used=4, generated_tokens=120, preemptions=1))
+    readings.forget()
+    assert readings.text == TextGauges(generated_tokens=120, preemptions=1)
+    readings.note(TextGauges(running=1, kv_pages=10, generated_tokens=5, step_seconds=0.5))
+    assert readings.text.generated_tokens == 125
+    both = total_text([readings.text, TextGauges(running=2, kv_pages=10, step_seconds=0.2)])
+    assert (both.running, both.kv_pages, both.step_seconds) == (3, 20, 0.5)

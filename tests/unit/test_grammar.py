@@ -242,6 +242,7 @@ def test_a_helper_that_dies_is_an_error_once_and_the_next_one_serves(tokenizer: 
     compiler = GrammarCompiler(smollm2_card(), tokenizer, LIMIT_S)
     try:
         assert compiler.helper_pid is None, "nothing is started before it is needed"
+        assert tokenizer.vocabulary.digest, "finding all tokens takes longer than the helper has"
         compiler.prepare()
         assert compiler.helper_pid is not None
         threading.Timer(0.2, os.kill, (compiler.helper_pid, signal.SIGKILL)).start()
@@ -254,6 +255,24 @@ def test_a_helper_that_dies_is_an_error_once_and_the_next_one_serves(tokenizer: 
     while time.monotonic() < deadline and os.path.exists(f"/proc/{compiler.helper_pid}"):
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{compiler.helper_pid}"), "close leaves no process"
+
+
+def test_a_helper_that_hangs_is_found_and_told_and_the_next_one_serves(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hanging = compiler.helper_pid
+    assert hanging is not None
+    os.kill(hanging, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler_module, "START_S", 0.5 - compiler_module.MAX_WAITING * LIMIT_S)
+        with pytest.raises(GenerationFailed, match="did not answer"):
+            asyncio.run(compiler.compile("regex", "[a-c]{3}", "regex"))
+    assert "is stuck" in caplog.text
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and os.path.exists(f"/proc/{hanging}"):
+        time.sleep(0.02)
+    assert compiler.compile_now("regex", "[a-c]{3}", "regex").kind == "regex"
+    assert compiler.helper_pid != hanging
 
 
 def test_a_grammar_of_another_vocabulary_is_that_requests_error(compiler: GrammarCompiler) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import queue
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from multimodal_gen import LLM, DiffGenerator, TextOutput, TextParams
-from multimodal_gen.config import ServerConfig
 from multimodal_gen.engine.local_text import LocalTextEngine, RemoteTextEngine
 from multimodal_gen.errors import (
     AdapterNotFound,
@@ -23,16 +20,17 @@ from multimodal_gen.errors import (
     InvalidValue,
     ModelNotFound,
     UnknownParameter,
-    WorkerCrashed,
 )
 from multimodal_gen.messages import TextDelta
-from multimodal_gen.text import TextRequest
+from multimodal_gen.text import Grammar
+from tests.support.server import wait_for
 from tests.support.text_adapters import write_random
 from tests.support.text_core import answer, ask, make_text_folder, open_core
 
 pytestmark = [pytest.mark.unit]
 
 SMALL: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "16MiB", "threads": 1}
+NONSENSE = Grammar(kind="regex", digest="nonsense", compiled=b"{}")
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 PROMPTS = ["a red apple", "the quick brown fox", "one two three four"]
 
@@ -198,7 +196,15 @@ def test_several_ranks_write_what_one_does(llm: LLM, folder: Path, monkeypatch: 
             raise ValueError("no more")
 
         with pytest.raises(ValueError, match="no more"):
-            shared_out.generate(PROMPTS, max_tokens=100, on_delta=burst, **GREEDY)
+            shared_out.generate(PROMPTS * 4, max_tokens=100, on_delta=burst, **GREEDY)
+        engine = shared_out._live
+        assert isinstance(engine, RemoteTextEngine)
+        wait_for(lambda: not len(engine._client.admitted), 10, "the end of all that was asked")
+        generated = engine._client.text_gauges.generated_tokens
+        with pytest.raises(GenerationFailed, match="grammar"):
+            shared_out._run([[5]] * 8, TextParams(max_tokens=100, **GREEDY), {}, NONSENSE, None, None)
+        wait_for(lambda: not len(engine._client.admitted), 10, "the end of all that was asked")
+        assert engine._client.text_gauges.generated_tokens - generated < 200, "no more was asked after the error"
         assert shared_out.generate("a", max_tokens=2, **GREEDY)
         with pytest.raises(InvalidValue):
             shared_out.generate("a", n=0)
@@ -267,30 +273,3 @@ def test_an_adapter_of_the_settings_is_used_by_name(folder: Path, tmp_path: Path
         assert poetic[0].token_ids != plain[0].token_ids
         with pytest.raises(AdapterNotFound, match="poet"):
             other.chat([{"role": "user", "content": "a"}], max_tokens=6, lora="poem")
-
-
-def test_after_a_failure_nothing_more_is_asked_of_the_workers() -> None:
-    """Requests beyond what may be queued wait in `LLM`; those of a call that has failed are never sent."""
-    asked = list[str]()
-
-    class Client:
-        config = ServerConfig(max_queued_requests=1)
-
-        async def submit_text(self, request: TextRequest) -> AsyncIterator[TextDelta]:
-            asked.append(request.id)
-            await asyncio.sleep(0)
-            raise WorkerCrashed("gone")
-            yield
-
-    engine = RemoteTextEngine.__new__(RemoteTextEngine)
-    vars(engine)["_client"] = Client()
-    heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    async def listen() -> None:
-        await engine._listen([ask(name, [1], 1) for name in "abcd"], heard)
-        await asyncio.sleep(0.05)
-
-    asyncio.run(listen())
-    assert isinstance(heard.get(), WorkerCrashed)
-    assert heard.get() is None
-    assert len(asked) <= 2

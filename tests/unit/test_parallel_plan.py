@@ -13,6 +13,7 @@ from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.plan import Plan, plan
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ModelCard
+from multimodal_gen.text import TextCard
 
 pytestmark = [pytest.mark.unit]
 
@@ -117,3 +118,50 @@ def test_every_rank_needs_a_device(card: ModelCard, device: str, devices: int, f
     else:
         with pytest.raises(ConfigError, match=f"4 ranks need a CUDA device each, and {devices} are visible"):
             plan(config, card, devices)
+
+
+TEXT = TextCard(
+    name="tiny", family="llama", path="", format="gguf", context=64, vocab_size=9, layers=1, heads=6, kv_heads=2,
+    head_dim=8, parameters=1, weight_bytes=1, eos_ids=(2,),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ({}, Plan(1, Degrees())),
+        ({"tp_size": 2}, Plan(1, Degrees(tp=2))),
+        ({"num_gpus": 3}, Plan(1, Degrees(tp=3))),
+        ({"num_gpus": 4, "dp_size": 2}, Plan(2, Degrees(tp=2))),
+        ({"num_gpus": 4, "dp_size": 2, "tp_size": 2}, Plan(2, Degrees(tp=2))),
+        ({"dp_size": 5}, Plan(5, Degrees())),
+        ({"ulysses_degree": 1, "ring_degree": 1}, Plan(1, Degrees())),
+    ],
+)
+def test_ranks_of_a_language_model_alone_share_every_layer(given: dict[str, Any], made: Plan) -> None:
+    assert plan(EngineConfig(model_path="none", **given), None, text=TEXT) == made
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "param"),
+    [
+        ({"tp_size": 4}, "6 attention heads of tiny .* 4 ranks", "tp_size"),
+        ({"num_gpus": 5}, "6 attention heads of tiny .* 5 ranks", "tp_size"),
+        ({"num_gpus": 3, "tp_size": 2}, "--num-gpus 3 .* dp 1 x tp 2", "num_gpus"),
+        ({"num_gpus": 3, "dp_size": 2}, "--num-gpus 3 .* dp 2 x tp 1", "num_gpus"),
+        ({"ring_degree": 2}, "--ring-degree 2 shares out pictures", "ring_degree"),
+        ({"ulysses_degree": 3}, "--ulysses-degree 3 shares out pictures", "ulysses_degree"),
+        ({"enable_cfg_parallel": True}, "--enable-cfg-parallel", "enable_cfg_parallel"),
+    ],
+)
+def test_what_a_language_model_alone_cannot_be_shared_out_by_is_refused(
+    given: dict[str, Any], message: str, param: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan(EngineConfig(model_path="none", **given), None, text=TEXT)
+    assert caught.value.param == param
+
+
+def test_beside_pictures_the_ranks_are_those_of_the_pictures(card: ModelCard) -> None:
+    config = EngineConfig(num_gpus=4, llm_path="tiny")
+    assert plan(config, card, text=TEXT) == plan(config, card)

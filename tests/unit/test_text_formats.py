@@ -83,6 +83,16 @@ def test_one_call_alone_where_no_more_are_wanted(name: str) -> None:
     assert not accepts(named.rule, first)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_function_without_parameters_gets_none(name: str) -> None:
+    made = shape(None, read_tools(TOOLS[1:], "required", False), FORMATS[name], None, inside=False)
+    _, call = _calls(name)
+    assert accepts(made.rule, call)
+    assert not accepts(
+        made.rule, call.replace("{}", '{"a": 1}').replace("</", "<arg_key>a</arg_key><arg_value>1</arg_value></")
+    )
+
+
 def _calls(name: str) -> tuple[str, str]:
     text = WRITTEN[name]
     separator = (FORMATS[name] if FORMATS[name].tag else LISTED).separator

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from multimodal_gen.adapters import AdapterInfo, AdapterSource, LoraState, SwapLoras
+from multimodal_gen.cli.lora import inspect
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.text_loras import TextLoras
 from multimodal_gen.errors import AdapterInUse, AdapterLimit, AdapterNotFound, CorruptAdapter, InvalidValue
 from multimodal_gen.llm.adapter_names import parse_flags, pinned_names, split_model
 from multimodal_gen.messages import LorasChanged
+from tests.support.text_adapters import write_poet
 
 pytestmark = [pytest.mark.unit]
 
@@ -168,6 +170,32 @@ def test_unloading_waits_for_the_requests_that_use_it():
     run(work())
 
 
+def test_one_of_two_names_for_the_same_adapter_may_go_at_any_time():
+    async def work() -> None:
+        workers = Workers(unload_s=0.05, max_loaded_loras=2)
+        await workers.names.load(source("a", "/nowhere/same.safetensors"))
+        await workers.names.load(source("b", "/nowhere/same.safetensors"))
+        workers.begins("a")
+        await workers.names.unload("a")
+        with pytest.raises(AdapterInUse):
+            await workers.names.unload("b")
+        await workers.names.load(source("a", "/nowhere/same.safetensors"))
+        assert len((await workers.names.load(source("c"))).evicted) == 1
+        workers.begins("c")
+        with pytest.raises(AdapterLimit):
+            await workers.names.load(source("d"))
+
+    run(work())
+
+
+def test_a_limit_of_zero_loads_nothing():
+    async def work() -> None:
+        with pytest.raises(AdapterLimit, match="--max-loras is 0"):
+            await Workers(max_loras=0).names.load(source("a"))
+
+    run(work())
+
+
 def test_unloading_gives_up_after_a_while_and_the_adapter_goes_on():
     async def work() -> None:
         workers = Workers(unload_s=0.05)
@@ -245,3 +273,8 @@ def test_a_model_name_may_end_with_an_adapter():
     assert split_model("llama:8b", known) == ("llama:8b", None)
     assert split_model("llama:8b:poet", known) == ("llama:8b", "poet")
     assert split_model("other:poet", known) == ("other:poet", None)
+
+
+def test_inspecting_a_file_says_that_it_fits_language_models(tmp_path):
+    facts = inspect(write_poet(tmp_path) / "poet.safetensors")
+    assert facts["families"]["language models"] == "2 of 2 modules"

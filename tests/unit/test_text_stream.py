@@ -23,9 +23,10 @@ from multimodal_gen.llm.parsers.tools.json_calls import HermesCalls
 from multimodal_gen.llm.tokenizer import Tokenizer
 from multimodal_gen.messages import TextDelta, TextFinished
 from multimodal_gen.server import event_stream
+from multimodal_gen.server.completion_replies import CompletionForm
 from multimodal_gen.server.context import Running
 from multimodal_gen.server.text_replies import ChatForm, Heading, chat_body
-from multimodal_gen.server.text_stream import ChatStream
+from multimodal_gen.server.text_stream import ChatStream, CompletionStream
 from multimodal_gen.text import TextRequest, TextTimings, TextUsage, TokenLogprob
 from tests.support.llm import smollm2_card
 
@@ -228,3 +229,46 @@ def test_a_client_that_leaves_cancels_its_request() -> None:
     asyncio.run(asyncio.wait_for(stream(to, form(), metrics)({}, receive, send), 2))
     assert cancels == ["r1"]
     assert metrics.count == 1
+
+
+def completions(tickets: list[TextTicket], metrics: Any = None, **more: Any) -> CompletionStream:
+    context: Any = SimpleNamespace(running=Running(), metrics=metrics)
+    exchange: Any = SimpleNamespace(owner="o", request_id="q1", outcome="")
+    how = CompletionForm(Heading("cmpl-1", "m"), tokenizer(), 1, **more)
+    return CompletionStream(context, exchange, tickets, how, {})
+
+
+def sent_by(answer: CompletionStream) -> list[bytes]:
+    """The bodies that a client gets, but for the empty one at the end."""
+    sent = list[dict[str, Any]]()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(asyncio.wait_for(answer({}, _never, send), 2))
+    return [message["body"] for message in sent[1:-1]]
+
+
+def test_the_texts_of_several_prompts_come_mixed_and_end_together() -> None:
+    tickets = [ticket(), ticket()]
+    for to, text in zip(tickets, ("abcdef", "ghi"), strict=True):
+        write(to, text)
+        to.end(FINISHED)
+    bodies = sent_by(completions(tickets, echoes=("1:", "2:"), usage_chunk=True))
+    assert bodies[-1] == b"data: [DONE]\n\n"
+    *found, usage = [json.loads(body.removeprefix(b"data: ")) for body in bodies[:-1]]
+    texts = {0: "", 1: ""}
+    for chunk in found:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == {0: "1:abcdef", 1: "2:ghi"}
+    assert usage["usage"]["completion_tokens"] == 14
+
+
+def test_the_first_prompt_that_fails_ends_all() -> None:
+    cancels = Cancels()
+    tickets = [ticket(cancels), ticket(cancels)]
+    write(tickets[0], "abc")
+    tickets[1].end(GenerationFailed("It broke."))
+    bodies = sent_by(completions(tickets, Metrics()))
+    assert json.loads(bodies[-1].removeprefix(b"data: "))["error"]["code"] == "generation_failed"
+    assert len(cancels) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -22,6 +23,8 @@ MAX_SOURCE_CHARS = 1 << 16
 MAX_KEPT, MAX_KEPT_BYTES = 256, 256 << 20
 MAX_WAITING = 64
 START_S = 60.0  # for the helper's import, on the slowest machine
+
+log = logging.getLogger(__name__)
 
 _WHAT = {
     "json_schema": "The JSON schema",
@@ -148,6 +151,7 @@ class GrammarCompiler:
         raise InvalidValue(f"{_WHAT[kind]} in {param!r} takes {much} to compile; make it simpler.", param=param)
 
     def _stuck(self) -> MmgenError:
+        log.error("the process that compiles grammars is stuck; killing it")
         if self._helper is not None:
             self._helper.kill()
         return GenerationFailed("The process that compiles grammars did not answer; the next request starts it anew.")

@@ -43,7 +43,10 @@ def _glm_call(tool: Tool) -> Rule:
 
 
 def _tag(begin: str, tool: Tool, end: str, **more: str) -> Rule:
-    content = {"type": "json_schema", "json_schema": tool.parameters, "max_whitespace_cnt": MAX_SPACES, **more}
+    schema = tool.parameters
+    if schema.get("properties") == {} and not schema.keys() & {"additionalProperties", "patternProperties"}:
+        schema = {**schema, "additionalProperties": False}  # a function without parameters takes none
+    content = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_SPACES, **more}
     return {"type": "tag", "begin": begin, "content": content, "end": end}
 
 
