@@ -271,14 +271,26 @@ def _several(prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[in
     for each in prompts:
         if isinstance(each, int):
             raise InvalidValue("'prompts' must be texts or lists of token ids, each of one kind.", param="prompts")
+        if not isinstance(each, Sequence):
+            raise InvalidValue("Each of 'prompts' must be a text or a list of token ids.", param="prompts")
         found.append(each)
     return found
 
 
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
-    if all(isinstance(each, Mapping) for each in messages):
-        return [[each for each in messages if isinstance(each, Mapping)]]
-    return [[message for message in each if isinstance(message, Mapping)] for each in messages]
+    """Raises: InvalidValue for anything else, and for a conversation without messages."""
+    wrong = InvalidValue(
+        "'messages' must be {'role', 'content'} each: one conversation, or a list of conversations.", param="messages"
+    )
+    if not messages or isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise wrong
+    one = all(isinstance(each, Mapping) for each in messages)
+    several: list[Any] = [messages] if one else [*messages]
+    for each in several:
+        listed = isinstance(each, Sequence) and not isinstance(each, str) and len(each) > 0
+        if not listed or not all(isinstance(message, Mapping) for message in each):
+            raise wrong
+    return [list(each) for each in several]
 
 
 def _merge(params: TextParams, overrides: Mapping[str, Any]) -> TextParams:

@@ -119,7 +119,8 @@ def _load(load: Load, clock: TurnClock) -> Host:
     if device.type == "cuda" and ":" not in config.device:
         config = msgspec.structs.replace(config, device=f"cuda:{load.seat.device}")
         device = resolve_device(config.device)
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels in Triton start on the current one
     degrees = plan(load.config, load.card, text=load.text).degrees
     ranks = meet(load.seat, degrees, device, config.load_timeout_s, config.step_timeout_s)
     ranks.mesh = dataclasses.replace(ranks.mesh, loading=load.loading)

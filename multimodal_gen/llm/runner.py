@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -51,6 +52,12 @@ class Runner:
 
         Raises: whatever the model or its adapters raise; PeerLost.
         """
+        # Kernels in Triton start on the current device, which in a program of somebody else's may be another.
+        on_cuda = self.model.device.type == "cuda"
+        with torch.cuda.device(self.model.device) if on_cuda else contextlib.nullcontext():
+            return self._run(slots, writings)
+
+    def _run(self, slots: Sequence[Slot], writings: Mapping[str, Writing]) -> list[Sampled]:
         assert self._cache is not None, "nothing runs while the model sleeps"
         order = _side_by_side(slots)
         planned = [slots[at] for at in order]

@@ -144,8 +144,15 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: _plain(value) for key, value in message.items() if value is not None}
     content = plain.get("content")
     if isinstance(content, list):
-        plain["content"] = "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
+        plain["content"] = "".join(map(_part, content))
     return plain
+
+
+def _part(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        raise InvalidValue("A message's content is a text, or a list of text parts.", param="messages")
+    return text
 
 
 def _plain(value: Any) -> Any:

@@ -72,7 +72,8 @@ class StackedRouting:
 
     stack: Stack
     owners: Tensor  # int64 [T]: place in the stack; -1: the weights alone
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # widths → [T, ΣR]; made once per forward
+    # Widths → bool [T, ΣR]: hidden numbers of others; made once per forward.
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def add_(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add each token's update of `layer` to y [T, out], given the layer's input x [T, in]; returns y."""
@@ -80,12 +81,13 @@ class StackedRouting:
         if update is None:
             return y
         dtype = compute_dtype(x.dtype, x.device)
-        hidden = torch.mm(x.to(dtype), update.down).mul_(self._mask(update, dtype))
+        # Not by a product: another's numbers may have overflowed.
+        hidden = torch.mm(x.to(dtype), update.down).masked_fill_(self._mask(update), 0.0)
         if dtype == y.dtype:
             return y.addmm_(hidden, update.up)
         return y.add_((hidden @ update.up).to(y.dtype))
 
-    def _mask(self, update: StackedUpdate, dtype: torch.dtype) -> Tensor:
+    def _mask(self, update: StackedUpdate) -> Tensor:
         if update.widths not in self.masks:
-            self.masks[update.widths] = (self.owners[:, None] == update.places).to(dtype)
+            self.masks[update.widths] = self.owners[:, None] != update.places
         return self.masks[update.widths]

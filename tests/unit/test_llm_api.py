@@ -12,6 +12,7 @@ import pytest
 from multimodal_gen import LLM, DiffGenerator, TextOutput, TextParams
 from multimodal_gen.engine.local_text import LocalTextEngine, RemoteTextEngine
 from multimodal_gen.errors import (
+    AdapterNotFound,
     Asleep,
     ConfigError,
     ContextExceeded,
@@ -23,6 +24,7 @@ from multimodal_gen.errors import (
 from multimodal_gen.messages import TextDelta
 from multimodal_gen.text import Grammar
 from tests.support.server import wait_for
+from tests.support.text_adapters import write_random
 from tests.support.text_core import answer, ask, make_text_folder, open_core
 
 pytestmark = [pytest.mark.unit]
@@ -234,3 +236,40 @@ def test_a_closed_one_says_so_and_closing_again_is_nothing(folder: Path) -> None
     llm.close()
     with pytest.raises(InvalidValue, match="closed"):
         llm.generate("a")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "hello",
+        ["hello"],
+        [],
+        [[]],
+        [{"role": "user", "content": "a"}, "b"],
+        [[{"role": "user", "content": "a"}, 7]],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+    ],
+)
+def test_messages_that_are_none_are_refused_and_not_left_out(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        llm.chat(messages, max_tokens=2)
+    assert caught.value.param == "messages"
+
+
+def test_prompts_that_are_none_are_refused(llm: LLM) -> None:
+    for prompts in ([None], ["a", None], 7):
+        with pytest.raises(InvalidValue):
+            llm.generate(prompts, max_tokens=2)  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_the_settings_is_used_by_name(folder: Path, tmp_path: Path, llm: LLM) -> None:
+    side = llm._live
+    assert isinstance(side, LocalTextEngine)
+    write_random(tmp_path / "poet.safetensors", side.side.core.model.config, seed=3)
+    with LLM(folder, **SMALL, lora_paths=[f"poet={tmp_path / 'poet.safetensors'}"]) as other:
+        plain = other.generate("a red apple", max_tokens=6, **GREEDY)
+        poetic = other.generate("a red apple", max_tokens=6, lora="poet", **GREEDY)
+        assert plain[0].token_ids == llm.generate("a red apple", max_tokens=6, **GREEDY)[0].token_ids
+        assert poetic[0].token_ids != plain[0].token_ids
+        with pytest.raises(AdapterNotFound, match="poet"):
+            other.chat([{"role": "user", "content": "a"}], max_tokens=6, lora="poem")

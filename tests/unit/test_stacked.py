@@ -68,3 +68,15 @@ def test_bytes_are_counted():
     layer = Linear(WIDTH, 10)
     overlay = make({"out": layer}, 1, 4, ("out",))
     assert Stack.of([overlay]).nbytes == 4 * 4 * (WIDTH + 10)
+
+
+def test_an_overlay_that_overflows_harms_no_tokens_but_its_own():
+    layer = Linear(WIDTH, 10)
+    mild, wild = make({"out": layer}, 1, 3, ("out",)), make({"out": layer}, 2, 2, ("out",))
+    wild.updates[layer].down.fill_(3e38)
+    owners, x = torch.tensor([-1, 0, 1]), torch.ones(3, WIDTH)
+    found = StackedRouting(Stack.of([mild, wild]), owners).add_(layer, x, torch.zeros(3, 10))
+    expected = mild.updates[layer]
+    assert torch.equal(found[0], torch.zeros(10))
+    torch.testing.assert_close(found[1], (x[1] @ expected.down) @ expected.pieces[0].up)
+    assert not found[2].isfinite().all()
