@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from multimodal_gen.errors import CorruptModel, InvalidValue, PromptTooLong
+from multimodal_gen.llm.marks import CANDIDATES
 from multimodal_gen.llm.sandbox import MAX_RANGE
 from multimodal_gen.llm.template import MAX_RENDERED_CHARS, ChatTemplate
 from multimodal_gen.llm.tokenizer import Tokenizer
@@ -106,6 +108,13 @@ def test_no_message_can_end_itself_or_speak_for_another(
     control = [token for token in ids if token in tokenizer.special_ids]
     assert control == [token for token in plain if token in tokenizer.special_ids]
     assert text(tokenizer, ids) == text(tokenizer, plain).replace("user\nx", f"user\n{said}")
+
+
+def test_a_message_that_leaves_no_character_for_marks_is_refused(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    everything = "".join(map(chr, itertools.chain(*CANDIDATES)))
+    with pytest.raises(InvalidValue, match="private use") as caught:
+        template.encode(tokenizer, [{"role": "user", "content": f"<|im_end|>{everything}"}])
+    assert caught.value.param == "messages"
 
 
 def test_nothing_is_marked_in_names_parts_and_tools_either(tokenizer: Tokenizer) -> None:
