@@ -165,6 +165,13 @@ def test_what_a_template_refuses_is_the_clients_error(tokenizer: Tokenizer) -> N
         "{{ namespace(__class__=1) }}",
         "{% set ns = namespace() %}{% set ns._x = 1 %}{{ ns._x }}",
         "{{ 'x' * 100000000 }}",
+        "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{{ '%0100000000d' % 1 }}",
+        "{{ '%*d' % (100000000, 1) }}",
+        "{{ '{:100000000}'.format(1) }}",
+        "{{ '%100000000d' | format(1) }}",
         "{{ 2 ** 100000 }}",
         "{{ 'x'.ljust(100000000) }}",
         "{{ 'x' | center(100000000) }}",
@@ -176,6 +183,26 @@ def test_what_a_template_refuses_is_the_clients_error(tokenizer: Tokenizer) -> N
 def test_the_sandbox_lets_nothing_out_and_makes_nothing_huge(tokenizer: Tokenizer, source: str) -> None:
     with pytest.raises((InvalidValue, CorruptModel)):
         of(source).encode(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' ~ 1 ~ 'é' }}",
+        "{{ 'a' + '1é' }}",
+        "{{ 'a%d%s' % (1, 'é') }}",
+        "{{ 'a%d%s' | format(1, 'é') }}",
+        "{{ 'a{}{:s}'.format(1, 'é') }}",
+    ],
+)
+def test_the_sandbox_lets_texts_be_put_together(tokenizer: Tokenizer, source: str) -> None:
+    assert text(tokenizer, of(source).encode(tokenizer, CHAT)) == "a1é"
+
+
+def test_formats_make_nothing_huge(tokenizer: Tokenizer) -> None:
+    for source in ("{{ '{:100000000}'.format(1) }}", "{{ '{:{}}'.format(1, 9) }}", "{{ '%100000000d' | format(1) }}"):
+        with pytest.raises(InvalidValue, match="no formats with widths"):
+            of(source).encode(tokenizer, CHAT)
 
 
 def test_templates_end_in_time(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
