@@ -15,7 +15,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 _FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
 # What clients send back of an assistant's message that means nothing to a model.
-_IDLE = {"refusal", "annotations", "audio", "function_call", "parsed", "id", "index"}
+_IDLE = {"refusal", "annotations", "parsed", "id", "index"}
 _PARTS_ELSEWHERE = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file")
 MAX_TEMPLATE_KWARGS = 16
 MAX_KWARG_CHARS = 256

@@ -44,6 +44,7 @@ def refused(server: Server, path: str, body: object, code: str, param: str | Non
             "messages[0].content[0]",
         ),
         ({"messages": [{**USER, "colour": "red"}]}, "unknown_parameter", "messages[0]"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "unknown_parameter", "messages[0]"),
         ({"messages": [{**USER, "tool_calls": []}]}, "invalid_value", "messages[0].tool_calls"),
         (
             {
