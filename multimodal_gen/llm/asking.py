@@ -91,7 +91,7 @@ def settle(
     Raises: ContextExceeded with both numbers; the InvalidValue family, naming the field.
     """
     max_tokens = _answer_tokens(len(prompt), params.max_tokens, context)
-    _check_ids(prompt, "prompt", card.vocab_size)
+    check_ids(prompt, "prompt", card.vocab_size)
     deadline = params.deadline_s
     return TextRequest(
         id=request_id,
@@ -165,7 +165,7 @@ def _biases(biases: Mapping[int, float], vocab: int) -> dict[int, float]:
         raise InvalidValue(
             f"'logit_bias' may name at most {MAX_LOGIT_BIAS:,} tokens, got {len(biases):,}.", param="logit_bias"
         )
-    _check_ids(biases, "logit_bias", vocab)
+    check_ids(biases, "logit_bias", vocab)
     return {token: _number(bias, "logit_bias", -100.0, 100.0) for token, bias in biases.items()}
 
 
@@ -184,11 +184,12 @@ def _stop_ids(ids: Sequence[int], vocab: int) -> tuple[int, ...]:
         raise InvalidValue(
             f"'stop_token_ids' may hold at most {MAX_STOP_TOKENS} tokens, got {len(ids):,}.", param="stop_token_ids"
         )
-    _check_ids(ids, "stop_token_ids", vocab)
+    check_ids(ids, "stop_token_ids", vocab)
     return tuple(dict.fromkeys(ids))
 
 
-def _check_ids(ids: Sequence[int] | Mapping[int, float], param: str, vocab: int) -> None:
+def check_ids(ids: Sequence[int] | Mapping[int, float], param: str, vocab: int) -> None:
+    """Raises: InvalidValue for what is no token of the model."""
     if not all(type(token) is int for token in ids):
         raise InvalidValue(f"{param!r} must hold whole numbers, the ids of tokens.", param=param)
     if not all(0 <= token < vocab for token in ids):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from multimodal_gen.errors import InvalidValue
 from multimodal_gen.llm.tokenizer import Added, Tokenizer
 
 # Characters without a meaning by definition, then those of private use.
@@ -32,7 +33,9 @@ class Marks:
     @classmethod
     def of(cls, given: Any, tokenizer: Tokenizer, literals: str) -> Marks:
         """For what users gave (JSON values). `literals`: what the template may write by itself; added tokens that it
-        writes are control tokens, too, whatever tokenizer.json calls them."""
+        writes are control tokens, too, whatever tokenizer.json calls them.
+
+        Raises: InvalidValue where no character is left for the mark."""
         tokens = {
             content: token
             for content, token in tokenizer.added.items()
@@ -42,7 +45,10 @@ class Marks:
         texts = list(_texts(given))
         if not tokens or not any(found.search(text) for text in texts):
             return cls(tokens, found, "")
-        return cls(tokens, found, next(_free("".join(texts), literals)))
+        mark = next(_free("".join(texts), literals), None)
+        if mark is None:
+            raise InvalidValue("The text uses every character for private use; leave one out.", param="messages")
+        return cls(tokens, found, mark)
 
     def put(self, given: Any) -> Any:
         """The same with marks before control tokens, in values and names."""

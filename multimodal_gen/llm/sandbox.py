@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from functools import cache
+from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.filters import do_format
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,10 +32,23 @@ from jinja2.utils import Namespace
 MAX_RANGE = 10_000
 MAX_PRODUCT = 1 << 20  # characters or items of a repeated text or list
 MAX_POWER = 64
+MAX_SUM = 16 << 20  # characters or items of texts or lists put together
+_WIDE = re.compile(r"%[^a-zA-Z%]*([0-9]{5}|\*)")
+_WIDE_FIELD = re.compile(r"[0-9]{5}|\{[^{}]*\{")
 # They make long texts of short ones.
 PADDING = {"ljust", "rjust", "center", "zfill", "expandtabs"}
 
 _until: ContextVar[float] = ContextVar("until", default=math.inf)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_SUM:
+        raise SecurityError(f"no sums of more than {MAX_SUM:,} characters or items")
+
+
+def _check_widths(text: object, wide: re.Pattern[str]) -> None:
+    if isinstance(text, str) and wide.search(text):
+        raise SecurityError("no formats with widths of five digits, or from values")
 
 
 class TemplateRefused(jinja2.TemplateError):
@@ -58,21 +75,51 @@ def check_time() -> None:
         raise TemplateTooSlow("it takes too long")
 
 
+class Joining(CodeGenerator):
+    """`a ~ b` by way of the environment, as other operators go."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802 jinja's name
+        """Writes the call."""
+        self.write("environment.joined((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """Chat templates' environment."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    code_generator_class = Joining
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Products and powers, up to a size."""
+        """Products, powers, sums and formatted texts, up to a size."""
         if operator == "**":
             if isinstance(right, (int, float)) and right > MAX_POWER:
                 raise SecurityError(f"no powers above {MAX_POWER}")
+        elif operator == "+":
+            if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
+                _check_size(len(left) + len(right))
+        elif operator == "%":
+            _check_widths(left, _WIDE)
         else:
             for many, count in ((left, right), (right, left)):
                 if isinstance(many, (str, list, tuple)) and isinstance(count, int) and len(many) * count > MAX_PRODUCT:
                     raise SecurityError(f"no products of more than {MAX_PRODUCT:,} characters or items")
         return super().call_binop(context, operator, left, right)
+
+    def joined(self, parts: Sequence[Any]) -> str:
+        """`~`, up to a size."""
+        texts = [str(part) for part in parts]
+        _check_size(sum(map(len, texts)))
+        return "".join(texts)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`format` of a text, up to a size."""
+        if isinstance(value, BuiltinMethodType) and value.__name__ in ("format", "format_map"):
+            _check_widths(value.__self__, _WIDE_FIELD)
+        return super().wrap_str_format(value)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Without methods that make long texts of short ones."""
@@ -150,12 +197,18 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _format(value: object, *args: Any, **kwargs: Any) -> str:
+    _check_widths(value, _WIDE)
+    return do_format(str(value), *args, **kwargs)
+
+
 @cache
 def environment() -> Sandbox:
     """One for all templates."""
     made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     made.filters = {name: use for name, use in made.filters.items() if name not in {"center", "wordwrap"}}
     made.filters["tojson"] = _tojson
+    made.filters["format"] = _format
     made.globals.update(
         raise_exception=_refuse,
         strftime_now=lambda form: datetime.now().strftime(form),

@@ -141,7 +141,9 @@ def _parser(asked: Asked, reasoning: ReasoningFormat | None, wish: ChatWish) -> 
     separate = wish.separate_reasoning is not False
     thoughts = None if reasoning is None else ReasoningParser(reasoning, inside=asked.inside, raw=not separate)
     calls = None if asked.shape.tools is None else asked.shape.tools.parser(asked.tools.allowed)
-    return AnswerParser(thoughts, calls, separate=separate, stream=wish.stream_reasoning is not False)
+    return AnswerParser(
+        thoughts, calls, separate=separate, stream=wish.stream_reasoning is not False, parallel=asked.tools.parallel
+    )
 
 
 def _max_tokens(wish: ChatWish) -> int | None:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from multimodal_gen.errors import InvalidValue, UnknownParameter, UnsupportedParameter, did_you_mean
+from multimodal_gen.errors import InvalidJson, InvalidValue, UnknownParameter, UnsupportedParameter, did_you_mean
+from multimodal_gen.server.json_body import MAX_DEPTH, check_tree
 from multimodal_gen.server.schemas import Unknown, shown
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -14,7 +15,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 _FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
 # What clients send back of an assistant's message that means nothing to a model.
-_IDLE = {"refusal", "annotations", "audio", "function_call", "parsed", "id", "index"}
+_IDLE = {"refusal", "annotations", "parsed", "id", "index"}
 _PARTS_ELSEWHERE = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file")
 MAX_TEMPLATE_KWARGS = 16
 MAX_KWARG_CHARS = 256
@@ -103,10 +104,16 @@ def _call(call: object, place: str) -> dict[str, Any]:
     written = _text(function.get("arguments", "{}"), f"{place}.function.arguments")
     try:
         arguments = json.loads(written)
-    except (ValueError, RecursionError):
+        if isinstance(arguments, dict):
+            check_tree(arguments)
+    except (ValueError, RecursionError, InvalidJson):
         arguments = None
     if not isinstance(arguments, dict):
-        raise InvalidValue(f"{place}.function.arguments must be a JSON object, as text.", param=place)
+        raise InvalidValue(
+            f"{place}.function.arguments must be a JSON object, as text, nested {MAX_DEPTH} deep at most and without "
+            "lone surrogates.",
+            param=place,
+        )
     read: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.get("id") is not None:
         read["id"] = _text(call["id"], f"{place}.id")

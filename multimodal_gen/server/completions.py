@@ -11,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from multimodal_gen.errors import Cancelled, InvalidN, InvalidValue, UnsupportedParameter
-from multimodal_gen.llm.asking import TextParams
+from multimodal_gen.llm.asking import TextParams, check_ids
 from multimodal_gen.llm.front import TextFront
 from multimodal_gen.server.completion_replies import CompletionForm, completion_body
 from multimodal_gen.server.context import Context
@@ -96,6 +96,9 @@ def _prompts(wish: CompletionWish, front: TextFront) -> list[list[int]]:
         raise InvalidValue("'prompt' is empty; give a text, or token ids.", param="prompt")
     if len(several) > MAX_CHOICES:
         raise InvalidValue(f"'prompt' may hold at most {MAX_CHOICES} texts, got {len(several):,}.", param="prompt")
+    for prompt in several:
+        if not isinstance(prompt, str):
+            check_ids(prompt, "prompt", front.card.vocab_size)  # before an echo is made of them
     try:
         return [front.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in several]
     except InvalidValue as error:

@@ -38,7 +38,7 @@ def parse_object(body: bytes, most: int = MAX_VALUES) -> dict[str, Any]:
         raise InvalidJson("The body holds a number with thousands of digits.") from None
     if not isinstance(value, dict):
         raise InvalidJson(f"The body must be a JSON object, not {type(value).__name__}.")
-    _check(value)
+    check_tree(value)
     return value
 
 
@@ -83,8 +83,8 @@ def _constant(name: str) -> NoReturn:
     raise InvalidJson(f"{name} is not a JSON number.")
 
 
-def _check(root: dict[str, Any]) -> None:
-    """Depth and text of a parsed value, without recursion."""
+def check_tree(root: dict[str, Any]) -> None:
+    """Depth and text of a parsed value, without recursion. Raises: InvalidJson."""
     level: list[Any] = [root]
     for _ in range(MAX_DEPTH):
         deeper: list[Any] = []

@@ -94,7 +94,8 @@ def _schema(schema: object, place: str) -> dict[str, Any]:
         return {"type": "object", "properties": {}}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise InvalidValue(f"{place} must be a JSON schema of type 'object', got {shown(schema)}.", param=place)
-    return schema if "type" in schema else {"type": "object", **schema}
+    # Beside a reference, no type can be said.
+    return schema if "type" in schema or "$ref" in schema else {"type": "object", **schema}
 
 
 def _named(choice: str | Mapping[str, Any]) -> str:

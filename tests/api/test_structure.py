@@ -27,7 +27,10 @@ WEATHER = {
     "description": "The weather of a city.",
     "parameters": {
         "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "maximum": 9}},
+        "properties": {
+            "city": {"type": "string", "maxLength": 12},
+            "days": {"type": "integer", "minimum": 0, "maximum": 9},
+        },
         "required": ["city", "days"],
     },
 }
@@ -102,6 +105,21 @@ def test_a_required_call_names_a_tool_and_its_arguments_match(client: openai.Ope
     assert call.type == "function"
     schema = {"get_weather": WEATHER["parameters"], "now": {"type": "object", "maxProperties": 0}}[call.function.name]
     jsonschema.validate(json.loads(call.function.arguments), schema)
+
+
+def test_a_tools_schema_may_begin_with_a_reference(client: openai.OpenAI) -> None:
+    inner = {"type": "object", "properties": {"day": {"$ref": "#/$defs/day"}}, "required": ["day"]}
+    parameters = {"$ref": "#/$defs/it", "$defs": {"it": inner, "day": {"enum": ["Mon", "Tue"]}}}
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=messages(),
+        tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=60,
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert json.loads(call.function.arguments)["day"] in ("Mon", "Tue")
 
 
 def test_a_named_tool_is_called_once_and_the_stream_says_the_same(client: openai.OpenAI) -> None:

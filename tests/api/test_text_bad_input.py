@@ -21,6 +21,10 @@ USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
+def called(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
 def refused(server: Server, path: str, body: object, code: str, param: str | None, status: int = 400) -> str:
     return assert_error(post(server, path, body), status, code, param)
 
@@ -42,6 +46,7 @@ def refused(server: Server, path: str, body: object, code: str, param: str | Non
             "messages[0].content[0]",
         ),
         ({"messages": [{**USER, "colour": "red"}]}, "unknown_parameter", "messages[0]"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "unknown_parameter", "messages[0]"),
         ({"messages": [{**USER, "tool_calls": []}]}, "invalid_value", "messages[0].tool_calls"),
         (
             {
@@ -52,6 +57,8 @@ def refused(server: Server, path: str, body: object, code: str, param: str | Non
             "invalid_value",
             "messages[0].tool_calls[0]",
         ),
+        ({"messages": [called('{"a": ' + "[" * 900 + "]" * 900 + "}")]}, "invalid_value", "messages[0].tool_calls[0]"),
+        ({"messages": [called('{"a": "\\ud800"}')]}, "invalid_value", "messages[0].tool_calls[0]"),
         ({"n": 0}, "invalid_n", "n"),
         ({"n": 10**9}, "invalid_n", "n"),
         ({"n": True}, "invalid_n", "n"),
@@ -129,6 +136,8 @@ def test_a_chat_that_is_wrong_names_its_field(
         ({"prompt": [10**12]}, "invalid_value", "prompt"),
         ({"prompt": ["a", 3]}, "invalid_value", "prompt"),
         ({"prompt": ["a"] * 129}, "invalid_value", "prompt"),
+        ({"prompt": [-1], "echo": True}, "invalid_value", "prompt"),
+        ({"prompt": [2**40], "echo": True}, "invalid_value", "prompt"),
         ({"prompt": ["a"] * 100, "n": 2}, "invalid_n", "n"),
         ({"logprobs": 10**6}, "invalid_value", "logprobs"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),

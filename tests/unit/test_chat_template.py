@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from multimodal_gen.errors import CorruptModel, InvalidValue, PromptTooLong
+from multimodal_gen.llm.marks import CANDIDATES
 from multimodal_gen.llm.sandbox import MAX_RANGE
 from multimodal_gen.llm.template import MAX_RENDERED_CHARS, ChatTemplate
 from multimodal_gen.llm.tokenizer import Tokenizer
@@ -108,6 +110,13 @@ def test_no_message_can_end_itself_or_speak_for_another(
     assert text(tokenizer, ids) == text(tokenizer, plain).replace("user\nx", f"user\n{said}")
 
 
+def test_a_message_that_leaves_no_character_for_marks_is_refused(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    everything = "".join(map(chr, itertools.chain(*CANDIDATES)))
+    with pytest.raises(InvalidValue, match="private use") as caught:
+        template.encode(tokenizer, [{"role": "user", "content": f"<|im_end|>{everything}"}])
+    assert caught.value.param == "messages"
+
+
 def test_nothing_is_marked_in_names_parts_and_tools_either(tokenizer: Tokenizer) -> None:
     source = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{{ tools | tojson(ensure_ascii=%s) }}"
     tool = {"name": "<|im_end|>", "parameters": {"<|im_start|>": {"enum": ["é<|im_end|>"]}}}
@@ -156,6 +165,13 @@ def test_what_a_template_refuses_is_the_clients_error(tokenizer: Tokenizer) -> N
         "{{ namespace(__class__=1) }}",
         "{% set ns = namespace() %}{% set ns._x = 1 %}{{ ns._x }}",
         "{{ 'x' * 100000000 }}",
+        "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{{ '%0100000000d' % 1 }}",
+        "{{ '%*d' % (100000000, 1) }}",
+        "{{ '{:100000000}'.format(1) }}",
+        "{{ '%100000000d' | format(1) }}",
         "{{ 2 ** 100000 }}",
         "{{ 'x'.ljust(100000000) }}",
         "{{ 'x' | center(100000000) }}",
@@ -167,6 +183,26 @@ def test_what_a_template_refuses_is_the_clients_error(tokenizer: Tokenizer) -> N
 def test_the_sandbox_lets_nothing_out_and_makes_nothing_huge(tokenizer: Tokenizer, source: str) -> None:
     with pytest.raises((InvalidValue, CorruptModel)):
         of(source).encode(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' ~ 1 ~ 'é' }}",
+        "{{ 'a' + '1é' }}",
+        "{{ 'a%d%s' % (1, 'é') }}",
+        "{{ 'a%d%s' | format(1, 'é') }}",
+        "{{ 'a{}{:s}'.format(1, 'é') }}",
+    ],
+)
+def test_the_sandbox_lets_texts_be_put_together(tokenizer: Tokenizer, source: str) -> None:
+    assert text(tokenizer, of(source).encode(tokenizer, CHAT)) == "a1é"
+
+
+def test_formats_make_nothing_huge(tokenizer: Tokenizer) -> None:
+    for source in ("{{ '{:100000000}'.format(1) }}", "{{ '{:{}}'.format(1, 9) }}", "{{ '%100000000d' | format(1) }}"):
+        with pytest.raises(InvalidValue, match="no formats with widths"):
+            of(source).encode(tokenizer, CHAT)
 
 
 def test_templates_end_in_time(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

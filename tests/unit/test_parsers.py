@@ -294,6 +294,33 @@ def test_reasoning_may_come_all_at_once() -> None:
     assert whole(told)[1:] == ("Well:", [("now", "{}")])
 
 
+def test_of_calls_that_may_not_come_side_by_side_the_first_alone_is_told() -> None:
+    text = '<tool_call>{"name": "now"}</tool_call><tool_call>{"name": "get_weather"}</tool_call>'
+    assert read(text, lambda: AnswerParser(tools=HermesCalls(TOOLS), parallel=False)) == ("", "", [("now", "{}")])
+
+
+def test_a_call_is_found_where_the_one_before_was_not_closed() -> None:
+    text = '<tool_call>{"name": "now"} and <tool_call>{"name": "now"}</tool_call>'
+    assert read(text, lambda: HermesCalls(TOOLS)) == ("", "", [("now", "{}"), ("now", "{}")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (HermesCalls, '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"\\ud800\\"}"}</tool_call>'),
+        (PythonicCalls, "[get_weather(city='\\ud800')]"),
+        (
+            GlmCalls,
+            '<tool_call>get_weather<arg_key>where</arg_key><arg_value>{"a": "\\ud800"}</arg_value></tool_call>',
+        ),
+    ],
+)
+def test_arguments_with_half_a_surrogate_can_be_sent(kind: type[ToolParser], text: str) -> None:
+    (call,) = read(text, lambda: kind(TOOLS))[2]
+    assert "\\ud800" in call[1].encode().decode()
+    assert json.loads(call[1])
+
+
 def test_without_parsers_all_is_text() -> None:
     assert read(ANSWER, AnswerParser) == ("", ANSWER, [])
 

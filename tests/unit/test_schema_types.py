@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -47,6 +48,16 @@ def test_types_of_a_schema(schema: Any, types: set[str]) -> None:
 def test_a_reference_starts_from_the_root() -> None:
     root = {"$defs": {"day": {"enum": ["Mon", "Tue"]}}, "properties": {"d": {"$ref": "#/$defs/day"}}}
     assert types_of(root["properties"]["d"], root) == {"string"}
+
+
+def test_alternatives_that_refer_to_one_another_are_followed_once() -> None:
+    root = {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"} for _ in range(40)] + [{"type": "null"}]}}}
+    started = time.monotonic()
+    assert types_of({"$ref": "#/$defs/a"}, root) == ALL  # it may be anything that it may be
+    root = {"$defs": {f"a{at}": {"oneOf": [{"$ref": f"#/$defs/a{at + 1}"} for _ in range(40)]} for at in range(5)}}
+    root["$defs"]["a5"] = {"type": "integer"}
+    assert types_of({"$ref": "#/$defs/a0"}, root) == {"integer"}
+    assert time.monotonic() - started < 1.0
 
 
 @pytest.mark.parametrize(

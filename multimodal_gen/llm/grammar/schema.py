@@ -34,7 +34,7 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "null": lambda value: value is None,
     "boolean": lambda value: isinstance(value, bool),
     "string": lambda value: isinstance(value, str),
-    "integer": lambda value: _number(value) and value == int(value),
+    "integer": lambda value: _number(value) and (isinstance(value, int) or value.is_integer()),
     "number": lambda value: _number(value),
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
@@ -65,6 +65,7 @@ def _settle(schema: Any, at: str, depth: int) -> Any:
         if keyword in schema:
             raise SchemaRefused(f"{_shown(at)} has {keyword!r}, which cannot be enforced while an answer is written")
     own = _tuples(dict(schema))
+    _check_type(own, at)
     for keyword in [keyword for keyword in own if keyword in (*LISTS, *TABLES, *SINGLE)]:
         inner = f"{at}/{keyword}"
         if keyword in LISTS:
@@ -117,7 +118,7 @@ def _values(own: dict[str, Any], keyword: str, at: str) -> dict[str, Any]:
     kinds = own.pop("type", None)
     if kinds is not None:
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        values = [value for value in values if any(_IS[kind](value) for kind in kinds if kind in _IS)]
+        values = [value for value in values if any(_IS[kind](value) for kind in kinds)]
     if not values:
         raise SchemaRefused(f"{_shown(at)} has no value that is valid")
     del own[keyword]
@@ -178,6 +179,15 @@ def _check_reference(own: dict[str, Any], at: str) -> None:
     target = own["$ref"]
     if not isinstance(target, str) or (target != "#" and not target.startswith("#/")):
         raise SchemaRefused(f"{_shown(at)} refers to {str(target)[:60]!r}; only places in itself (#/…) can be meant")
+
+
+def _check_type(own: dict[str, Any], at: str) -> None:
+    kinds = own.get("type", "null")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    wrong = [kind for kind in kinds if not isinstance(kind, str) or kind not in _IS]
+    if wrong or not kinds:
+        got = f", got {str(wrong[0])[:40]!a}" if wrong else ""
+        raise SchemaRefused(f"{_shown(at)}/type must be one of {', '.join(_IS)}, or a list of them{got}")
 
 
 def _list(own: dict[str, Any], keyword: str, at: str) -> list[Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 ALL = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
 MAX_DEPTH = 16
 """of references and alternatives inside one another"""
@@ -25,26 +27,38 @@ _TELLING = {
 }  # fmt: skip
 
 
-def types_of(schema: Any, root: Any = None, depth: int = 0) -> frozenset[str]:
+def types_of(schema: Any, root: Any = None) -> frozenset[str]:
     """Names of JSON types that a value of `schema` may have; all of them where it says nothing that we understand.
 
     `root` is the schema that references (`#/$defs/…`) start from.
     """
+    return _types_of(schema, schema if root is None else root, 0, {})
+
+
+def _types_of(schema: Any, root: Any, depth: int, known: dict[int, frozenset[str]]) -> frozenset[str]:
+    """`known`: what each schema has come to, by its identity; alternatives that share references would else be followed
+    once for every way that leads to them."""
     if not isinstance(schema, dict) or depth > MAX_DEPTH:
         return ALL
-    root = schema if root is None else root
+    if id(schema) not in known:
+        known[id(schema)] = ALL  # what a schema says of itself is nothing new
+        known[id(schema)] = _worked_out(schema, root, depth + 1, known)
+    return known[id(schema)]
+
+
+def _worked_out(schema: dict[str, Any], root: Any, depth: int, known: dict[int, frozenset[str]]) -> frozenset[str]:
     named = _named(schema.get("type"))
     for values in ([schema["const"]] if "const" in schema else None, schema.get("enum")):
         if isinstance(values, list) and values:
             named &= frozenset(map(type_of, values)) | ({"number"} if any(type(v) is int for v in values) else set())
     if "$ref" in schema:
-        named &= types_of(_followed(schema["$ref"], root), root, depth + 1)
+        named &= _types_of(_followed(schema["$ref"], root), root, depth, known)
     for word in ("anyOf", "oneOf"):
         if isinstance(schema.get(word), list) and schema[word]:
-            named &= frozenset[str]().union(*(types_of(part, root, depth + 1) for part in schema[word]))
+            named &= frozenset[str]().union(*(_types_of(part, root, depth, known) for part in schema[word]))
     if isinstance(schema.get("allOf"), list):
         for part in schema["allOf"]:
-            named &= types_of(part, root, depth + 1)
+            named &= _types_of(part, root, depth, known)
     if named == ALL:
         told = {_TELLING[word] for word in schema if word in _TELLING}
         return frozenset(told) if len(told) == 1 else ALL
@@ -77,8 +91,13 @@ def value_of(text: str, types: frozenset[str]) -> Any:
 
 
 def dumped(value: object) -> str:
-    """JSON as models write it."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON as models write it. Halves of surrogate pairs, which no UTF-8 can say, stay escaped."""
+    return escaped(json.dumps(value, ensure_ascii=False))
+
+
+def escaped(text: str) -> str:
+    """JSON text that UTF-8 can say."""
+    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def _named(names: object) -> frozenset[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Literal
 
+from multimodal_gen.llm.parsers.types import escaped
+
 ARGUMENTS = ("arguments", "parameters")
 
 _State = Literal["open", "key", "colon", "value", "string", "nested", "scalar", "next", "done", "broken"]
@@ -153,4 +155,5 @@ class CallObject:
         if self._key == "name" and self.name is None:
             self.name = text
         elif self._is_arguments():
-            self._decoded = text
+            # Inside of JSON, a half of a surrogate pair can only be meant as one that is escaped.
+            self._decoded = escaped(text)

@@ -69,9 +69,12 @@ class JsonCalls(ToolParser):
             self._object = CallObject()
             return True
         if self._sure and self.closer:
-            _, closed, self._buffer = cut(rest, (self.closer,))
-            self._in_calls = closed is None
-            return closed is not None
+            _, mark, self._buffer = cut(rest, (self.closer, "{"))
+            if mark == "{":  # a call that the closer before it is missing from
+                self._buffer = mark + self._buffer
+            else:
+                self._in_calls = mark is None
+            return mark is not None
         if not rest:
             return False
         self._back_to_text()
