@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from multimodal_gen.cli.flags import Arguments, Parser, add_settings, number, read_settings, whole
-from multimodal_gen.cli.text import as_json
+from multimodal_gen.cli.text import as_json, harmless
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import AdapterNotFound, ConfigError, MmgenError, did_you_mean
 
@@ -135,7 +135,7 @@ def _use(talk: Talk, adapter: str | None) -> None:
 
 
 def _show(delta: TextDelta) -> None:
-    print(delta.text, end="", flush=True)
+    print(harmless(delta.text) if sys.stdout.isatty() else delta.text, end="", flush=True)
 
 
 def _converse(talk: Talk) -> int:

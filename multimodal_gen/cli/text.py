@@ -6,6 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+# C0 and C1 but for line breaks and tabs: what a terminal takes for orders.
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if code not in (9, 10)}
+
+
+def harmless(text: str) -> str:
+    """What somebody else has written, fit for a terminal: no escape sequence in it works."""
+    return text.translate(_CONTROLS)
+
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """Rows as aligned columns, two spaces apart."""
