@@ -161,6 +161,8 @@ def _sampling(params: TextParams, card: TextCard) -> TextSampling:
 
 
 def _biases(biases: Mapping[int, float], vocab: int) -> dict[int, float]:
+    if not isinstance(biases, Mapping):
+        raise InvalidValue(f"'logit_bias' must map token ids to numbers, got {_shown(biases)}.", param="logit_bias")
     if len(biases) > MAX_LOGIT_BIAS:
         raise InvalidValue(
             f"'logit_bias' may name at most {MAX_LOGIT_BIAS:,} tokens, got {len(biases):,}.", param="logit_bias"
@@ -170,6 +172,8 @@ def _biases(biases: Mapping[int, float], vocab: int) -> dict[int, float]:
 
 
 def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(stop, Sequence):
+        raise InvalidValue(f"'stop' must be a text or a list of texts, got {_shown(stop)}.", param="stop")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
         raise InvalidValue(f"'stop' may hold at most {MAX_STOPS} texts, got {len(stops):,}.", param="stop")
@@ -180,6 +184,8 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _stop_ids(ids: Sequence[int], vocab: int) -> tuple[int, ...]:
+    if not isinstance(ids, Sequence):
+        raise InvalidValue(f"'stop_token_ids' must be a list of token ids, got {_shown(ids)}.", param="stop_token_ids")
     if len(ids) > MAX_STOP_TOKENS:
         raise InvalidValue(
             f"'stop_token_ids' may hold at most {MAX_STOP_TOKENS} tokens, got {len(ids):,}.", param="stop_token_ids"

@@ -59,6 +59,9 @@ def test_a_full_context_names_both_numbers() -> None:
 @pytest.mark.parametrize(
     ("wish", "param"),
     [
+        ({"stop": 5}, "stop"),
+        ({"stop_token_ids": 2}, "stop_token_ids"),
+        ({"logit_bias": [1]}, "logit_bias"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
