@@ -1,22 +1,16 @@
 """y [T, out] = x [T, in] · Wᵀ with W in the order in which the processor's matrix unit reads it, through oneDNN.
 
 A plain weight is reordered, or read against the grain, in every call. On Zen 5 a packed bfloat16 weight is read 1.5
-times as fast by one token, and 32 tokens take two thirds of the time. What follows the product (SiLU, adding,
-multiplying) is done while its result is in the cache.
+times as fast by one token, and 32 tokens take two thirds of the time.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 PACKED_FOR = 32  # rows that the order is chosen for; measured equal from 1 to 256
-
-After = Literal["none", "silu"]
-With = Literal["add", "mul"]
 
 
 def unavailable(dtype: torch.dtype) -> str:
@@ -53,36 +47,14 @@ class PackedWeight:
         return packed_linear(x, self._packed, bias)
 
 
-def packed_linear(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None = None,
-    *,
-    after: After = "none",
-    other: Tensor | None = None,
-    how: With = "add",
-) -> Tensor:
-    """after(x · Wᵀ + bias), or (x · Wᵀ + bias) `how` other where `other` [T, out] is given."""
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] · Wᵀ + bias → [T, out]."""
     assert x.dtype == packed.dtype, (x.dtype, packed.dtype)
-    if other is not None:
-        assert after == "none", "one thing is done afterwards"
-        joined: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, how)
-        return joined
-    plain: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish" if after == "silu" else after, [], "")
-    return plain
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
 
 
-def packed_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    after: After = "none",
-    other: Tensor | None = None,
-    how: With = "add",
-) -> Tensor:
-    """The same in float32 steps, rounded once, from the plain weight [out, in]."""
+def packed_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same in float32, rounded once, from the plain weight [out, in]."""
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if other is not None:
-        y = y + other.float() if how == "add" else y * other.float()
-    return (F.silu(y) if after == "silu" else y).to(x.dtype)
+    return y.to(x.dtype)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 # A method waits for none of another group: `serve` lasts as long as the actor, `receive` until there is something.
 GROUPS = {"serve": 1, "send": 1, "receive": 1, "dump": 1}
 STDERR = 2
-CALL_SECONDS = 60.0  # for what an actor answers at once
 
 log = logging.getLogger(__name__)
 

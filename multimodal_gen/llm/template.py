@@ -117,15 +117,7 @@ class ChatTemplate:
                         break
         except TemplateRefused as refused:
             raise InvalidValue(f"The model's chat template refuses this: {refused}.", param="messages") from None
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except FAULTS as error:
             # The template's author did not think of such a conversation; its words help whoever wrote the messages.
             raise InvalidValue(
                 f"The model's chat template cannot write these messages down ({type(error).__name__}: "
