@@ -1,7 +1,7 @@
 """What a layer adds to the stream of tokens, and the norm that reads the sum next: x [T, D] += gate · y, in place.
 
-With `eps`, y is divided by its root mean square first (sandwich norms: Ding et al., 2021), the norm's weight folded into
-`gate`. The next norm works on the sum as rounded and stored, so the result is that of the two operations one after
+With `eps`, y is divided by its root mean square first (sandwich norms: Ding et al., 2021), and `gate` holds the norm's
+weight, too. The next norm works on the sum as rounded and stored, so the result is that of the two operations one after
 another. Bytes: x read and written once, y once, the result of the norm once.
 """
 
@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.kernels import native
-from multimodal_gen.kernels.norm_modulate import Norm, address, check_alike, check_rows, norm_modulate, of_tokens
+from multimodal_gen.kernels.norm_modulate import (
+    Norm,
+    address,
+    check_alike,
+    check_rows,
+    norm_modulate_reference,
+    of_tokens,
+)
 
 _add = native.Function("gated_residual", "ppppiiif")
 _add_norm = native.Function("gated_residual_norm", "ppppifpppiifpii")
 
 
-def gated_residual_(x: Tensor, y: Tensor, gate: Tensor | None, index: Tensor | None, eps: float | None = None) -> Tensor:
+def gated_residual_(
+    x: Tensor, y: Tensor, gate: Tensor | None, index: Tensor | None, eps: float | None = None
+) -> Tensor:
     """x += gate[index] · y, or gate[index] · y / rms(y), in float32 and rounded once; returns x.
 
     Args:
@@ -57,7 +66,7 @@ def gated_residual_norm_(
         return gated_residual.gated_residual_norm_(x, y, gate, index, eps, norm)
     compute = _add_norm.of(x)
     if compute is None:
-        return norm_modulate(gated_residual_reference_(x, y, gate, index, eps), norm)
+        return gated_residual_norm_reference_(x, y, gate, index, eps, norm)
     y, gate = y.contiguous(), None if gate is None else gate.contiguous()
     scale, shift = norm.scale.contiguous(), None if norm.shift is None else norm.shift.contiguous()
     out = torch.empty_like(x)
@@ -110,3 +119,10 @@ def gated_residual_reference_(
     if gate is not None:
         added = added * of_tokens(gate, index)
     return x.copy_(x.float() + added)
+
+
+def gated_residual_norm_reference_(
+    x: Tensor, y: Tensor, gate: Tensor | None, index: Tensor | None, eps: float | None, norm: Norm
+) -> Tensor:
+    """The same, one after another."""
+    return norm_modulate_reference(gated_residual_reference_(x, y, gate, index, eps), norm)

@@ -6,7 +6,8 @@ Adaptive norms (Peebles and Xie, 2022) with the norm's own weight folded into `s
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ _rms_norm_scale = native.Function("rms_norm_scale", "pppipiif")
 _layer_norm = native.Function("layer_norm_scale_shift", "ppppipiif")
 
 
-class Norm(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Norm:
     """A norm over D that tokens go through, with scale and shift of each token's segment."""
 
     kind: Literal["rms", "layer"]
@@ -29,11 +31,10 @@ class Norm(NamedTuple):
 
 def norm_modulate(x: Tensor, norm: Norm) -> Tensor:
     """x [T, D] → [T, D], through the function of the norm's kind."""
-    kind, scale, shift, index, eps = norm
-    if kind == "layer":
-        return layer_norm_scale_shift(x, scale, shift, index, eps)
-    assert shift is None, "RMS norms have no shift"
-    return rms_norm_scale(x, scale, index, eps)
+    if norm.kind == "layer":
+        return layer_norm_scale_shift(x, norm.scale, norm.shift, norm.index, norm.eps)
+    assert norm.shift is None, "RMS norms have no shift"
+    return rms_norm_scale(x, norm.scale, norm.index, norm.eps)
 
 
 def rms_norm_scale(x: Tensor, scale: Tensor, index: Tensor | None, eps: float) -> Tensor:
@@ -61,9 +62,7 @@ def rms_norm_scale(x: Tensor, scale: Tensor, index: Tensor | None, eps: float) -
     return y
 
 
-def layer_norm_scale_shift(
-    x: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor | None, eps: float
-) -> Tensor:
+def layer_norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / std · scale[index] + shift[index], in float32, rounded once.
 
     Args:
@@ -120,6 +119,13 @@ def check_alike(scale: Tensor, shift: Tensor | None) -> None:
 def of_tokens(rows: Tensor, index: Tensor | None) -> Tensor:
     """rows [S, D] → float32 [T, D], or [1, D] where all tokens have the first."""
     return rows[:1].float() if index is None else rows.float()[index]
+
+
+def norm_modulate_reference(x: Tensor, norm: Norm) -> Tensor:
+    """The same in float32 steps, rounded once."""
+    if norm.kind == "layer":
+        return layer_norm_scale_shift_reference(x, norm.scale, norm.shift, norm.index, norm.eps)
+    return rms_norm_scale_reference(x, norm.scale, norm.index, norm.eps)
 
 
 def rms_norm_scale_reference(x: Tensor, scale: Tensor, index: Tensor | None, eps: float) -> Tensor:

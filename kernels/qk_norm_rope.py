@@ -115,7 +115,7 @@ def reference_(
 
 def turn(x: Tensor, turns: Tensor, pairs: Pairs) -> Tensor:
     """x float32 [T, ..., D], turns [T, 2, D / 2] → turned."""
-    cos, sin = (part.view(len(part), *(1,) * (x.dim() - 2), -1) for part in turns.unbind(1))
+    cos, sin = (part.view(len(part), *(1,) * (x.dim() - 2), part.shape[1]) for part in turns.unbind(1))
     if pairs == "halves":
         a, b = x.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

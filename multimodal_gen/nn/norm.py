@@ -71,7 +71,7 @@ class LayerNorm(nn.Module):
 
 
 class AcrossHeadsRMSNorm(Slotted):
-    """RMS norms over all heads together, of the first N parts of x [T, P, H, D], each with its own weight; and their turn.
+    """RMS norms over all heads together, of the first N parts of x [T, P, H, D], each with its own weight; and a turn.
 
     Ranks that share the heads hold [N, H · D / size] and agree on the mean squares of all parts at once.
     """
@@ -112,7 +112,7 @@ class AcrossHeadsRMSNorm(Slotted):
 
 
 class PartedRMSNorm(Slotted):
-    """RMS norms of every head, of the first N parts of x [T, P, H, D], each part with its own weight; and their turn."""
+    """RMS norms of every head, of the first N parts of x [T, P, H, D], each with its own weight; and a turn."""
 
     def __init__(self, parts: tuple[str, ...], dim: int, eps: float) -> None:
         super().__init__()

@@ -141,9 +141,8 @@ class Block(nn.Module):
         folded: Tensor | None = None,
     ) -> Tensor:
         """x [T, D] → [T, D], overwritten; folded [4, S, D] is `fold` of each segment's timestep."""
-        eps, index = self.eps, segments.index(x.device)
-        if folded is None:
-            folded, index = self.norm_weights[:, None], None
+        eps, index = self.eps, None if folded is None else segments.index(x.device)
+        folded = self.norm_weights[:, None] if folded is None else folded
         scale_attn, gate_attn, scale_mlp, gate_mlp = folded  # [S, D] each
         h = self.attention(rms_norm_scale(x, scale_attn, index, eps), turns, segments, routing)
         h = gated_residual_norm_(x, h, gate_attn, index, eps, Norm("rms", scale_mlp, None, index, eps))
