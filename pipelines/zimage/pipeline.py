@@ -161,9 +161,9 @@ class ZImagePipeline:
         tokens = self.text.tokenize(prompt, max_length)
         features = self.text.encode(tokens, adapters.overlay("text_encoder")).to(self.dtype)
         length = len(features) + pad_count(len(features))
-        frequencies = self.rope.caption(length).to(self.device)
+        turns = self.rope.caption(length).to(self.device)
         with self._here():
-            refined = self.transformer.refine_caption(features, frequencies, adapters.overlay("transformer"))
+            refined = self.transformer.refine_caption(features, turns, adapters.overlay("transformer"))
         return Caption(refined, len(features), tokens.dropped)
 
     @torch.inference_mode()
