@@ -4,8 +4,8 @@ Why not an extension that pip builds: the best code is the one for this very pro
 torch's headers all of it compiles in seconds. Threads are those of torch's own OpenMP, whose symbols torch has loaded
 for everybody: two OpenMP runtimes in one process would compete for the cores (docs/decisions/031).
 
-Where there is no compiler, `unavailable()` says so and torch computes. The choice between Triton and torch on GPUs is made
-here too.
+Where there is no compiler, `unavailable()` says so and torch computes. The choice between Triton and torch on GPUs is
+made here too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Function:
         self, name: str, kinds: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     ) -> None:
         self._name = name
-        self._types = [KINDS[kind] for kind in kinds]
+        self._types: list[Any] = [KINDS[kind] for kind in kinds]
         self._dtypes = dtypes
         self._bound: dict[torch.dtype, CFunction] | None = None  # filled at the first call
 
