@@ -1,7 +1,7 @@
 """A norm of what a gate lets through, or the gate of what a norm gives: Mamba2's gated norm (Dao and Gu, 2024).
 
-y [T, D] = norm(x · silu(gate)) · weight + bias, or (norm(x) · weight + bias) · silu(gate), the norm over each of G groups
-of D / G numbers (reference: mamba_ssm `layernorm_gated`). Bytes: x and gate once, y once.
+y [T, D] = norm(x · silu(gate)) · weight + bias, or (norm(x) · weight + bias) · silu(gate), the norm over each of G
+groups of D / G numbers (reference: mamba_ssm `layernorm_gated`). Bytes: x and gate once, y once.
 """
 
 from __future__ import annotations
