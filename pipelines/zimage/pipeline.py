@@ -33,6 +33,7 @@ from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
 from multimodal_gen.pipelines.zimage.sharding import SHARDING
+from multimodal_gen.pipelines.zimage.spec import HIGH
 from multimodal_gen.pipelines.zimage.weights import RENAMES
 from multimodal_gen.request import ImageRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
@@ -92,7 +93,7 @@ class ZImagePipeline:
         shard(self.transformer, SHARDING, mesh.tp)
         weights = WeightTree(self.transformer, components["transformer"].files, RENAMES)
         self.memory = memory = Memory(config, self.device, folder, mesh)
-        self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS))
+        self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS), high=HIGH)
         files = {name: component.files for name, component in components.items()}
         self.text = CausalTextEncoder(folder, files["text_encoder"], self.device, self.dtype, memory, mesh.tp)
         self.trees = {"transformer": weights, "text_encoder": self.text.weights}
