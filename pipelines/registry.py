@@ -6,9 +6,13 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import ConfigError
 from multimodal_gen.pipelines.contract import Pipeline, Spec
 from multimodal_gen.request import ModelCard
+from multimodal_gen.step_cache import NONE
 from multimodal_gen.weights import hub
 from multimodal_gen.weights.checkpoint import verify
 
@@ -60,7 +64,17 @@ def describe(config: EngineConfig) -> ModelCard:
     checkpoint = verify(folder)
     name = Path(config.model_path.rstrip("/")).name or config.model_path
     card: ModelCard = _import(find(checkpoint.pipeline_class).describe)(name, folder)
-    return card
+    return _with_step_cache(card, config)
+
+
+def _with_step_cache(card: ModelCard, config: EngineConfig) -> ModelCard:
+    if config.step_cache != NONE and "step_cache" not in card.parameters:
+        raise ConfigError(
+            f"--step-cache {config.step_cache}: {card.name} runs through diffusers ({card.pipeline_class}), where "
+            "every step is computed. Leave it out.",
+            param="step_cache",
+        )
+    return msgspec.structs.replace(card, step_cache=config.step_cache)
 
 
 def load(card: ModelCard, config: EngineConfig, mesh: Mesh | None = None) -> Pipeline:
