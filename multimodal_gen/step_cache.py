@@ -41,7 +41,7 @@ class FirstBlock(StepCache, frozen=True, kw_only=True, tag="first-block"):
     """A step is extrapolated where the first block adds nearly what it added when all blocks were last computed
     (ParaAttention's first-block cache, Cheng, 2024)."""
 
-    threshold: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    threshold: Annotated[float, Meta(gt=0, le=10)] = 0.1
     """mean absolute change of what the block adds, as a share of its mean absolute value"""
     most: Annotated[int, Meta(ge=1, le=1000)] = 3
     """extrapolated steps in a row"""

@@ -64,10 +64,11 @@ def describe(config: EngineConfig) -> ModelCard:
     checkpoint = verify(folder)
     name = Path(config.model_path.rstrip("/")).name or config.model_path
     card: ModelCard = _import(find(checkpoint.pipeline_class).describe)(name, folder)
-    return _with_step_cache(card, config)
+    return with_step_cache(card, config)
 
 
-def _with_step_cache(card: ModelCard, config: EngineConfig) -> ModelCard:
+def with_step_cache(card: ModelCard, config: EngineConfig) -> ModelCard:
+    """The card with what requests get that say nothing of step caches. Raises: ConfigError."""
     if config.step_cache != NONE and "step_cache" not in card.parameters:
         raise ConfigError(
             f"--step-cache {config.step_cache}: {card.name} runs through diffusers ({card.pipeline_class}), where "

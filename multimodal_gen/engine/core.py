@@ -382,7 +382,9 @@ class EngineCore:
             cache_hits=cache.hits,
             cache_misses=cache.misses,
             step_stall_seconds=stall,
-            step_cache_bytes=sum(row.history.nbytes for active in self._active.values() for row in active.rows.values()),
+            step_cache_bytes=sum(
+                row.history.nbytes for active in self._active.values() for row in active.rows.values()
+            ),
             cached_steps=self._cached_steps,
             weights=self.sleeper.weights,
         )
