@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.offload import parse_components, parse_pin, parse_prefetch
+from multimodal_gen.step_cache import NONE, parse_step_cache
 from multimodal_gen.units import parse_size
 
 DEFAULT_MODEL = "emoji-image"
@@ -81,6 +82,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False
+    step_cache: Annotated[
+        str,
+        Meta(
+            description="denoising steps extrapolated instead of computed, where a request does not say: none, "
+            "first-block or taylor, or METHOD:KEY=VALUE,… as in taylor:interval=3; approximate",
+            extra={"parse": parse_step_cache},
+        ),
+    ] = NONE
     max_batch_tokens: Annotated[
         AtLeastOne | None, Meta(description="transformer tokens per denoising step; default: by device")
     ] = None

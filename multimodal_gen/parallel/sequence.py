@@ -71,6 +71,16 @@ class TokenShards:
         """Slices [n, ...] of all ranks → [T, ...] on every rank."""
         return self.group.all_gather(x)[: self.total]
 
+    def pick(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Slices [n, ...] of all ranks → [positions, ...] on every rank: these tokens of the whole batch."""
+        if self.group.size == 1:
+            return x[positions]
+        own = positions - self.group.rank * self.length
+        here = (own >= 0) & (own < self.length)
+        found = x.new_zeros(len(positions), *x.shape[1:])
+        found[here] = x[own[here]]
+        return self.group.all_reduce_(found)  # each of them is on one rank: the sum is exact
+
     def local(self, segments: Segments) -> LocalSegments:
         """The slice's share of segments over these T tokens."""
         assert segments.total == self.total, f"segments of {segments.total} tokens for {self.total}"
