@@ -67,6 +67,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         AtLeastOne | None, Meta(description="CPU threads of each worker; default: all cores, shared out")
     ] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
+    kernels: Annotated[
+        Literal["auto", "torch"],
+        Meta(description="fused operations: auto = ours where they can be had and win, torch = none of ours"),
+    ] = "auto"
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False

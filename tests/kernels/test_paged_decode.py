@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(arguments: tuple[str, ...], tmp_path: Path, **environment: str) -> dict[str, Any]:
-    own = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    own = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    own |= environment
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.paged_decode_cases", *arguments],
         **{"capture_output": True, "text": True, "cwd": ROOT, "timeout": 240, "env": {**os.environ, **own}},
