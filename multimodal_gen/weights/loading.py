@@ -234,7 +234,8 @@ class WeightTree:
         """Make these tensors by their recipes and throw them away. Raises: as `fill`."""
         for key in keys:
             place = self.places[key]
-            self._fill(self._file_of[key], key, torch.empty(place.view().shape, dtype=place.tensor.dtype))
+            held = self.shapes[key] if place.cut is None else place.cut.share(self.shapes[key])
+            self._fill(self._file_of[key], key, torch.empty(held, dtype=place.tensor.dtype))
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """Some rows of a tensor, in the order asked for, as `fill` would write them. Raises: as `fill`."""
