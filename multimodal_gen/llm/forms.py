@@ -40,15 +40,15 @@ def choose(
 
     Raises: ConfigError for fewer bits elsewhere than on a CPU.
     """
-    bits = config.llm_quantization
+    bits = config.llm_quantize
     if bits != "none" and device.type != "cpu":
         raise ConfigError(
-            f"--llm-quantization {bits} is for a CPU, and the device is {device.type}. Leave it out.",
-            param="llm_quantization",
+            f"--llm-quantize {bits} is for a CPU, and the device is {device.type}. Leave it out.",
+            param="llm_quantize",
         )
     layers = [layer for layer in decoder.modules() if isinstance(layer, Multiplied)]
     pairs = {module.gate_up for module in decoder.modules() if isinstance(module, SwiGLU)}
-    if bits == "int4":
+    if bits == "int4-weights":
         return {layer: _narrowest(layer, dtype) for layer in layers}
     if bits == "int8":
         return {layer: _eight(layer, dtype, layer in pairs) for layer in layers}
