@@ -22,6 +22,7 @@ from multimodal_gen.pipelines.history import History, Known
 from multimodal_gen.pipelines.stages.first_block import MOST_TOKENS, looked_at
 from multimodal_gen.pipelines.stages.flow_match import FlowMatchState
 from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, similar
+from multimodal_gen.pipelines.stages.working import of_step_cache
 from multimodal_gen.request import SamplingParams
 from multimodal_gen.resolve import resolve
 from multimodal_gen.settings import load
@@ -255,3 +256,15 @@ def test_histories_are_replaced_and_never_changed() -> None:
     before = row.history
     advance(row, Computed(torch.ones(2, 3, 4)), one_kind)
     assert row.history is before == replace(before)
+
+
+@pytest.mark.parametrize("cache", ["none", "taylor", "taylor:order=2", "first-block"])
+def test_the_memory_of_a_row_is_within_what_the_plan_counts(cache: str) -> None:
+    tokens, width, patch = 2 * 600, 96, 64  # two branches of 600 tokens, and latents for one
+    clean = torch.zeros(600 * patch)
+    wanted = read(cache)
+    known = () if wanted is None else tuple(Known(step, clean) for step in range(wanted.order + 1))
+    head = torch.zeros(2, looked_at(600), width) if isinstance(wanted, FirstBlock) else None
+    counted = of_step_cache(cache, tokens, width, patch, torch.bfloat16)
+    assert (counted == 0) == (cache == "none")
+    assert History(known, head).nbytes <= counted
