@@ -1,8 +1,8 @@
 """What step caches cost in quality and save in time, on the CPU.
 
 emoji:  the bundled emoji-image, 128 x 128, guidance 3, at 20 and at 40 steps. Each cache against the picture of all
-        steps: PSNR, steps computed, seconds of denoising. What fewer steps give without a cache stands beside it: a cache that
-        does no better is worth nothing.
+        steps: PSNR, steps computed, seconds of denoising. What fewer steps give without a cache stands beside it: a
+        cache that does no better is worth nothing.
 wan:    random weights in the shape of Wan2.1 T2V 1.3B, cut to a few layers: seconds of denoising only. Random weights
         say nothing of the quality that trained ones have.
 
@@ -53,10 +53,16 @@ def _flags() -> argparse.Namespace:
     made = parser(__doc__ or "", repeats=8, max_seconds=900)
     made.add_argument("--only", choices=("emoji", "wan"))
     made.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    made.add_argument("--caches", nargs="*", default=CACHES, help="of emoji; default: %(default)s")
+    made.add_argument("--fewer", type=int, nargs="*", help="steps to compare with; default: three numbers of them")
     made.add_argument("--steps", type=int, nargs="+", default=[20, 40], choices=sorted(FEWER), help="of emoji")
     made.add_argument("--layers", type=int, default=4, help="of Wan's transformer; default %(default)s")
     made.add_argument("--model", help="a Wan folder made before, instead of a new one")
     return made.parse_args()
+
+
+def _fewer(steps: int, flags: argparse.Namespace) -> Sequence[int]:
+    return FEWER[steps] if flags.fewer is None else flags.fewer
 
 
 def emoji(steps: int, flags: argparse.Namespace) -> Numbers:
@@ -73,8 +79,8 @@ def emoji(steps: int, flags: argparse.Namespace) -> Numbers:
             return result.images[0], computed, result.timings.denoise
 
         ways = {"all": {"num_inference_steps": steps}}
-        ways |= {f"{fewer} steps": {"num_inference_steps": fewer} for fewer in FEWER[steps]}
-        ways |= {cache: {"num_inference_steps": steps, "step_cache": cache} for cache in CACHES}
+        ways |= {f"{fewer} steps": {"num_inference_steps": fewer} for fewer in _fewer(steps, flags)}
+        ways |= {cache: {"num_inference_steps": steps, "step_cache": cache} for cache in flags.caches}
         for options in ways.values():  # the first of a kind is slower
             run(0, **options)
         took = interleave(
@@ -107,7 +113,7 @@ def wan(model: str, flags: argparse.Namespace) -> Numbers:
     """Seconds of a run of ten steps, with and without caches; random weights stay below one threshold and no other."""
     from multimodal_gen import DiffGenerator
 
-    request = {"width": 416, "height": 240, "num_frames": 17, "num_inference_steps": 10, "guidance_scale": 5.0}
+    request = {"width": 256, "height": 144, "num_frames": 9, "num_inference_steps": 10, "guidance_scale": 5.0}
     ways = {
         "all": {},
         "taylor:interval=2": {"step_cache": "taylor:interval=2,warmup=2"},
