@@ -44,6 +44,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="weights and activations; auto = the fastest that the device computes natively"),
     ] = "auto"
+    quantize: Annotated[
+        Literal["none", "int8", "fp8", "int8-weights", "int4-weights"],
+        Meta(
+            description="weights of the transformer in fewer bits: int8 and fp8 multiply in 8 bits, too; the others "
+            "widen the weights; slightly approximate"
+        ),
+    ] = "none"
     num_gpus: Annotated[
         AtLeastOne | None, Meta(description="worker ranks of all replicas; default: the product of the sizes below")
     ] = None
@@ -68,6 +75,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         AtLeastOne | None, Meta(description="CPU threads of each worker; default: all cores, shared out")
     ] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
+    kernels: Annotated[
+        Literal["auto", "torch"],
+        Meta(description="fused operations: auto = ours where they can be had and win, torch = none of ours"),
+    ] = "auto"
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False

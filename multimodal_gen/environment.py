@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -40,3 +41,14 @@ def worker_threads(config: EngineConfig, workers: int) -> EngineConfig:
         return part
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return msgspec.structs.replace(part, threads=max(1, cores // workers))
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can be made again (XDG base directories)."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache") / "multimodal_gen"
+
+
+def compiler_of_choice() -> str:
+    """The user's C++ compiler, as build tools take it from CXX; empty for any."""
+    return os.environ.get("CXX", "")

@@ -43,6 +43,9 @@ class Spec:
     describe: str  # "module:function", (name, folder) -> ModelCard, without torch
     variants: tuple[Variant, ...] = ()
     adapters: tuple[AdapterTarget, ...] = ()  # what LoRA files may change
+    high: tuple[str, ...] | None = (
+        None  # patterns of layers that --quantize leaves alone; None: it leaves out the family
+    )
 
 
 @dataclass

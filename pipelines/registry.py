@@ -63,7 +63,14 @@ def describe(config: EngineConfig) -> ModelCard:
     folder = hub.resolve(config.model_path, revision=config.revision, local_files_only=config.local_files_only)
     checkpoint = verify(folder)
     name = Path(config.model_path.rstrip("/")).name or config.model_path
-    card: ModelCard = _import(find(checkpoint.pipeline_class).describe)(name, folder)
+    spec = find(checkpoint.pipeline_class)
+    if config.quantize != "none" and spec.high is None:
+        raise ConfigError(
+            f"--quantize {config.quantize} is for {', '.join(s.title for s in families() if s.high is not None)}; "
+            f"{name} is a {checkpoint.pipeline_class}. Leave it out.",
+            param="quantize",
+        )
+    card: ModelCard = _import(spec.describe)(name, folder)
     return with_step_cache(card, config)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,19 @@ class Segments:
             found.append(max(0, min(first + length, stop) - max(first, start)))
             first += length
         return found
+
+    def index(self, device: torch.device) -> Tensor:
+        """int32 [T]: the segment of each token."""
+        found = self._indices.get(device)
+        if found is None:
+            lengths = torch.tensor(self.lengths)
+            found = torch.repeat_interleave(torch.arange(len(self.lengths), dtype=torch.int32), lengths).to(device)
+            self._indices[device] = found
+        return found
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Tensor]:
+        return {}
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

@@ -125,6 +125,7 @@ def _settings_rows(chosen: dict[str, Any]) -> list[tuple[str, str]]:
         ("would use", f"{chosen['dtype']} on {chosen['device']}, attention by {chosen['attention_backend']}"),
         ("dtype auto", f"is {chosen['dtype_auto']} on {chosen['device']}"),
         ("attention", backends),
+        ("kernels", chosen["kernels"]),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ import torch
 
 from multimodal_gen.attention import registry as attention
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.kernels import native
 from multimodal_gen.memory.free import host_memory
 from multimodal_gen.nn.precision import DTYPES, native_bf16, resolve_device, resolve_dtype
 from multimodal_gen.version import __version__
@@ -70,7 +72,18 @@ def chosen(config: EngineConfig) -> dict[str, Any]:
         "dtype_auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
         "attention_backend": backend.name,
         "attention_backends": attention.available(device),
+        "kernels": _kernels(config, device),
     }
+
+
+def _kernels(config: EngineConfig, device: torch.device) -> str:
+    """Who computes the fused operations, and why not ours."""
+    if config.kernels == "torch":
+        return "torch (--kernels torch)"
+    if device.type == "cuda":
+        return "Triton" if importlib.util.find_spec("triton") else "torch (triton is not installed)"
+    why = native.unavailable()
+    return f"torch ({why})" if why else "compiled for this processor"
 
 
 def estimate(parameters: int, dtype: str) -> int:

@@ -22,6 +22,7 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.active import Active, preview_steps, resume, state_of
 from multimodal_gen.engine.attempt import Attempts
 from multimodal_gen.engine.changes import Changes
+from multimodal_gen.engine.computing import settle
 from multimodal_gen.engine.failures import as_ours, info_of
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
@@ -89,8 +90,7 @@ class EngineCore:
         self.ranks = ranks or Ranks(Mesh.solo())
         self.fault = Fault.parse(config.fault, self.ranks.mesh.rank)
         self.fault.trip("load")
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        settle(config)
         share_freed_memory()  # before reading starts threads; what they keep, they keep
         self.pipeline: Pipeline = registry.load(card, config, self.ranks.mesh)
         device = torch.device(self.pipeline.info.device).type

@@ -17,6 +17,7 @@ from multimodal_gen.adapters import LoraState, LoraStates, Side
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.arbiter import Arbiter
 from multimodal_gen.engine.changes import Changes
+from multimodal_gen.engine.computing import settle
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.messages import (
     Cancel,
@@ -91,8 +92,7 @@ class Host:
         self._clock = clock
         self._arbiter = Arbiter(config.tpot_budget_ms / 1000)
         self._running: _Running | None = None
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        settle(config)
         self.text: TextSide | None = None
         self.pictures: EngineCore | None = None
         if text is not None:

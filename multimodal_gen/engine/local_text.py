@@ -72,14 +72,12 @@ class LocalTextEngine:
         self._names.begin(self._side.core.adapters.state)
 
     def _load(self) -> TextSide:
-        import torch
-
+        from multimodal_gen.engine.computing import settle
         from multimodal_gen.engine.ranks import Ranks
         from multimodal_gen.engine.text import TextSide
         from multimodal_gen.parallel.mesh import Mesh
 
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
+        settle(self._config)
         side = TextSide(self._card, self._config, Ranks(Mesh.solo()))
         side.bring_adapters(self._loras)
         # An injected fault belongs to the first engine only, as it does to the first worker of a server.

@@ -44,7 +44,7 @@ from multimodal_gen.pipelines.wan.config import WanConfig
 from multimodal_gen.pipelines.wan.model import Context, Modulation, WanTransformer
 from multimodal_gen.pipelines.wan.packing import Layout, Rope, Shape, make_layout, patchify, unpatchify
 from multimodal_gen.pipelines.wan.sharding import sharding
-from multimodal_gen.pipelines.wan.spec import EXPERTS, Experts
+from multimodal_gen.pipelines.wan.spec import EXPERTS, HIGH, Experts
 from multimodal_gen.pipelines.wan.weights import IGNORED, RENAMES
 from multimodal_gen.request import ModelCard, VideoRequest
 from multimodal_gen.weights.checkpoint import Checkpoint, read_json, verify
@@ -114,7 +114,7 @@ class WanPipeline:
         shard(transformer, sharding(settings), self.mesh.tp)
         tree = self.trees[name] = WeightTree(transformer, checkpoint.components[name].files, RENAMES, IGNORED)
         track = Track(name, (LayerList("blocks", (r"scale_shift_table",)),))  # the table is read once per timestep
-        self.memory.add(name, "denoise", transformer, tree, (track,))
+        self.memory.add(name, "denoise", transformer, tree, (track,), high=HIGH)
         self.transformers[name] = transformer
 
     def _count(self) -> int:

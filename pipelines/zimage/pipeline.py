@@ -38,6 +38,7 @@ from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
 from multimodal_gen.pipelines.zimage.sharding import SHARDING
+from multimodal_gen.pipelines.zimage.spec import HIGH
 from multimodal_gen.pipelines.zimage.weights import RENAMES
 from multimodal_gen.request import ImageRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
@@ -119,7 +120,7 @@ class ZImagePipeline:
         shard(self.transformer, SHARDING, mesh.tp)
         weights = WeightTree(self.transformer, components["transformer"].files, RENAMES)
         self.memory = memory = Memory(config, self.device, folder, mesh)
-        self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS))
+        self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS), high=HIGH)
         files = {name: component.files for name, component in components.items()}
         self.text = CausalTextEncoder(folder, files["text_encoder"], self.device, self.dtype, memory, mesh.tp)
         self.trees = {"transformer": weights, "text_encoder": self.text.weights}
@@ -190,9 +191,9 @@ class ZImagePipeline:
         tokens = self.text.tokenize(prompt, max_length)
         features = self.text.encode(tokens, adapters.overlay("text_encoder")).to(self.dtype)
         length = len(features) + pad_count(len(features))
-        frequencies = self.rope.caption(length).to(self.device)
+        turns = self.rope.caption(length).to(self.device)
         with self._here():
-            refined = self.transformer.refine_caption(features, frequencies, adapters.overlay("transformer"))
+            refined = self.transformer.refine_caption(features, turns, adapters.overlay("transformer"))
         return Caption(refined, len(features), tokens.dropped)
 
     @torch.inference_mode()

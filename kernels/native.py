@@ -1,0 +1,229 @@
+"""The C++ kernels for processors: built once with the machine's compiler, found again on disk, called through ctypes.
+
+Why not an extension that pip builds: the best code is the one for this very processor (`-march=native`), and without
+torch's headers all of it compiles in seconds. Threads are those of torch's own OpenMP, whose symbols torch has loaded
+for everybody: two OpenMP runtimes in one process would compete for the cores (docs/decisions/031).
+
+Where there is no compiler, `unavailable()` says so and torch computes. The choice between Triton and torch on GPUs is
+made here too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal_gen.environment import cache_folder, compiler_of_choice
+
+SOURCES = Path(__file__).with_name("cpu")
+# Not -ffast-math: sums are vectors already, and NaN must stay NaN.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden")
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+BUILD_SECONDS = 120  # a compiler that takes longer hangs
+
+CFunction = Callable[..., None]
+
+
+class Unavailable(Exception):
+    """The library cannot be had here; says why."""
+
+
+class _Choice:
+    """Whether native kernels are used at all; changed by `choose` and `torch_only`."""
+
+    native = True
+
+
+def choose(kernels: str) -> None:
+    """`auto`: native kernels where they can be had. `torch`: none (the setting `--kernels`)."""
+    assert kernels in ("auto", "torch"), kernels
+    _Choice.native = kernels == "auto"
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Compute by torch inside."""
+    before, _Choice.native = _Choice.native, False
+    try:
+        yield
+    finally:
+        _Choice.native = before
+
+
+def by_triton(x: Tensor) -> bool:
+    """Whether the Triton kernel computes on tensors like x."""
+    return x.is_cuda and _Choice.native and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class Function:
+    """A function of the library by name, for each dtype that it has a variant of: NAME_f32, NAME_bf16.
+
+    `kinds`: its arguments in order; p a pointer, i an int64, f a float, d a double.
+    """
+
+    def __init__(
+        self, name: str, kinds: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    ) -> None:
+        self._name = name
+        self._types: list[Any] = [KINDS[kind] for kind in kinds]
+        self._dtypes = dtypes
+        self._bound: dict[torch.dtype, CFunction] | None = None  # filled at the first call
+
+    def of(self, x: Tensor) -> CFunction | None:
+        """The variant for tensors like x, or None: then torch computes."""
+        if not (x.is_cpu and _Choice.native):
+            return None
+        if self._bound is None:
+            self._bound = self._bind()
+        return self._bound.get(x.dtype)
+
+    def _bind(self) -> dict[torch.dtype, CFunction]:
+        found = library()
+        if found is None:
+            return {}
+        bound: dict[torch.dtype, CFunction] = {}
+        for dtype in self._dtypes:
+            function = found[f"{self._name}_{SUFFIXES[dtype]}"]
+            function.argtypes, function.restype = self._types, None
+            bound[dtype] = function
+        return bound
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded library, built if need be; None where it cannot be had."""
+    found = _load()
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
+def unavailable() -> str:
+    """Why there is no library, or an empty string."""
+    found = _load()
+    return "" if isinstance(found, ctypes.CDLL) else str(found)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | Unavailable:
+    try:
+        return ctypes.CDLL(str(build()))
+    except Unavailable as why:
+        return why
+    except OSError as error:
+        return Unavailable(f"the compiled kernels cannot be loaded: {error}")
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def build() -> Path:
+    """The shared library, compiled if this processor has none of these sources yet. Raises: Unavailable."""
+    compiler = _compiler()
+    folder = _folder()
+    target = folder / f"kernels-{_fingerprint(compiler)}.so"
+    if target.exists():
+        return target
+    with (folder / "lock").open("w") as lock:  # of several ranks one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                os.replace(_compile(compiler, Path(work)), target)
+    return target
+
+
+def _compile(compiler: str, work: Path) -> Path:
+    """All sources at once, one compiler each, then linked. Raises: Unavailable."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [work / f"{source.stem}.o" for source in sources]
+    openmp = ("-fopenmp",) if _takes(compiler, "-fopenmp", work) else ()
+    _run([[compiler, *FLAGS, *openmp, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)])
+    made = work / "kernels.so"
+    # Not linked with an OpenMP runtime: torch's is loaded, and its symbols are everybody's.
+    _run([[compiler, "-shared", *map(str, objects), "-o", str(made)]])
+    return made
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Side by side, as many as there are cores. Raises: Unavailable with the compiler's first words."""
+    waiting, running = list(reversed(commands)), list[subprocess.Popen[str]]()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            running.append(
+                subprocess.Popen(waiting.pop(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            )
+        process = running.pop(0)
+        try:
+            _, words = process.communicate(timeout=BUILD_SECONDS)
+        except subprocess.TimeoutExpired:
+            words = f"no end after {BUILD_SECONDS} s"
+        if process.poll() != 0:
+            for other in (process, *running):
+                other.kill()
+                other.wait()
+            raise Unavailable(f"{commands[0][0]} failed: {' '.join(words.split())[:500]}")
+
+
+def _takes(compiler: str, flag: str, work: Path) -> bool:
+    command = [compiler, flag, "-x", "c++", "-c", os.devnull, "-o", str(work / "probe.o")]
+    return subprocess.run(command, capture_output=True, timeout=BUILD_SECONDS).returncode == 0
+
+
+def _compiler() -> str:
+    if platform.system() not in ("Linux", "Darwin"):
+        raise Unavailable(f"compiled kernels are for Linux and macOS, not for {platform.system()}")
+    chosen = compiler_of_choice()
+    found = shutil.which(chosen) if chosen else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if found is None:
+        raise Unavailable(f"there is no C++ compiler {chosen or '(g++, clang++ or c++)'} on PATH")
+    return found
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that decides about the machine code."""
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS).stdout
+    digest = hashlib.sha256("\0".join((told, *FLAGS, _processor())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> str:
+    """Model and instruction sets: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _folder() -> Path:
+    """A folder that nobody else can write: what lies in it is executed. Raises: Unavailable."""
+    for folder in (cache_folder() / "kernels", Path(tempfile.gettempdir()) / f"mmgen-kernels-{os.getuid()}"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.stat()
+        except OSError:
+            continue
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    raise Unavailable(f"no folder of ours can be written: tried {cache_folder()} and {tempfile.gettempdir()}")
