@@ -196,7 +196,7 @@ def test_streamed_layers_give_the_same_bits_and_are_fetched_less_often(
     """Layers that were fetched ahead and are not needed after all do no harm."""
     loads, latents = [], []
     for text, offload in ((cache, "none"), (cache, "layerwise"), ("none", "layerwise")):
-        core = engine(z_image_folder(layers=3), offload=offload)
+        core = engine(z_image_folder(layers=6), offload=offload)
         found, _ = run(core, [(0, request(core, 0, name="x", step_cache=text))])
         loads.append(core.pipeline.memory.use.loads)
         latents.append(found["x"])
