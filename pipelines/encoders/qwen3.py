@@ -89,12 +89,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [l, D]; cos and sin [l, 1, head]."""
         q, k, v = (layer(x).unflatten(-1, (-1, self.dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = _turn(self.q_norm(q), cos, sin), _turn(self.k_norm(k), cos, sin)
+        q, k = (_turn(_per_head(n, x), cos, sin) for n, x in ((self.q_norm, q), (self.k_norm, k)))
         groups = q.shape[1] // k.shape[1]
         q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))  # [1, heads, l, head]
         k, v = (states.repeat_interleave(groups, 1) for states in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(mixed[0].transpose(0, 1).flatten(1))
+
+
+def _per_head(norm: RMSNorm, x: Tensor) -> Tensor:
+    """x [l, heads, head] → the same, each head normalised."""
+    normal: Tensor = norm(x.flatten(0, 1))
+    return normal.view_as(x)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
