@@ -20,7 +20,7 @@ from multimodal_gen.attention.segments import Segments
 from multimodal_gen.cli.hardware import cpu
 from multimodal_gen.cli.roofline import Device
 from multimodal_gen.kernels import packed_linear
-from multimodal_gen.kernels.costs import Call
+from multimodal_gen.kernels.costs import Bound, Call
 from multimodal_gen.kernels.gated_product import gated_product, gelu_tanh_
 from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
 from multimodal_gen.kernels.norm_modulate import Norm, rms_norm_scale
@@ -49,7 +49,7 @@ def this_machine(known: Callable[[str], Device | None]) -> tuple[Device, bool]:
     x = torch.zeros((256 << 20) // 2, dtype=DTYPE, device=device)
     y = torch.empty_like(x)
     copy = seconds(lambda: y.copy_(x))
-    limits = {"product": 1.0, "attention": 1.0, "rows": 1.0}
+    limits: dict[Bound, float] = {"product": 1.0, "attention": 1.0, "rows": 1.0}
     return Device(name, 2 * side**3 / product, 2 * x.nbytes / copy, limits), device.type == "cuda"
 
 
