@@ -1,6 +1,7 @@
 // What the kernels for processors share: vectors of sixteen floats, bfloat16 in memory, rows shared out among threads.
 // Vector extensions of GCC and Clang: sixteen floats are one AVX-512 register, two of AVX2 or four of NEON.
-// Functions are called by ctypes with raw pointers (kernels/native.py); they neither allocate nor throw.
+// Functions are called by ctypes with raw pointers (kernels/native.py); they do not throw, and allocate
+// nothing where they do not say so.
 #pragma once
 
 #include <cmath>

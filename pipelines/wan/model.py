@@ -30,6 +30,7 @@ from multimodal_gen.nn.mlp import GeluMLP
 from multimodal_gen.nn.norm import AcrossHeadsRMSNorm, LayerNorm
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.sequence import TokenShards
+from multimodal_gen.pipelines.stages.first_block import Begun, run_first
 from multimodal_gen.pipelines.wan.config import WanConfig
 from multimodal_gen.pipelines.wan.packing import Layout, Slice
 
@@ -80,6 +81,18 @@ class Modulation:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.layers.nbytes + self.final.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What the blocks need besides the tokens, for this rank's share of a packed batch; filled by `work`."""
+
+    layout: Layout
+    shards: TokenShards
+    slice: Slice
+    times: list[Modulation]  # per piece of the slice
+    contexts: list[Context]  # per sequence of the slice
+    routing: Routing | None
 
 
 class SelfAttention(nn.Module):
@@ -251,14 +264,64 @@ class WanTransformer(nn.Module):
 
         Returns: per sequence [l, patch · C].
         """
+        work = self.work(times, contexts, layout, overlays)
+        x = self.embed(patches, work)
+        x = self.through(x, work, 0, len(self.blocks))
+        return self.predict(x, work)
+
+    def begin(
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        contexts: Sequence[Context],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Begun]:
+        """`forward` as far as the first block, per sequence."""
+        work = self.work(times, contexts, layout, overlays)
+        lengths = layout.segments.lengths
+        x = self.embed(patches, work)
+        return run_first(x, work.shards, lengths, lengths, lambda x: self.through(x, work, 0, 1))
+
+    def finish(
+        self,
+        begun: Sequence[Begun],
+        times: Sequence[Modulation],
+        contexts: Sequence[Context],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Tensor]:
+        """The rest of `forward`, for the sequences that are left."""
+        work = self.work(times, contexts, layout, overlays)
+        x = work.shards.split(torch.cat([each.x for each in begun]))
+        return self.predict(self.through(x, work, 1, len(self.blocks)), work)
+
+    def work(
+        self,
+        times: Sequence[Modulation],
+        contexts: Sequence[Context],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> Work:
+        """This rank's share of what `forward` is given besides patches."""
         shards = TokenShards(layout.segments.total, self.sequence)
         slice_ = Slice.of(layout, shards)
-        contexts, times = slice_.segments.pick(contexts), slice_.times.pick(times)
         routing = Routing.of(slice_.segments.lengths, slice_.segments.pick(overlays))
-        x = self.patch_embedding(shards.split(torch.cat(list(patches))), routing)
-        folded = torch.stack([time.layers for time in times], dim=2)  # [layers, 6, S, D]
-        for index, block in enumerate(self.blocks):
-            x = block(x, folded[index], contexts, slice_, routing)
-        shift, scale = torch.stack([time.final for time in times], dim=1)  # [S, D] each
-        x = layer_norm_scale_shift(x, scale, shift, slice_.times.index(x.device), self.config.eps)
-        return list(shards.gather(self.proj_out(x, routing)).split(layout.segments.lengths))
+        return Work(layout, shards, slice_, slice_.times.pick(times), slice_.segments.pick(contexts), routing)
+
+    def embed(self, patches: Sequence[Tensor], work: Work) -> Tensor:
+        """→ this rank's tokens [T, D]."""
+        return self.patch_embedding(work.shards.split(torch.cat(list(patches))), work.routing)
+
+    def through(self, x: Tensor, work: Work, begin: int, end: int) -> Tensor:
+        """x [T, D] through some of the blocks, overwritten."""
+        folded = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [blocks, 6, S, D]
+        for index in range(begin, end):
+            x = self.blocks[index](x, folded[index - begin], work.contexts, work.slice, work.routing)
+        return x
+
+    def predict(self, x: Tensor, work: Work) -> list[Tensor]:
+        """x [T, D] after the last block → per sequence [l, patch · C], of all ranks."""
+        shift, scale = torch.stack([time.final for time in work.times], dim=1)  # [S, D] each
+        x = layer_norm_scale_shift(x, scale, shift, work.slice.times.index(x.device), self.config.eps)
+        return list(work.shards.gather(self.proj_out(x, work.routing)).split(work.layout.segments.lengths))

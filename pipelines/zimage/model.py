@@ -29,7 +29,8 @@ from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.nn.mlp import SwiGLU
 from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
 from multimodal_gen.parallel.group import SOLO, Group
-from multimodal_gen.parallel.sequence import TokenShards
+from multimodal_gen.parallel.sequence import LocalSegments, TokenShards
+from multimodal_gen.pipelines.stages.first_block import Begun, run_first
 from multimodal_gen.pipelines.zimage.packing import Joint, Layout, pad_count
 
 QK_NORM_EPS = 1e-5
@@ -181,6 +182,18 @@ class Modulation:
         return self.refiner.nbytes + self.layers.nbytes + self.final.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What the joint layers need besides the tokens, for this rank's share of a packed batch; filled by `work`."""
+
+    layout: Layout
+    shards: TokenShards
+    segments: LocalSegments  # of joint sequences
+    turns: Tensor  # float32 cosines and sines of this rank's tokens
+    times: list[Modulation]  # per segment
+    routing: Routing | None
+
+
 class ZImageTransformer(nn.Module):
     """Velocity of a packed batch of noisy images under their captions."""
 
@@ -243,11 +256,52 @@ class ZImageTransformer(nn.Module):
 
         Returns: per joint sequence, in layout order, [l, patch_dim].
         """
+        work = self.work(times, layout, overlays)
+        x = work.shards.split(self.embed(patches, times, captions, layout, overlays))
+        x = self.through(x, work, 0, len(self.layers))
+        return self.predict(x, work)
+
+    def begin(
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        captions: Sequence[Tensor],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Begun]:
+        """`forward` as far as the first joint layer, per joint sequence."""
+        work = self.work(times, layout, overlays)
+        x = work.shards.split(self.embed(patches, times, captions, layout, overlays))
+        of_images = [joint.image_tokens for joint in layout.joints]
+        return run_first(
+            x, work.shards, layout.joint_segments.lengths, of_images, lambda x: self.through(x, work, 0, 1)
+        )
+
+    def finish(
+        self,
+        begun: Sequence[Begun],
+        times: Sequence[Modulation],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Tensor]:
+        """The rest of `forward`, for the joint sequences that are left."""
+        work = self.work(times, layout, overlays)
+        x = work.shards.split(torch.cat([each.x for each in begun]))
+        return self.predict(self.through(x, work, 1, len(self.layers)), work)
+
+    def embed(
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        captions: Sequence[Tensor],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> Tensor:
+        """What the joint layers begin with: [T, D] of all ranks."""
         of_images = [overlays[row] for row in layout.image_rows]
         x = self._embed_images(patches, layout, Routing.of(layout.image_lengths, of_images))
         x = self._refine(x, times, layout, of_images)
-        x = self._join(x, captions, layout)
-        return self._image_tokens(self._joint(x, times, layout, overlays), layout.joints)
+        return self._join(x, captions, layout)
 
     def _refine(
         self, x: Tensor, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]
@@ -262,20 +316,27 @@ class ZImageTransformer(nn.Module):
             x = block(x, turns, segments, routing, folded)
         return shards.gather(x)
 
-    def _joint(
-        self, x: Tensor, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]
-    ) -> Tensor:
-        """Image and caption tokens: [T, D] → [T, patch_dim]."""
+    def work(self, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]) -> Work:
+        """This rank's share of what the joint layers need besides tokens."""
         shards = TokenShards(layout.joint_segments.total, self.sequence)
         segments = shards.local(layout.joint_segments)
         rows = [joint.row for joint in segments.pick(layout.joints)]
-        layers = torch.stack([times[row].layers for row in rows], dim=2)  # [n, 4, S, D]
         routing = Routing.of(segments.lengths, [overlays[row] for row in rows])
-        x, turns = shards.split(x), shards.split(layout.joint_turns)
-        for block, folded in zip(self.layers, layers, strict=True):
-            x = block(x, turns, segments, routing, folded)
-        final = torch.stack([times[row].final for row in rows])  # [S, D]
-        return shards.gather(self.final(x, final, segments, routing))
+        turns = shards.split(layout.joint_turns)
+        return Work(layout, shards, segments, turns, [times[row] for row in rows], routing)
+
+    def through(self, x: Tensor, work: Work, begin: int, end: int) -> Tensor:
+        """Image and caption tokens of this rank [T, D] through some of the joint layers, overwritten."""
+        layers = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [n, 4, S, D]
+        for index in range(begin, end):
+            x = self.layers[index](x, work.turns, work.segments, work.routing, layers[index - begin])
+        return x
+
+    def predict(self, x: Tensor, work: Work) -> list[Tensor]:
+        """x [T, D] after the last layer → per joint sequence, of all ranks, [l, patch_dim]."""
+        final = torch.stack([time.final for time in work.times])  # [S, D]
+        x = work.shards.gather(self.final(x, final, work.segments, work.routing))
+        return self._image_tokens(x, work.layout.joints)
 
     def _embed_images(self, patches: Sequence[Tensor], layout: Layout, routing: Routing | None) -> Tensor:
         x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows]), routing)
