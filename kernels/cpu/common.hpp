@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -61,10 +61,14 @@ inline f32x16 load(const float* p) {
 }
 
 inline f32x16 load(const bf16* p) {
+#ifdef __AVX512F__  // one instruction, where GCC 12 makes five of the general form
+    u32x16 wide = (u32x16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#else
     u16x16 bits;
     memcpy(&bits, p, sizeof bits);
-    u32x16 wide = __builtin_convertvector(bits, u32x16) << 16;
-    return (f32x16)wide;
+    u32x16 wide = __builtin_convertvector(bits, u32x16);
+#endif
+    return (f32x16)(wide << 16);
 }
 
 inline void store(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }

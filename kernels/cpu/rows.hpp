@@ -64,6 +64,9 @@ template <class T> inline Moments moments(const T* x, int64_t dim, bool centred,
     return {mean, 1.0f / std::sqrt(spread / dim + eps)};
 }
 
+// Divided: on Zen 5 that is faster than a reciprocal of 14 bits and a step of Newton's.
+inline f32x16 silu(f32x16 x) { return x / (exp16(-x) + 1.0f); }
+
 // One row of several for each token: data [S, D] of T or, where `wide`, of float; without an index all have the first.
 struct Table {
     const void* data;  // may be null
