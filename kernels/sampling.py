@@ -1,13 +1,14 @@
 """Tokens out of logits, a row each: the best one, or one at random under temperature, top-k, top-p and min-p.
 
-All limits come to one: what a candidate's weight must reach, where the best one has weight 1. They are weights, not ranks:
-candidates that are equally likely stay or go together, so the order in which a sort leaves them, and with it the other
-rows of the batch, decides nothing. Then one number in [0, 1) points into what is left, so a row needs one random number,
-not one per candidate as with Gumbel noise, and says the same again.
+All limits come to one: what a candidate's weight must reach, where the best one has weight 1. They are weights, not
+ranks: candidates that are equally likely stay or go together, so the order in which a sort leaves them, and with it the
+other rows of the batch, decides nothing. Then one number in [0, 1) points into what is left, so a row needs one random
+number, not one per candidate as with Gumbel noise, and says the same again.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,9 +52,11 @@ def sample(logits: Tensor, wishes: Wishes) -> Tensor:
     """int64 [R]: a token for each row of float32 [R, V], none of whose maxima is infinite or no number."""
     _check(logits, wishes)
     if logits.is_cuda:
-        from multimodal_gen.kernels.gpu import available, sampling
+        if importlib.util.find_spec("triton") is None:
+            return reference(logits, wishes)
+        from multimodal_gen.kernels.gpu import sampling
 
-        return sampling.sample(logits, wishes) if available() else reference(logits, wishes)
+        return sampling.sample(logits, wishes)
     compute = _sampling.of(logits)
     if compute is None:
         return reference(logits, wishes)

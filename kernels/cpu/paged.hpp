@@ -4,6 +4,8 @@
 
 #include "words.hpp"
 
+namespace decoding {
+
 constexpr int64_t PART = 256;    // tokens whose scores are held at a time
 constexpr int64_t QUERIES = 16;  // that read the same keys together
 constexpr int64_t MOST_DIM = 256;
@@ -179,3 +181,5 @@ template <class T> struct Attend {
             }
     }
 };
+
+}  // namespace decoding

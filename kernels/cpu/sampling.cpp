@@ -4,6 +4,8 @@
 
 #include "words.hpp"
 
+using namespace decoding;
+
 constexpr int64_t CHUNK = 128;  // weights whose sum is held in float32; sums of these are float64
 
 // One row's wishes.
