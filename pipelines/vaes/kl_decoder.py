@@ -160,6 +160,11 @@ class KLModel(nn.Module):
         except (KeyError, TypeError, IndexError) as error:
             raise CorruptModel(f"vae/config.json does not describe an AutoencoderKL ({error}).") from None
 
+    @property
+    def count(self) -> int:
+        """How many there are of `blocks`."""
+        return 1 + len(self.decoder.up_blocks)
+
     def blocks(self, z: Tensor) -> Iterator[Tensor]:
         """[C, h, w] → see `Decoder.blocks`."""
         x = z.permute(1, 2, 0)[None].contiguous()

@@ -6,7 +6,7 @@ nothing: shared out or not, the picture is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +65,20 @@ class Tiling:
         """Whether latents [..., h, w] are larger than one tile."""
         return max(z.shape[-2:]) > self.latent
 
-    def decode(self, z: Tensor, decode: Callable[[Tensor], Tensor], group: Group) -> Tensor:
-        """z [..., h, w] → [..., H, W]. Raises as `decode_shared`."""
+    def decode(self, z: Tensor, decode: Callable[[Tensor], Tensor], group: Group) -> Iterator[Tensor | None]:
+        """z [..., h, w] → [..., H, W] in the end; before that nothing, tile by tile, where no ranks share them.
+
+        Raises: as `decode_shared`.
+        """
         tops, lefts = range(0, z.shape[-2], self.stride), range(0, z.shape[-1], self.stride)
         tiles = [z[..., top : top + self.latent, left : left + self.latent] for top in tops for left in lefts]
-        decoded = decode_shared(tiles, decode, group)
+        decoded: list[Tensor] = []
+        if group.size > 1:
+            decoded = decode_shared(tiles, decode, group)
+        else:
+            for tile in tiles:
+                decoded.append(decode(tile))
+                yield None
         rows = [decoded[start : start + len(lefts)] for start in range(0, len(decoded), len(lefts))]
         kept = self.sample - self.blend
         lines = []
@@ -80,7 +89,7 @@ class Tiling:
                 if j > 0:
                     _fade_(row[j - 1], tile, -1, self.blend)
             lines.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=-1))
-        return torch.cat(lines, dim=-2)
+        yield torch.cat(lines, dim=-2)
 
 
 def _fade_(before: Tensor, after: Tensor, dim: int, extent: int) -> None:
