@@ -158,6 +158,19 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Numbers:
     }
 
 
+def figure(name: str, seconds: Mapping[str, Sequence[float]], goals: Mapping[str, float] | None = None) -> Numbers:
+    """One line of the report (multimodal_gen/cli/bench_report.py): seconds of "ours" and of its peers, round by round.
+
+    `goals`: how many times faster than a peer ours is to be.
+    """
+    return {
+        "name": name,
+        "sides": {side: spread(values) for side, values in seconds.items()},
+        "times_faster": {side: ratio(values, seconds["ours"]) for side, values in seconds.items() if side != "ours"},
+        "goals": dict(goals or {}),
+    }
+
+
 def rounded(value: float) -> float:
     """Four significant digits."""
     return float(f"{value:.4g}")

@@ -21,7 +21,8 @@ class Options:
     """What to load."""
 
     kind: str
-    """ours: DiffGenerator; diffusers: ZImagePipeline; verbs: our pipeline without the engine around it"""
+    """ours: DiffGenerator; diffusers: ZImagePipeline; compiled: that under torch.compile; verbs: our pipeline without
+    the engine around it"""
     model: str
     """diffusers folder or bundled name"""
     threads: int
@@ -43,6 +44,8 @@ class Request:
     guidance: float
     save: str | None = None
     """.npy file for the picture: uint8 [H, W, 3]"""
+    noise: str | None = None
+    """.npy file with what `seed` draws, for a side without torch"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,15 @@ def load_ours(options: Options) -> tuple[Run, dict[str, Any]]:
 
 
 def load_diffusers(options: Options) -> tuple[Run, dict[str, Any]]:
+    return _diffusers(options, lambda transformer: None)
+
+
+def load_compiled(options: Options) -> tuple[Run, dict[str, Any]]:
+    """torch.compile of the whole transformer, as diffusers advises; it compiles in the first requests."""
+    return _diffusers(options, lambda transformer: transformer.compile())
+
+
+def _diffusers(options: Options, prepare: Callable[[Any], None]) -> tuple[Run, dict[str, Any]]:
     import torch
     from diffusers import ZImagePipeline
     from diffusers.utils import logging as diffusers_logging
@@ -92,6 +104,7 @@ def load_diffusers(options: Options) -> tuple[Run, dict[str, Any]]:
         _keep_freed_memory()
     pipe = ZImagePipeline.from_pretrained(_folder(options.model), dtype=DTYPES[options.dtype])
     pipe.set_progress_bar_config(disable=True)
+    prepare(pipe.transformer)
 
     def run(request: Request) -> Answer:
         ends: list[float] = []
@@ -152,7 +165,7 @@ def load_verbs(options: Options) -> tuple[Run, dict[str, Any]]:
     return run, {"dtype": pipeline.info.dtype, "attention": pipeline.info.attention_backend}
 
 
-LOADERS = {"ours": load_ours, "diffusers": load_diffusers, "verbs": load_verbs}
+LOADERS = {"ours": load_ours, "diffusers": load_diffusers, "compiled": load_compiled, "verbs": load_verbs}
 
 
 def _folder(model: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Numbers, Side, finish, interleave, parser, ratio, record, rounded, same_picture, say, spread
+from _common import Numbers, Side, figure, finish, interleave, parser, ratio, record, rounded, same_picture, say, spread
 from _models import prompt
 from _server import Client, Reply, Server
 
@@ -161,6 +161,14 @@ def report(took: dict[str, list[float]]) -> Numbers:
         "seconds": {name: spread(values) for name, values in took.items()},
         "requests_per_s": {name: rounded(len(MIX) / spread(values)["median"]) for name, values in took.items()},
         **{name: ratio(took[slow], took[fast]) for name, (slow, fast) in pairs.items() if slow in took},
+        "figures": [
+            figure(
+                "eight mixed requests at once over HTTP",
+                {"ours": took["concurrent"], "diffusers": took["diffusers"]},
+                {"diffusers": 4.0},
+            ),
+            figure("eight, one after another", {"ours": took["sequential"], "diffusers": took["diffusers"]}),
+        ],
     }
 
 

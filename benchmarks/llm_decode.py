@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-from _common import Numbers, Side, finish, interleave, parser, ratio, record, rounded, say, spread
+from _common import Numbers, Side, figure, finish, interleave, parser, ratio, record, rounded, say, spread
 from _llm_models import Sizes, dequantized, prompts
 
 TOKENS = 128
@@ -43,6 +43,7 @@ def main() -> None:
         for batch in flags.batches:
             say(f"batch {batch}")
             results[f"batch_{batch}"] = _measure(sides, sizes, batch, flags)
+    results["figures"] = [results[f"batch_{batch}"].pop("figure") for batch in flags.batches]
     finish("llm_decode", environment, results)
 
 
@@ -108,6 +109,9 @@ def _measure(sides: dict[str, Side], sizes: Sizes, batch: int, flags: argparse.N
         for name, answers in rounds.items()
         if name in SAME_WEIGHTS and name != "ours"
     }
+    seconds = {name: _seconds(answers) for name, answers in rounds.items() if name in SAME_WEIGHTS}
+    goals = {name: goal for name, goal in _goals(batch).items() if name in seconds}
+    found["figure"] = figure(f"SmolLM2-135M, {batch} text(s), {TOKENS} tokens each", seconds, goals)
     if "openvino-q4" in rounds and "ours-int4" in rounds:
         found["four_bits_times_as_fast_as_openvino"] = ratio(
             _seconds(rounds["openvino-q4"]), _seconds(rounds["ours-int4"])
@@ -116,6 +120,11 @@ def _measure(sides: dict[str, Side], sizes: Sizes, batch: int, flags: argparse.N
             _seconds(rounds["openvino-q4"]), _seconds(rounds["ours"])
         )
     return found
+
+
+def _goals(batch: int) -> dict[str, float]:
+    """How many times faster than each peer ours is to be."""
+    return {"vllm": 1.0, **({"transformers": 5.0} if batch == 32 else {})}
 
 
 def _runner(side: Side, ids: list[list[int]]) -> object:

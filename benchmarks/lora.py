@@ -14,7 +14,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from _common import Numbers, Side, finish, interleave, parser, ratio, record, say, spread
+from _common import Numbers, Side, figure, finish, interleave, parser, ratio, record, say, spread
 from _models import RANK, make_adapters, make_medium
 
 SWITCHES = ("load", "unmerge", "merge", "unmerge")
@@ -45,6 +45,7 @@ def main() -> None:
             "step": steps(sides, flags.step_repeats, flags.max_seconds, {"side": flags.side, "steps": flags.steps}),
             "memory": {name: side.run(do="facts") for name, side in sides.items()},
         }
+        results["figures"] = [*results["switch"].pop("figures"), *results["step"].pop("figures")]
         for name, side in sides.items():
             facts = results["memory"][name]
             facts["above_loaded_mb"] = facts["peak_mb"] - side.hello["loaded_mb"]
@@ -67,6 +68,15 @@ def switches(sides: dict[str, Side], repeats: int, max_seconds: float) -> Number
         "warm_over_their_cold": ratio(values["cold"]["diffusers"], values["warm"]["ours"]),
         "warm_times_faster": ratio(values["warm"]["diffusers"], values["warm"]["ours"]),
         "unmerge_times_faster": ratio(values["unmerge"]["diffusers"], values["unmerge"]["ours"]),
+        "figures": [
+            figure("three adapters: switch, files parsed anew", values["cold"], {"diffusers": 5.0}),
+            figure(
+                "three adapters: switch, adapters in memory",
+                {"ours": values["warm"]["ours"], "diffusers": values["cold"]["diffusers"]},
+                {"diffusers": 5.0},
+            ),
+            figure("back to the base weights", values["unmerge"], {"diffusers": 3.0}),
+        ],
     }
 
 
@@ -99,6 +109,13 @@ def steps(sides: dict[str, Side], repeats: int, max_seconds: float, request: Num
         "beside_over_base": ratio(found["ours_beside"], found["ours_base"]),
         "merged_times_faster": ratio(found["diffusers_merged"], found["ours_merged"]),
         "beside_times_faster": ratio(found["diffusers_beside"], found["ours_beside"]),
+        "figures": [
+            figure(
+                f"478 M, one step, adapters {state}",
+                {"ours": found[f"ours_{state}"], "diffusers": found[f"diffusers_{state}"]},
+            )
+            for state in ("merged", "beside")
+        ],
     }
 
 

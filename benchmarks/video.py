@@ -19,9 +19,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from _common import Numbers, Side, finish, interleave, parser, ratio, record, rounded, say, spread
+from _common import Numbers, Side, figure, finish, interleave, parser, ratio, record, rounded, say, spread
 from _models import make_wan_slice, prompt
 
+PARTS = {
+    "steps": ("one step under guidance", 1.6),
+    "encode": ("both prompts", 5.0),
+    "decode": ("VAE decode", 1.5),
+}
+"""Part of an answer → its line in the report, and how many times faster than diffusers it is to be."""
 AGREEMENT = {"width": 128, "height": 128, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 4.0}
 
 
@@ -73,11 +79,15 @@ def compare(model: str, flags: argparse.Namespace, folder: Path) -> Numbers:
         decoded = both(**decoding)
     found: Numbers = {**request, "dtype": dtype, "layers": flags.layers, "latent_relative_error": agreement}
     found["decode_size"] = flags.decode_size
-    for part in ("steps", "encode", "decode"):
+    found["figures"] = []
+    for part, (title, goal) in PARTS.items():
         source = decoded if part == "decode" else took
         seconds = {name: [_seconds(answer[part]) for answer in answers] for name, answers in source.items()}
         found[f"{part}_s"] = {name: spread(values) for name, values in seconds.items()}
         found[f"{part}_times_faster"] = ratio(seconds["diffusers"], seconds["ours"])
+        size = flags.decode_size if part == "decode" else flags.size
+        line = f"Wan 1.3B-shaped, {flags.layers} layers, {size}, {flags.frames} frames: {title}"
+        found["figures"].append(figure(line, seconds, {"diffusers": goal}))
     found["peak_gib"] = {name: rounded(answers[-1]["peak_gib"]) for name, answers in took.items()}
     return found
 

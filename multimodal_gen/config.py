@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.offload import parse_components, parse_pin, parse_prefetch
+from multimodal_gen.step_cache import NONE, parse_step_cache
 from multimodal_gen.units import parse_size
 
 DEFAULT_MODEL = "emoji-image"
@@ -43,6 +44,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="weights and activations; auto = the fastest that the device computes natively"),
     ] = "auto"
+    quantize: Annotated[
+        Literal["none", "int8", "fp8", "int8-weights", "int4-weights"],
+        Meta(
+            description="weights of the transformer in fewer bits: int8 and fp8 multiply in 8 bits, too; the others "
+            "widen the weights; slightly approximate"
+        ),
+    ] = "none"
     num_gpus: Annotated[
         AtLeastOne | None, Meta(description="worker ranks of all replicas; default: the product of the sizes below")
     ] = None
@@ -74,6 +82,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False
+    step_cache: Annotated[
+        str,
+        Meta(
+            description="denoising steps extrapolated instead of computed, where a request does not say: none, "
+            "first-block or taylor, or METHOD:KEY=VALUE,… as in taylor:interval=3; approximate",
+            extra={"parse": parse_step_cache},
+        ),
+    ] = NONE
     max_batch_tokens: Annotated[
         AtLeastOne | None, Meta(description="transformer tokens per denoising step; default: by device")
     ] = None

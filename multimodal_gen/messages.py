@@ -303,6 +303,10 @@ class Gauges(Message, frozen=True):
     cache_misses: int
     step_stall_seconds: float = 0.0
     """of the step, waiting for weights"""
+    step_cache_bytes: int = 0
+    """that rows remember of the steps that they have computed"""
+    cached_steps: int = 0
+    """of finished requests, extrapolated instead of computed, since the process started"""
     weights: WeightsUse = WeightsUse()
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from multimodal_gen.adapters import Pin
+from multimodal_gen.step_cache import NONE, AnyStepCache
 
 MAX_N = 10
 MAX_STEPS = 1000
@@ -56,6 +57,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """guidance stops once the normalised time (0 noise … 1 clean) passes this; None = never"""
     max_sequence_length: int | None = None
     """prompt tokens kept"""
+    step_cache: str | None = None
+    """steps that may be extrapolated instead of computed: `METHOD:KEY=VALUE,…` (`step_cache.py`), or none; None: what
+    the engine's settings say"""
     priority: int = 0
     """higher runs first"""
     deadline_s: float | None = None
@@ -121,6 +125,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """None for models of images"""
     heads: int = 0
     """attention heads of the transformer, which parallel workers share out; 0: unknown, one worker only"""
+    step_cache: str = NONE
+    """of requests that leave it open; filled by `registry.describe` from the settings"""
 
     @property
     def media(self) -> Media:
@@ -151,6 +157,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """intermediate images per output"""
     checkpoint_every: int = 0
     """steps between the row states that the engine hands out (`messages.Checkpoint`); 0: none"""
+    step_cache: AnyStepCache | None = None
+    """which steps may be extrapolated; None: every step is computed"""
     priority: int = 0
     deadline_s: float | None = None
     """seconds that were left when this message was sent"""
@@ -204,6 +212,8 @@ class Timings(msgspec.Struct, kw_only=True):
     total: float = 0.0
     steps: int = 0
     """denoising steps of one output"""
+    cached_steps: int = 0
+    """steps of all outputs together that were extrapolated instead of computed"""
 
     @property
     def per_step(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from multimodal_gen import step_cache
 from multimodal_gen.adapters import Pin
 from multimodal_gen.errors import (
     InvalidN,
@@ -39,6 +40,7 @@ from multimodal_gen.request import (
     VideoLimits,
     VideoRequest,
 )
+from multimodal_gen.step_cache import AnyStepCache
 
 MAX_OUTPUT_BYTES = 1 << 30  # pixels of one request: they travel in one message
 
@@ -100,6 +102,7 @@ def _common(prompt: str, params: SamplingParams, card: ModelCard) -> dict[str, A
     n = _integer(params.num_outputs_per_prompt, "n", 1, MAX_N, InvalidN)
     width, height = _check_size(params.width, params.height, card)
     steps = _or(params.num_inference_steps, defaults.num_inference_steps)
+    steps = _integer(steps, "num_inference_steps", 1, MAX_STEPS)
     length = _or(params.max_sequence_length, min(defaults.max_sequence_length, card.max_sequence_length))
     deadline = params.deadline_s
     return {
@@ -108,12 +111,30 @@ def _common(prompt: str, params: SamplingParams, card: ModelCard) -> dict[str, A
         "negative_prompt": None if negative is None else _check_text(negative, "negative_prompt"),
         "width": width,
         "height": height,
-        "num_inference_steps": _integer(steps, "num_inference_steps", 1, MAX_STEPS),
+        "num_inference_steps": steps,
+        "step_cache": _step_cache(params.step_cache, card, steps),
         "seeds": _seeds(params.seed, n),
         "max_sequence_length": _integer(length, "max_sequence_length", 1, card.max_sequence_length),
         "priority": _integer(params.priority, "priority", -100, 100),
         "deadline_s": None if deadline is None else _number(deadline, "deadline_s", 1e-3, 86_400.0),
     }
+
+
+def _step_cache(text: str | None, card: ModelCard, steps: int) -> AnyStepCache | None:
+    """What was asked for; else what the settings say, where the request has steps enough for it."""
+    try:
+        cache = step_cache.read(card.step_cache if text is None else text)
+    except ValueError as error:
+        raise InvalidValue(f"'step_cache': {error}.", param="step_cache") from None
+    if cache is None or cache.acts_in(steps):
+        return cache
+    if text is None:
+        return None
+    raise InvalidValue(
+        f"'step_cache' has no effect in {steps} step(s): the first {cache.first} and the last are always computed. "
+        "Leave it out, or take more steps.",
+        param="step_cache",
+    )
 
 
 def _image(common: dict[str, Any], params: SamplingParams, card: ModelCard, guided: bool) -> ImageRequest:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from multimodal_gen.lora.applied import BASE, Applied
 from multimodal_gen.lora.names import AdapterTarget
+from multimodal_gen.pipelines.history import PREFIX, History
 from multimodal_gen.request import AnyRequest, Defaults, ModelCard
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Spec:
     describe: str  # "module:function", (name, folder) -> ModelCard, without torch
     variants: tuple[Variant, ...] = ()
     adapters: tuple[AdapterTarget, ...] = ()  # what LoRA files may change
+    high: tuple[str, ...] | None = (
+        None  # patterns of layers that --quantize leaves alone; None: it leaves out the family
+    )
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Row:
     sampler: Sampler | None = None  # filled by prepare
     step: int = 0  # advanced by denoise: steps done
     clean: torch.Tensor | None = None  # filled by denoise for rows that want previews: estimate of the clean latents
+    history: History = field(default_factory=History)  # replaced by denoise, for rows with a step cache
 
     @property
     def seed(self) -> int:
@@ -92,13 +97,15 @@ class Row:
         """What `restore` needs to go on from this step."""
         assert self.latents is not None, "prepare() fills row.latents"
         assert self.sampler is not None, "prepare() fills row.sampler"
-        return {"latents": self.latents, **self.sampler.tensors()}
+        return {"latents": self.latents, **self.sampler.tensors(), **self.history.tensors()}
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Be where `tensors` were taken; the row has been prepared."""
         assert self.sampler is not None, "prepare() fills row.sampler"
         self.latents = tensors["latents"]
-        self.sampler.restore({name: value for name, value in tensors.items() if name != "latents"}, step)
+        own = {name: value for name, value in tensors.items() if name != "latents" and not name.startswith(PREFIX)}
+        self.sampler.restore(own, step)
+        self.history = History.of(tensors)
         self.step = step
 
 

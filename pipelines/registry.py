@@ -6,9 +6,13 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from multimodal_gen.config import EngineConfig
+from multimodal_gen.errors import ConfigError
 from multimodal_gen.pipelines.contract import Pipeline, Spec
 from multimodal_gen.request import ModelCard
+from multimodal_gen.step_cache import NONE
 from multimodal_gen.weights import hub
 from multimodal_gen.weights.checkpoint import verify
 
@@ -59,8 +63,26 @@ def describe(config: EngineConfig) -> ModelCard:
     folder = hub.resolve(config.model_path, revision=config.revision, local_files_only=config.local_files_only)
     checkpoint = verify(folder)
     name = Path(config.model_path.rstrip("/")).name or config.model_path
-    card: ModelCard = _import(find(checkpoint.pipeline_class).describe)(name, folder)
-    return card
+    spec = find(checkpoint.pipeline_class)
+    if config.quantize != "none" and spec.high is None:
+        raise ConfigError(
+            f"--quantize {config.quantize} is for {', '.join(s.title for s in families() if s.high is not None)}; "
+            f"{name} is a {checkpoint.pipeline_class}. Leave it out.",
+            param="quantize",
+        )
+    card: ModelCard = _import(spec.describe)(name, folder)
+    return with_step_cache(card, config)
+
+
+def with_step_cache(card: ModelCard, config: EngineConfig) -> ModelCard:
+    """The card with what requests get that say nothing of step caches. Raises: ConfigError."""
+    if config.step_cache != NONE and "step_cache" not in card.parameters:
+        raise ConfigError(
+            f"--step-cache {config.step_cache}: {card.name} runs through diffusers ({card.pipeline_class}), where "
+            "every step is computed. Leave it out.",
+            param="step_cache",
+        )
+    return msgspec.structs.replace(card, step_cache=config.step_cache)
 
 
 def load(card: ModelCard, config: EngineConfig, mesh: Mesh | None = None) -> Pipeline:

@@ -1,6 +1,7 @@
 // What the kernels for processors share: vectors of sixteen floats, bfloat16 in memory, rows shared out among threads.
 // Vector extensions of GCC and Clang: sixteen floats are one AVX-512 register, two of AVX2 or four of NEON.
-// Functions are called by ctypes with raw pointers (kernels/native.py); they neither allocate nor throw.
+// Functions are called by ctypes with raw pointers (kernels/native.py); they do not throw, and allocate
+// nothing where they do not say so.
 #pragma once
 
 #include <cmath>
@@ -82,14 +83,15 @@ inline void store(bf16* p, f32x16 v) {
 #endif
 }
 
-// The first `count` < 16 numbers; the others are zero.
-template <class T> inline f32x16 load_some(const T* p, int64_t count) {
+// The first `count` < 16 numbers; the others are zero. Ends of rows are rare, and inlined everywhere they would be half of
+// the time of the compiler.
+template <class T> __attribute__((noinline)) static f32x16 load_some(const T* p, int64_t count) {
     f32x16 v{};
     for (int64_t i = 0; i < count; i++) v[i] = widen(p[i]);
     return v;
 }
 
-template <class T> inline void store_some(T* p, f32x16 v, int64_t count) {
+template <class T> __attribute__((noinline)) static void store_some(T* p, f32x16 v, int64_t count) {
     for (int64_t i = 0; i < count; i++) p[i] = narrow<T>(v[i]);
 }
 

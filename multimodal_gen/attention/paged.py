@@ -56,6 +56,11 @@ class PagedBackend(Protocol):
     """A way to compute it. What does not depend on the layer is made once per forward."""
 
     name: str
+    copies: int  # bytes kept between forwards over those of the pages
+
+    @staticmethod
+    def fits(head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether it computes such heads on this machine."""
 
     def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
         """Attention for this batch over a model's cache: by layer, as of `paged_attention`."""
@@ -77,6 +82,12 @@ class Reference:
     """Span by span."""
 
     name = "reference"
+    copies = 0
+
+    @staticmethod
+    def fits(head_dim: int, dtype: torch.dtype) -> bool:
+        """All."""
+        return True
 
     def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
         """Nothing is made ahead."""

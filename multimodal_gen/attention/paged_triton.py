@@ -37,6 +37,12 @@ class TritonPaged:
     """Nothing is kept between forwards."""
 
     name = "triton"
+    copies = 0
+
+    @staticmethod
+    def fits(head_dim: int, dtype: torch.dtype) -> bool:
+        """All."""
+        return True
 
     def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
         """Only single tokens at the front of the batch go through the kernel."""

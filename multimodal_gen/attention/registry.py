@@ -14,11 +14,18 @@ if TYPE_CHECKING:
     from multimodal_gen.attention.base import AttentionBackend, Candidate, LseBackend
 
 BACKENDS = {
+    "native": "multimodal_gen.attention.native:NativeAttention",
+    "triton": "multimodal_gen.attention.triton_packed:TritonAttention",
     "onednn": "multimodal_gen.attention.onednn:OneDnnAttention",
     "sdpa": "multimodal_gen.attention.sdpa:SdpaAttention",
     "naive": "multimodal_gen.attention.naive:NaiveAttention",
 }
-GIVE_LSE = ("sdpa", "naive")  # those that ring attention can join blocks with; a test compares their attributes
+GIVE_LSE = (
+    "native",
+    "triton",
+    "sdpa",
+    "naive",
+)  # those that ring attention can join blocks with; a test compares their attributes
 
 log = logging.getLogger(__name__)
 

@@ -79,6 +79,12 @@ class Windowed:
     """The backend of one model, with its copies."""
 
     name = "windowed"
+    copies = 1
+
+    @staticmethod
+    def fits(head_dim: int, dtype: torch.dtype) -> bool:
+        """All."""
+        return True
 
     def __init__(self, most_bytes: int | None = None) -> None:
         """`most_bytes`: memory of the copies; sequences beyond it read their pages. None: as much as the pages have."""

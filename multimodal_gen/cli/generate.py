@@ -15,6 +15,7 @@ import msgspec
 from multimodal_gen.cli.flags import Arguments, Parser, add_settings, number, whole
 from multimodal_gen.cli.plan import Plan, make_plan
 from multimodal_gen.cli.text import as_json
+from multimodal_gen.step_cache import write
 
 if TYPE_CHECKING:
     from multimodal_gen.generator import DiffGenerator, GenerationResult
@@ -161,6 +162,7 @@ def _request_facts(result: GenerationResult) -> dict[str, Any]:
             {"nickname": pin.nickname, "strength": pin.strength, "target": pin.tree} for pin in result.request.loras
         ],
         "guidance_scale": result.request.guidance_scale,
+        "step_cache": write(result.request.step_cache),
         "prompt_tokens": result.prompt_tokens,
         "timings": {name: round(value, 4) for name, value in msgspec.structs.asdict(result.timings).items()},
         "warnings": list(result.warnings),

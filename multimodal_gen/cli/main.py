@@ -31,6 +31,7 @@ COMMANDS = {
     "lora": Command("multimodal_gen.cli.lora", "list adapter files, or look into one"),
     "models": Command("multimodal_gen.cli.models", "list the models that can run, or describe one"),
     "doctor": Command("multimodal_gen.cli.doctor", "report devices, dtypes, memory, and whether a model fits"),
+    "bench": Command("multimodal_gen.cli.bench", "measure this machine: ours beside its peers (needs the repository)"),
     "config": Command("multimodal_gen.cli.config_show", "show every setting, its value and where that came from"),
 }
 

@@ -14,6 +14,7 @@ from multimodal_gen.lora.sources import parse_flag
 from multimodal_gen.media.recipe import Recipe, read_recipe
 from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ModelCard
+from multimodal_gen.step_cache import NONE
 from multimodal_gen.version import __version__
 
 
@@ -41,6 +42,7 @@ class Replay:
             "deterministic": recipe.deterministic,
             "attention_backend": recipe.attention_backend,
             "max_batch_tokens": recipe.max_batch_tokens,
+            "step_cache": recipe.step_cache or NONE,
             "threads": recipe.threads if on_cpu and not _too_many(recipe) else None,
             "lora": self._adapters(loras),
             "lora_merge_mode": "merge" if recipe.merged else "dynamic",

@@ -108,6 +108,7 @@ class EngineCore:
         self._weights: WeightsKey | None = ()  # what the weights hold on every rank; None: not known
         self._active: dict[str, Active] = {}
         self._failures = 0  # requests failed in a row
+        self._cached_steps = 0  # of finished requests
 
     @property
     def threads(self) -> int:
@@ -332,6 +333,7 @@ class EngineCore:
     def _finish(self, active: Active, row: Row, pixels: Array) -> list[Event]:
         request, timings = row.request, active.timings
         active.outputs[row.index] = pixels
+        timings.cached_steps += row.history.skipped
         self.pipeline.release(active.rows.pop(row.index))
         if not self.scheduler.finish(request.id, row.index):
             return []
@@ -341,6 +343,7 @@ class EngineCore:
         del self._active[request.id]
         active.unpin()
         self._failures = 0
+        self._cached_steps += timings.cached_steps
         merged = tuple(tree for tree, _ in active.adapters.weights)
         return [Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings, merged)]
 
@@ -379,5 +382,9 @@ class EngineCore:
             cache_hits=cache.hits,
             cache_misses=cache.misses,
             step_stall_seconds=stall,
+            step_cache_bytes=sum(
+                row.history.nbytes for active in self._active.values() for row in active.rows.values()
+            ),
+            cached_steps=self._cached_steps,
             weights=self.sleeper.weights,
         )

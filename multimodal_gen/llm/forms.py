@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
-from multimodal_gen.kernels import int4_linear
+from multimodal_gen.kernels import blocked_linear, int4_linear, packed_linear
+from multimodal_gen.kernels.blocked_linear import BlockedWeight
 from multimodal_gen.kernels.int4_linear import Int4Weight
 from multimodal_gen.kernels.int8_linear import Int8Weight
-from multimodal_gen.kernels.packed_linear import PackedWeight, unavailable
+from multimodal_gen.kernels.packed_linear import PackedWeight
 from multimodal_gen.llm.models.vocabulary import Vocabulary
 from multimodal_gen.nn.linear import FusedLinear, Linear, Packed
+from multimodal_gen.nn.mlp import SwiGLU
 
 Multiplied = Linear | FusedLinear | Vocabulary
 
@@ -44,16 +47,32 @@ def choose(
             param="llm_quantization",
         )
     layers = [layer for layer in decoder.modules() if isinstance(layer, Multiplied)]
+    pairs = {module.gate_up for module in decoder.modules() if isinstance(module, SwiGLU)}
     if bits == "int4":
         return {layer: _narrowest(layer, dtype) for layer in layers}
     if bits == "int8":
-        return dict.fromkeys(layers, INT8)
-    if device.type != "cpu" or unavailable(dtype):
+        return {layer: _eight(layer, dtype, layer in pairs) for layer in layers}
+    if device.type != "cpu":
         return {}
-    return {layer: Form(PackedWeight, 8 * dtype.itemsize) for layer in layers}
+    found = {layer: _whole(layer, dtype, layer in pairs) for layer in layers}
+    return {layer: form for layer, form in found.items() if form is not None}
 
 
 INT8 = Form(Int8Weight, 8)
+
+
+def _whole(layer: Multiplied, dtype: torch.dtype, pairs: bool) -> Form | None:
+    """All bits, in the order that is read fastest; None: as it was read."""
+    bits = 8 * dtype.itemsize
+    if not blocked_linear.unavailable(layer.weight.shape, dtype, dtype):
+        return Form(partial(BlockedWeight, halves=pairs), bits)
+    return None if packed_linear.unavailable(dtype) else Form(PackedWeight, bits)
+
+
+def _eight(layer: Multiplied, dtype: torch.dtype, pairs: bool) -> Form:
+    if blocked_linear.unavailable(layer.weight.shape, torch.int8, dtype):
+        return INT8
+    return Form(partial(BlockedWeight, dtype=torch.int8, halves=pairs), 8)
 
 
 def _narrowest(layer: Multiplied, dtype: torch.dtype) -> Form:

@@ -56,7 +56,7 @@ class TextModel:
                 self.device,
                 str(self.dtype).removeprefix("torch."),
             )
-        self.backend = choose_paged(self.device)
+        self.backend = choose_paged(self.device, self.config.head_dim, self.dtype)
         with construction(torch.device("meta"), self.dtype):
             self.decoder = Decoder(found.config, self.backend).eval()
         self.ranks = _who_share(found.config, config, mesh)
@@ -99,6 +99,7 @@ class TextModel:
     def sleep(self) -> None:
         """Give the weights' memory back."""
         self.weights.take_out()
+        self.decoder.unbind()
         self.backend.clear()
 
     def wake(self) -> None:

@@ -16,7 +16,6 @@ from multimodal_gen.llm.loading import TextModel
 from multimodal_gen.llm.logprobs import tell
 from multimodal_gen.llm.sampler import Sampled, Sampler
 from multimodal_gen.llm.sequence import Slot
-from multimodal_gen.llm.sizing import COPIES
 from multimodal_gen.llm.writing import Writing
 from multimodal_gen.memory.free import Promise
 from multimodal_gen.parallel.group import Group
@@ -37,8 +36,8 @@ class Runner:
 
     def _open(self) -> None:
         self._cache = self.model.new_cache(self._pages, self._page_size)
-        kind = self.model.device.type
-        self._promise = Promise(COPIES[kind] * self.kv_bytes) if kind == "cpu" else None
+        promised = self.kv_bytes * (1 + self.model.backend.copies)
+        self._promise = Promise(promised) if self.model.device.type == "cpu" else None
 
     @property
     def asleep(self) -> bool:

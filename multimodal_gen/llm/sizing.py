@@ -14,7 +14,6 @@ from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.text import TextCard
 
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}  # a step of so many takes some times as long as one that only writes
-COPIES = {"cpu": 2}  # a token's bytes over those in its page: sequences that write have dense copies (`Windowed`)
 SHARE = 5  # of what is free, a fifth is taken where nobody says how much
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,8 @@ def settle(model: TextModel, config: EngineConfig, mesh: Mesh) -> Room:
     """The room for keys and values beside a loaded model; the same on all ranks. Raises: ConfigError, PeerLost."""
     own = _free(model, config, mesh)
     least = min(int(each) for each in mesh.control.all_gather_bytes(str(own).encode()))
-    return share(model.card, config, model.page_bytes(config.kv_page_size), least, model.device.type)
+    page_bytes = model.page_bytes(config.kv_page_size) * (1 + model.backend.copies)
+    return share(model.card, config, page_bytes, least, model.device.type)
 
 
 def _free(model: TextModel, config: EngineConfig, mesh: Mesh) -> int:
@@ -49,7 +49,7 @@ def share(card: TextCard, config: EngineConfig, page_bytes: int, free: int, devi
     """How much of what is free is taken.
 
     Args:
-        page_bytes: of one page on one rank.
+        page_bytes: of one page on one rank, with what attention keeps beside it.
         free: bytes for one rank; the least that any rank has.
         device: cpu or cuda.
 
@@ -60,7 +60,6 @@ def share(card: TextCard, config: EngineConfig, page_bytes: int, free: int, devi
             f"--max-context {config.max_context} is more than the {card.context} tokens that {card.name} was made for.",
             param="max_context",
         )
-    page_bytes *= COPIES.get(device, 1)
     wanted = min(card.context, config.max_context or card.context)
     per_text = -(-wanted // config.kv_page_size)
     if config.kv_cache_memory is None:

@@ -23,6 +23,7 @@ from multimodal_gen.adapters import Pin
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import InvalidValue, NotFound
 from multimodal_gen.request import MAX_PROMPT_CHARS, AnyRequest, ImageRequest, ModelCard, VideoRequest
+from multimodal_gen.step_cache import write
 from multimodal_gen.version import __version__
 
 SCHEMA = 1
@@ -69,6 +70,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     image_sha256: str | None = None
     """of the picture that the video starts from, as `VideoRequest.image` holds it"""
     max_sequence_length: int
+    step_cache: str | None = None
+    """which steps may have been extrapolated, every value spelled out; None: all were computed"""
     dtype: str
     device: str
     deterministic: bool
@@ -122,6 +125,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             seeds=request.seeds,
             index=index,
             max_sequence_length=request.max_sequence_length,
+            step_cache=None if request.step_cache is None else write(request.step_cache),
             dtype=dtype,
             device=device,
             deterministic=deterministic,
@@ -170,6 +174,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             "Model": self.model,
             "Version": f"multimodal_gen {self.version}",
         }
+        if self.step_cache is not None:
+            pairs["Step cache"] = self.step_cache
         if self.loras:
             pairs["Lora hashes"] = ", ".join(f"{pin.nickname}: {pin.sha256[:12]}" for pin in self.loras)
         tags = dict.fromkeys(f" <lora:{pin.nickname}:{pin.strength:g}>" for pin in self.loras)

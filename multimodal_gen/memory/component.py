@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from multimodal_gen.memory.layers import Layer
 from multimodal_gen.memory.shares import DENOISE, Share, Sizes
+from multimodal_gen.nn.forms import Form, Formed, formed_bytes
 from multimodal_gen.weights.loading import WeightTree, clear_padding
 
 RESIDENT = Share("resident")
@@ -24,6 +25,7 @@ class Component:
     weights: WeightTree
     tracks: dict[str, list[Layer]]  # every layer that could be streamed, in the order of use
     tables: dict[str, str]  # path of an embedding that could stay in its file → its checkpoint key
+    forms: dict[Formed, Form]  # of the layers whose weight is computed with in another form than the one it is read in
     share: Share = RESIDENT
     streamed: frozenset[str] = frozenset()  # checkpoint keys of layers that pass through slots, and of tables
     present: bool = False  # whether what is not streamed is on the device
@@ -52,7 +54,11 @@ class Component:
         tables = sum(self.weights.places[key].tensor.nbytes for key in self.tables.values())
         layers = tuple(layer.nbytes for layer in self.layers)
         once = sum(len(track) for track in list(self.tracks.values())[:-1])
-        return Sizes(self.name, self.stage, own - moving - tables, layers, tables, once)
+        saved = [layer.nbytes - layer.bytes_in(self.forms) for layer in self.layers]
+        apart = _saved(self.forms) - sum(saved)
+        forming = max((formed_bytes(layer.passing(self.forms)) for layer in self.layers), default=0)
+        stays = tuple(size - less for size, less in zip(layers, saved, strict=True))
+        return Sizes(self.name, self.stage, own - moving - tables - apart, layers, tables, once, stays, forming)
 
     def moving(self) -> dict[str, list[Layer]]:
         """Track → its layers that pass through slots."""
@@ -60,8 +66,10 @@ class Component:
         return {name: [layer for layer in layers if layer not in stay] for name, layers in self.tracks.items()}
 
     def settle(self) -> None:
-        """All its tensors have their memory, or share that of slots."""
-        self._own = self._tensors(self.streamed)
+        """All its tensors have their memory, share that of slots, or will be held in another form."""
+        self.weights.forms = self.staying
+        formed = {id(layer.weight) for layer in self.staying}
+        self._own = [tensor for tensor in self._tensors(self.streamed) if id(tensor) not in formed]
 
     def bring(self) -> None:
         """Give memory to what is not streamed, and read it. Raises: as `WeightTree.fill`; it can be called again."""
@@ -69,7 +77,7 @@ class Component:
             storage = tensor.untyped_storage()
             if storage.nbytes() == 0:
                 storage.resize_(span_bytes(tensor))
-        clear_padding(self.model)
+        clear_padding(self.model, self.staying)
         self.weights.fill(self.weights.places.keys() - self.streamed)
         self.weights.absent = self.streamed
         self.present = True
@@ -80,21 +88,35 @@ class Component:
         self.weights.absent = frozenset(self.weights.places)
         for tensor in self._own:
             tensor.untyped_storage().resize_(0)
+        for layer in self.staying:
+            layer.packed = None
+
+    @property
+    def staying(self) -> dict[Formed, Form]:
+        """Layers that are held in another form for as long as the component is present."""
+        passing = {self.weights.places[key].layer for key in self.streamed if self.weights.places[key].name == "weight"}
+        return {layer: form for layer, form in self.forms.items() if layer not in passing}
 
     @property
     def device_bytes(self) -> int:
         """On the device now, besides slots."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._own)
+        packed = sum(layer.packed.nbytes for layer in self.staying if layer.packed is not None)
+        return packed + sum(tensor.untyped_storage().nbytes() for tensor in self._own)
 
     @property
     def away_bytes(self) -> int:
         """Of what is not streamed, not on the device now."""
-        return 0 if self.present else sum(tensor.nbytes for tensor in self._own)
+        return 0 if self.present else sum(tensor.nbytes for tensor in self._own) + formed_bytes(self.staying)
 
     def _tensors(self, without: Set[str] = frozenset()) -> list[Tensor]:
         """What the checkpoint fills, each once."""
         places = [place for key, place in self.weights.places.items() if key not in without]
         return list({(place.layer, place.name): place.tensor for place in places}.values())
+
+
+def _saved(forms: Mapping[Formed, Form]) -> int:
+    """Bytes by which these forms are smaller than the weights as they are read."""
+    return sum(layer.weight.nbytes for layer in forms) - formed_bytes(forms)
 
 
 def span_bytes(tensor: Tensor) -> int:

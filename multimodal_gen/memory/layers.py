@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from multimodal_gen.nn.forms import Form, Formed, formed_bytes
 from multimodal_gen.nn.slots import Slotted
 from multimodal_gen.weights.loading import WeightTree
 
@@ -65,6 +66,19 @@ class Layer:
         """Its parameters live in `slot` from now on."""
         for spot in self.spots:
             spot.put(slot)
+
+    def passing(self, forms: Mapping[Formed, Form]) -> dict[Formed, Form]:
+        """Those of `forms` that its weights take in every pass."""
+        return {layer: form for layer, form in self._own(forms).items() if form.passing}
+
+    def bytes_in(self, forms: Mapping[Formed, Form]) -> int:
+        """What it takes where it stays, its weights in these forms."""
+        own = self._own(forms)
+        return self.nbytes - sum(layer.weight.nbytes for layer in own) + formed_bytes(own)
+
+    def _own(self, forms: Mapping[Formed, Form]) -> dict[Formed, Form]:
+        owners = [spot.owner for spot in self.spots if spot.name == "weight"]
+        return {owner: forms[owner] for owner in owners if isinstance(owner, Formed) and owner in forms}
 
     def clear_padding(self, image: Tensor | None = None) -> None:
         """What the checkpoint does not fill is zero again, after another layer used the slot, or `image`."""

@@ -33,6 +33,8 @@ from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Sizes, Wishes
 from multimodal_gen.memory.stream import Stream
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
+from multimodal_gen.nn.forms import choose
+from multimodal_gen.nn.quantize import fewer_bits
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.request import ModelCard
@@ -87,6 +89,7 @@ class Memory:
         weights: WeightTree,
         tracks: Sequence[Track] = (),
         tables: Sequence[str] = (),
+        high: Sequence[str] | None = None,
     ) -> Callable[[], AbstractContextManager[None]]:
         """A component on the meta device.
 
@@ -94,6 +97,7 @@ class Memory:
             stage: "encode", "denoise" or "decode": when it is needed.
             tracks: its layers, where they can be streamed.
             tables: paths of embeddings whose rows can be read from the file.
+            high: patterns of layers that --quantize leaves as they are; None: it leaves all of them so.
 
         Returns: what to compute inside of: `with here(): ...`.
         """
@@ -103,7 +107,9 @@ class Memory:
             found[track.name] = find_layers(model, weights, track.lists, self._layers)
             self._layers += len(found[track.name])
         rows = find_tables(model, weights, tables)
-        self._components[name] = Component(name, stage, model, weights, found, rows)
+        fewer = fewer_bits(self._config.quantize if high is not None else "none", self._device)
+        forms = choose(model, self._device, fewer, high or ())
+        self._components[name] = Component(name, stage, model, weights, found, rows, forms)
         return partial(self.at, name)
 
     def sizes(self) -> list[Sizes]:
@@ -130,7 +136,7 @@ class Memory:
             self._components[name].share = share
         self._make_stream(self.plan)
         for component in self._components.values():
-            allocate(component.model, self._device)
+            allocate(component.model, self._device, component.staying)
             component.settle()
             if component.parked:
                 self._take_out(component)
@@ -177,7 +183,8 @@ class Memory:
         kept: list[Layer] = []
         if any(tracks.values()):
             stream = self._stream = Stream(self._device, plan, tracks, often, self.use)
-            stream.hook(partial(_together, weakref.ref(self)))
+            forms = {layer: form for component in self._components.values() for layer, form in component.forms.items()}
+            stream.hook(partial(_together, weakref.ref(self)), forms)
             for track, by in self._following.items():
                 stream.follow(track, by)
             kept = stream.kept

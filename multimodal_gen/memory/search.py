@@ -159,7 +159,8 @@ class Search:
         passing = {part.name: shares[part.name].streamed(part) for part in self.sizes}
         slots = min(depth, max(map(len, passing.values()), default=0))
         slot_bytes = max((max(layers) for layers in passing.values() if layers), default=0)
-        held = sum(shares[part.name].held(part) for part in self.sizes) + slots * slot_bytes
+        forming = max((part.forming for part in self.sizes if passing[part.name]), default=0)
+        held = sum(shares[part.name].held(part) for part in self.sizes) + slots * slot_bytes + forming
         guests: dict[str, int] = {}
         for part in self.sizes:
             if shares[part.name].residency == "parked":

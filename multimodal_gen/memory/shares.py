@@ -27,11 +27,20 @@ class Sizes:
     layers: tuple[int, ...] = ()  # bytes of each layer in the order of use; () where it has none
     tables: int = 0  # bytes of embeddings, whose rows are read from the file one by one where the component streams
     once: int = 0  # of the layers, so many at the front are run once per prompt and not in every step
+    stays: tuple[
+        int, ...
+    ] = ()  # bytes of each layer where it stays, in the form that it is computed with; (): `layers`
+    forming: int = 0  # bytes that a layer which passes through a slot takes in another form while it computes
 
     @cached_property
     def total(self) -> int:
         """All of it."""
-        return self.rest + self.tables + sum(self.layers)
+        return self.rest + self.tables + sum(self.held)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Bytes of each layer where it stays."""
+        return self.stays or self.layers
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Share:
     def held(self, sizes: Sizes) -> int:
         """Bytes that are on the device at all times, the ring left out."""
         if self.residency == "streamed":
-            return sizes.rest + sum(sizes.layers[index] for index in self.resident_layers)
+            return sizes.rest + sum(sizes.held[index] for index in self.resident_layers)
         return sizes.total if self.residency == "resident" else 0
 
 

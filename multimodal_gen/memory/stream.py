@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from multimodal_gen.memory.layers import Layer, make_slots
 from multimodal_gen.memory.ring import Mover, Ring
 from multimodal_gen.memory.shares import MemoryPlan
 from multimodal_gen.memory.use import MemoryUse
+from multimodal_gen.nn.forms import Form, Formed
 from multimodal_gen.weights.loading import WeightTree
 
 Guard = Callable[[Callable[[], object]], None]  # runs something that may fail, and says what that comes to
@@ -47,12 +48,17 @@ class Stream:
         for layer in self.layers:
             layer.put(self._slots[self._ring.slot_of(layer.number)])
 
-    def hook(self, guard: Guard) -> None:
-        """From now on every layer waits for its weights before it computes, and lets go of its slot afterwards."""
+    def hook(self, guard: Guard, forms: Mapping[Formed, Form]) -> None:
+        """From now on every layer waits for its weights before it computes, and lets go of its slot afterwards.
+
+        Args:
+            forms: those that weights take in every pass are made then, and gone afterwards.
+        """
         ring = weakref.ref(self._ring)  # which holds the layers; they hold the hooks
         for layer in self.layers:
-            layer.module.register_forward_pre_hook(partial(_enter, ring, layer.number, guard))
-            layer.module.register_forward_hook(partial(_leave, ring, layer.number))
+            own = layer.passing(forms)
+            layer.module.register_forward_pre_hook(partial(_enter, ring, layer.number, guard, own))
+            layer.module.register_forward_hook(partial(_leave, ring, layer.number, own))
 
     def follow(self, track: str, by: str) -> None:
         """What runs after the last layer of a track, until said otherwise; at first, the track itself again."""
@@ -118,13 +124,21 @@ def make_mover(
     return DeviceMover(slots, images, streams, use), images
 
 
-def _enter(ring: weakref.ref[Ring], number: int, guard: Guard, *_: object) -> None:
+def _enter(ring: weakref.ref[Ring], number: int, guard: Guard, forms: Mapping[Formed, Form], *_: object) -> None:
     found = ring()
     assert found is not None, "a layer is used after its stream was let go of"
-    guard(lambda: found.enter(number))
+
+    def enter() -> None:
+        found.enter(number)
+        for layer, form in forms.items():
+            layer.packed = form.pack(layer.weight)
+
+    guard(enter)
 
 
-def _leave(ring: weakref.ref[Ring], number: int, *_: object) -> None:
+def _leave(ring: weakref.ref[Ring], number: int, forms: Iterable[Formed], *_: object) -> None:
     found = ring()
     assert found is not None, "a layer is used after its stream was let go of"
+    for layer in forms:
+        layer.packed = None
     found.leave(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal_gen.kernels.gated_product import gated_product, gelu_tanh_
 from multimodal_gen.nn.linear import FusedLinear, Linear, align
 from multimodal_gen.nn.lowrank import Routed
 
@@ -19,7 +20,9 @@ class GeluMLP(nn.Module):
         self.down = Linear(hidden, out, bias=True)
 
     def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
-        return self.down(F.gelu(self.up(x, routing), approximate=self.approximate), routing)
+        h = self.up(x, routing)
+        h = gelu_tanh_(h) if self.approximate == "tanh" else F.gelu(h)
+        return self.down(h, routing)
 
 
 class SwiGLU(nn.Module):
@@ -35,4 +38,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
         gate, up = self.gate_up(x, routing).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up), routing)
+        return self.down(gated_product(gate, up), routing)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal_gen.kernels.norm_modulate import Norm, norm_modulate, rms_norm_scale
+from multimodal_gen.kernels.qk_norm_rope import qk_norm_rope_
 from multimodal_gen.nn.slots import Cut, Extent, How, Slotted, hollow, share
 from multimodal_gen.parallel.group import SOLO, Group
 
@@ -30,16 +32,6 @@ def rms_normalize_thin(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(torch.cat((x, -x), -1), (2 * dim,), None, None, eps)[..., :dim]
 
 
-def rms_normalize_shared(x: Tensor, eps: float, group: Group) -> Tensor:
-    """rms_normalize(x) where each rank holds an equal share of the last dimension: one float32 all-reduce of the mean
-    squares of all that is normalised here."""
-    if group.size == 1:
-        return rms_normalize(x, eps)
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-    group.all_reduce_(squares)
-    return (x * squares.div_(x.shape[-1] * group.size).add_(eps).rsqrt_()).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """rms_normalize(x) · weight over the last dimension."""
 
@@ -49,7 +41,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize(x, self.eps).mul_(self.weight)
+        """x [T, D] → [T, D]."""
+        return rms_norm_scale(x, self.weight[None], None, self.eps)
 
 
 class ThinRMSNorm(RMSNorm):
@@ -59,18 +52,8 @@ class ThinRMSNorm(RMSNorm):
         return rms_normalize_thin(x, self.eps) * self.weight
 
 
-def layer_normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / std · weight + bias over the last dimension, in float32, rounded once to x's dtype.
-
-    weight and bias are float32 [D], whatever the dtype of x.
-    """
-    if x.device.type == "cpu":  # its kernel takes both dtypes and computes in float32
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
-
-
 class LayerNorm(nn.Module):
-    """layer_normalize with float32 parameters."""
+    """(x - mean) / std · weight + bias, with float32 parameters whatever the dtype of x."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -79,13 +62,18 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_normalize(x, self.weight, self.bias, self.eps)
+        """x [T, D] → [T, D]."""
+        return norm_modulate(x, self.as_norm())
+
+    def as_norm(self) -> Norm:
+        """Itself, for a kernel that does something else with x, too."""
+        return Norm("layer", self.weight[None], self.bias[None], None, self.eps)
 
 
 class AcrossHeadsRMSNorm(Slotted):
-    """RMS norms over all heads together: x [T, P, H · D], each of the P parts with its own weight.
+    """RMS norms over all heads together, of the first N parts of x [T, P, H, D], each with its own weight; and a turn.
 
-    Ranks that share the heads hold [P, H · D / size] and agree on the mean squares of all parts at once.
+    Ranks that share the heads hold [N, H · D / size] and agree on the mean squares of all parts at once.
     """
 
     def __init__(self, parts: tuple[str, ...], dim: int, eps: float) -> None:
@@ -111,12 +99,20 @@ class AcrossHeadsRMSNorm(Slotted):
         self.weight = hollow((parts, share(dim, group, name)), self.weight)
         self.cuts, self.group = {"weight": Cut(0, group.rank, group.size)}, group
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize_shared(x, self.eps, self.group).mul_(self.weight)
+    def forward(self, x: Tensor, turns: Tensor | None = None) -> Tensor:
+        """x [T, P, H, D] in place, turned by float32 [T, 2, D / 2]; returns x."""
+        shared = None if self.group.size == 1 else self._mean_squares(x[:, : len(self.weight)].flatten(2))
+        return qk_norm_rope_(x, self.weight, turns, self.eps, mean_square=shared)
+
+    def _mean_squares(self, x: Tensor) -> Tensor:
+        """x [T, N, H · D / size] → float32 [T, N] over all ranks, by one all-reduce."""
+        squares = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()
+        self.group.all_reduce_(squares)
+        return squares.div_(x.shape[-1] * self.group.size)
 
 
 class PartedRMSNorm(Slotted):
-    """RMS norms of several parts in one call: x [..., P, H, D], each part with its own weight over D."""
+    """RMS norms of every head, of the first N parts of x [T, P, H, D], each with its own weight; and a turn."""
 
     def __init__(self, parts: tuple[str, ...], dim: int, eps: float) -> None:
         super().__init__()
@@ -133,5 +129,6 @@ class PartedRMSNorm(Slotted):
         """Weight of one part: [D]."""
         return super().slot(part)[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize(x, self.eps).mul_(self.weight[:, None])
+    def forward(self, x: Tensor, turns: Tensor | None = None) -> Tensor:
+        """x [T, P, H, D] in place, turned by float32 [T, 2, D / 2]; returns x."""
+        return qk_norm_rope_(x, self.weight, turns, self.eps)

@@ -6,9 +6,10 @@ combined. Rows without guidance have one; the groups take turns with those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.group import Group
 
 Pair = tuple[int, int]  # row of the batch, branch of the row
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class BranchShare:
 
     counts: tuple[int, ...]  # branches of each row
     group: Group
+    gone: frozenset[int] = frozenset()  # rows that are not computed any further
+
+    def without(self, rows: Iterable[int]) -> BranchShare:
+        """The same, once these rows have left: nothing that stays changes hands."""
+        return replace(self, gone=self.gone | set(rows))
 
     @cached_property
     def owners(self) -> dict[Pair, int]:
@@ -35,7 +42,7 @@ class BranchShare:
             for branch in range(count):
                 found[row, branch] = (branch if count > 1 else single) % size
             single += count == 1
-        return found
+        return {pair: owner for pair, owner in found.items() if pair[0] not in self.gone}
 
     @property
     def mine(self) -> list[Pair]:
@@ -46,14 +53,14 @@ class BranchShare:
         """What a rank computes."""
         return [pair for pair, owner in self.owners.items() if owner == rank]
 
-    def compute(self, work: Callable[[list[Pair]], dict[Pair, Tensor]]) -> dict[Pair, Tensor]:
+    def compute(self, work: Callable[[list[Pair]], dict[Pair, Made]]) -> dict[Pair, Made]:
         """`work(mine)`; raises on all ranks where it raised on one, which would be waited for in `exchange`.
 
         On a CPU, where layers may come from files that fail. A device would stand still for the vote. Raises: PeerLost.
         """
         if self.group.size == 1 or self.group.device.type != "cpu":
             return work(self.mine)
-        found: dict[Pair, Tensor] = {}
+        found: dict[Pair, Made] = {}
         failure: Exception | None = None
         try:
             found = work(self.mine)
@@ -76,7 +83,7 @@ class BranchShare:
 
         Raises: PeerLost.
         """
-        if self.group.size == 1:
+        if self.group.size == 1 or not self.owners:
             return dict(outputs)
         sizes = [sum(shapes[row].numel() for row, _ in self.of(rank)) for rank in range(self.group.size)]
         flat = like.new_zeros(1, max(sizes))

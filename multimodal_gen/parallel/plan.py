@@ -135,7 +135,8 @@ def _check_ring(config: EngineConfig, degrees: Degrees) -> None:
     if degrees.ring > 1 and config.attention_backend not in ("auto", *GIVE_LSE):
         raise ConfigError(
             f"--ring-degree {degrees.ring} needs an attention backend that tells its log-sum-exp, and "
-            f"{config.attention_backend} is none; use auto, {' or '.join(GIVE_LSE)}, or --ring-degree 1.",
+            f"{config.attention_backend} is none; use auto, {', '.join(GIVE_LSE[:-1])} or {GIVE_LSE[-1]}, "
+            "or --ring-degree 1.",
             param="attention_backend",
         )
 

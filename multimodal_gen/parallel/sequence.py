@@ -25,6 +25,7 @@ from torch import Tensor
 from multimodal_gen.attention import registry
 from multimodal_gen.attention.base import AttentionBackend, LseBackend
 from multimodal_gen.attention.segments import Segments
+from multimodal_gen.kernels.ring_merge import ring_merge_
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.mesh import Mesh
 
@@ -69,6 +70,16 @@ class TokenShards:
     def gather(self, x: Tensor) -> Tensor:
         """Slices [n, ...] of all ranks → [T, ...] on every rank."""
         return self.group.all_gather(x)[: self.total]
+
+    def pick(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Slices [n, ...] of all ranks → [positions, ...] on every rank: these tokens of the whole batch."""
+        if self.group.size == 1:
+            return x[positions]
+        own = positions - self.group.rank * self.length
+        here = (own >= 0) & (own < self.length)
+        found = x.new_zeros(len(positions), *x.shape[1:])
+        found[here] = x[own[here]]
+        return self.group.all_reduce_(found)  # each of them is on one rank: the sum is exact
 
     def local(self, segments: Segments) -> LocalSegments:
         """The slice's share of segments over these T tokens."""
@@ -157,10 +168,8 @@ class _Joined:
         self.lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
 
     def add(self, out: Tensor, lse: Tensor) -> None:
-        """Join a block. Every query has a key in the first one, its own, so the sum is finite from then on."""
-        total = torch.logaddexp(self.lse, lse)
-        self.out.mul_((self.lse - total).exp_()[..., None]).addcmul_(out.float(), (lse - total).exp_()[..., None])
-        self.lse = total
+        """Join a block."""
+        ring_merge_(self.out, self.lse, out, lse)
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

@@ -46,7 +46,7 @@ _OPENAPI_BODY: dict[str, Any] = {
 }
 _SAME_NAME = (
     "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed",
-    "cfg_normalization", "cfg_truncation", "max_sequence_length", "priority", "deadline_s",
+    "cfg_normalization", "cfg_truncation", "max_sequence_length", "step_cache", "priority", "deadline_s",
 )  # fmt: skip
 
 

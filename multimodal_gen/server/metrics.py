@@ -182,6 +182,14 @@ class _EngineState(Collector):
         yield CounterMetricFamily(
             "mmgen_condition_cache_misses", "Prompts that had to be encoded.", gauges.cache_misses if gauges else 0
         )
+        yield GaugeMetricFamily(
+            "mmgen_step_cache_bytes", "Memory of step caches.", gauges.step_cache_bytes if gauges else 0
+        )
+        yield CounterMetricFamily(
+            "mmgen_cached_steps",
+            "Denoising steps of finished requests that were extrapolated instead of computed.",
+            gauges.cached_steps if gauges else 0,
+        )
 
 
 class _Memory(Collector):

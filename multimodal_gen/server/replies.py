@@ -16,6 +16,7 @@ from multimodal_gen.media.recipe import ImageFormat, Recipe
 from multimodal_gen.messages import Array, Finished, Preview
 from multimodal_gen.request import AnyRequest, ModelCard
 from multimodal_gen.server.schemas import ImageGenerationRequest
+from multimodal_gen.step_cache import write
 
 # What OpenAI's answers may say of each quality that requests may ask for.
 _QUALITY_MADE = {"low": "low", "high": "high", "hd": "high"}
@@ -54,6 +55,7 @@ class Form:
             "background": "opaque",
             "output_format": self.output_format,
             **_adapters(request),
+            **({} if request.step_cache is None else {"step_cache": write(request.step_cache)}),
         }
 
     def prompts(self, request: AnyRequest) -> dict[str, Any]:

@@ -76,6 +76,12 @@ class ImageGenerationRequest(BaseModel):
         None, description="Guidance stops once the normalised time (0 noise, 1 clean) passes this; default 1: never."
     )
     max_sequence_length: int | None = Field(None, description="Prompt tokens kept; default: the model's.")
+    step_cache: str | None = Field(
+        None,
+        max_length=128,
+        description="Denoising steps that may be extrapolated instead of computed: `none`, `first-block`, `taylor`, or "
+        "`METHOD:KEY=VALUE,…`; default: the server's --step-cache. Faster, and slightly approximate.",
+    )
     loras: list[dict[str, Any]] | None = Field(
         None,
         description="Adapters for this request, in order, instead of the active ones: objects of `nickname`, "

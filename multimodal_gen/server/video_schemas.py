@@ -49,6 +49,12 @@ class VideoSettings(BaseModel):
         None, description=f"Shift of the noise schedule, up to {MAX_FLOW_SHIFT:g}; default: the checkpoint's."
     )
     max_sequence_length: int | None = Field(None, description="Prompt tokens kept; default: the model's.")
+    step_cache: str | None = Field(
+        None,
+        max_length=128,
+        description="Denoising steps that may be extrapolated instead of computed: `none`, `first-block`, `taylor`, or "
+        "`METHOD:KEY=VALUE,…`; default: the server's --step-cache. Faster, and slightly approximate.",
+    )
     loras: list[dict[str, Any]] | None = Field(
         None,
         description="Adapters for this request, in order, instead of the active ones: objects of `nickname`, "

@@ -18,10 +18,11 @@ from multimodal_gen.server.form_fields import PICTURE
 from multimodal_gen.server.models import check_model
 from multimodal_gen.server.video_schemas import VideoSettings, seconds_of
 from multimodal_gen.server.wishes import check_priority, pins_for, still_loading
+from multimodal_gen.step_cache import write
 
 _SAME_NAME = (
     "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "guidance_scale_2", "seed",
-    "flow_shift", "num_frames", "fps", "max_sequence_length", "priority",
+    "flow_shift", "num_frames", "fps", "max_sequence_length", "step_cache", "priority",
 )  # fmt: skip
 
 
@@ -121,6 +122,7 @@ def _facts(request: VideoRequest, enhanced: Enhanced) -> dict[str, Any]:
         "guidance_scale_2": request.guidance_scale_2,
         "flow_shift": request.flow_shift,
         "negative_prompt": request.negative_prompt,
+        "step_cache": write(request.step_cache),
         "loras": [{"nickname": pin.nickname, "strength": pin.strength, "target": pin.tree} for pin in request.loras],
     }
 
@@ -129,6 +131,8 @@ def _as_given(source: VideoRequest, wish: VideoSettings, card: ModelCard) -> dic
     """The settings of a request as its client could have given them, but for those that the wish makes meaningless."""
     settled = msgspec.structs.asdict(source)
     given = {name: settled[name] for name in _SAME_NAME if name in settled}
+    cache, steps = source.step_cache, wish.num_inference_steps or source.num_inference_steps
+    given["step_cache"] = write(cache if cache is not None and cache.acts_in(steps) else None)
     given |= {"seed": list(source.seeds), "num_outputs_per_prompt": source.n, "image": source.image}
     guidance = source.guidance_scale if wish.guidance_scale is None else wish.guidance_scale
     if guidance <= card.guidance_threshold or (guidance != source.guidance_scale and _follows(source)):

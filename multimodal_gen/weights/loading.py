@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.nn.forms import Form, Formed, filled
 from multimodal_gen.nn.slots import Cut, Slotted
 from multimodal_gen.weights.reader import TensorFile
 
@@ -115,6 +116,7 @@ class WeightTree:
         self.absent: frozenset[str] = frozenset()  # keys whose place has no memory of its own now; filled by residency
         self.uncached: frozenset[str] = frozenset()  # keys that are read around the page cache; filled by residency
         self.on_alter: Callable[[Set[str]], None] = lambda keys: None  # told of keys whose recipe is another
+        self.forms: Mapping[Formed, Form] = {}  # of layers that hold their weight in another form; filled by residency
         self._file_of: dict[str, TensorFile] = {}
         self._names: dict[str, str] = {}  # checkpoint key → the model's own name
         layers, names = dict(model.named_modules()), set(model.state_dict())
@@ -180,6 +182,8 @@ class WeightTree:
     ) -> None:
         """Read these tensors, or this rank's share of them, into their places, in the order of the files.
 
+        A layer that holds its weight in another form is made anew from all of its tensors.
+
         Args:
             on_key: called after each.
             into: what is written instead of a place; same shape and dtype.
@@ -188,11 +192,29 @@ class WeightTree:
         raised.
         """
         wanted = set(keys)
-        for file in self.files.values():
-            for key in file.tensors:
-                if key in wanted:
-                    self._fill(file, key, into(self.places[key].view()))
+        formed = self._formed(wanted)
+        for key in self._in_order(wanted.difference(*formed.values())):
+            self._fill(self._file_of[key], key, into(self.places[key].view()))
+            on_key()
+        for layer, own in formed.items():
+            with filled(layer, self.forms[layer]):
+                for key in self._in_order(own):
+                    self._fill(self._file_of[key], key, self.places[key].view())
                     on_key()
+
+    def _formed(self, keys: Set[str]) -> dict[Formed, set[str]]:
+        """Layers of these keys that hold their weight in another form → all keys of that weight."""
+        found: dict[Formed, set[str]] = {}
+        touched = {self.places[key].layer for key in keys if self.places[key].name == "weight"}
+        for key in self.places if self.forms else ():
+            place = self.places[key]
+            layer = place.layer if place.name == "weight" and place.layer in touched else None
+            if isinstance(layer, Formed) and layer in self.forms:
+                found.setdefault(layer, set()).add(key)
+        return found
+
+    def _in_order(self, keys: Set[str]) -> Iterator[str]:
+        return (key for file in self.files.values() for key in file.tensors if key in keys)
 
     def _fill(self, file: TensorFile, key: str, view: Tensor) -> None:
         cut, recipe, direct = self.places[key].cut, self.recipes.get(key), key in self.uncached
@@ -267,18 +289,24 @@ def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
+def allocate(model: nn.Module, device: torch.device, formed: Iterable[Formed] = ()) -> None:
     """Give memory to what was constructed on the meta device; padding is zero, the rest is for the loader.
 
-    What has memory, buffers that a model computed for itself, moves to `device`.
+    What has memory, buffers that a model computed for itself, moves to `device`. The weights of `formed` layers get
+    theirs each time they are filled.
     """
+    bare = set(formed)
+    for layer in bare:
+        weight = torch.empty_like(layer.weight, device=device)
+        weight.untyped_storage().resize_(0)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
-    clear_padding(model)
+    clear_padding(model, bare)
 
 
-def clear_padding(model: nn.Module) -> None:
-    """Zero what no checkpoint tensor fills."""
+def clear_padding(model: nn.Module, without: Container[nn.Module] = ()) -> None:
+    """Zero what no checkpoint tensor fills, but in some layers."""
     for layer in model.modules():
-        if isinstance(layer, Slotted):
+        if isinstance(layer, Slotted) and layer not in without:
             for view in layer.padding():
                 view.zero_()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from multimodal_gen.errors import CorruptModel
-from multimodal_gen.pipelines.contract import Sampler
+from multimodal_gen.pipelines.contract import Row, Sampler
 from multimodal_gen.pipelines.stages import flow_match, unipc
 from multimodal_gen.weights.checkpoint import read_json
 
@@ -17,6 +17,7 @@ from multimodal_gen.weights.checkpoint import read_json
 class State(Protocol):
     """One row's schedule and what its solver has gathered; immutable but for `restore`."""
 
+    sigmas: Tensor  # float32 [steps + 1] on the CPU, from 1 (noise) to 0 (clean)
     timesteps: Tensor  # [steps] on the CPU, 1000 noise … 0 clean
 
     def advance(self, x: Tensor, velocity: Tensor, step: int) -> tuple[Tensor, Sampler]:
@@ -34,6 +35,13 @@ SOLVERS: dict[str, Callable[[Mapping[str, Any]], Solver]] = {
     unipc.SCHEDULER_CLASS: unipc.UniPC,
     flow_match.SCHEDULER_CLASS: flow_match.FlowMatchEuler,
 }
+
+
+def state_of(row: Row) -> State:
+    """The state of a row that has been prepared."""
+    assert row.sampler is not None, "prepare() comes before denoise()"
+    state: State = row.sampler  # type: ignore[assignment]  # every solver of the table makes one
+    return state
 
 
 def load_solver(folder: Path) -> Solver:

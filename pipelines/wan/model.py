@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from multimodal_gen.attention.base import AttentionBackend
 from multimodal_gen.attention.cross import Keys, cross_attend
-from multimodal_gen.nn.embed import sinusoidal
+from multimodal_gen.kernels.gated_product import gelu_tanh_
+from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
+from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift
+from multimodal_gen.kernels.timestep_embedding import timestep_embedding
 from multimodal_gen.nn.linear import FusedLinear, Linear, PatchEmbedding
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.nn.mlp import GeluMLP
-from multimodal_gen.nn.modulation import gate_, norm_modulated
 from multimodal_gen.nn.norm import AcrossHeadsRMSNorm, LayerNorm
-from multimodal_gen.nn.rope import rotate_
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.sequence import TokenShards
+from multimodal_gen.pipelines.stages.first_block import Begun, run_first
 from multimodal_gen.pipelines.wan.config import WanConfig
 from multimodal_gen.pipelines.wan.packing import Layout, Slice
 
@@ -81,6 +83,18 @@ class Modulation:
         return self.layers.nbytes + self.final.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What the blocks need besides the tokens, for this rank's share of a packed batch; filled by `work`."""
+
+    layout: Layout
+    shards: TokenShards
+    slice: Slice
+    times: list[Modulation]  # per piece of the slice
+    contexts: list[Context]  # per sequence of the slice
+    routing: Routing | None
+
+
 class SelfAttention(nn.Module):
     """Attention inside each video, queries and keys normalised across all heads and turned by their position."""
 
@@ -94,10 +108,8 @@ class SelfAttention(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, slice_: Slice, routing: Routing | None) -> Tensor:
-        qkv = self.qkv(x, routing).unflatten(-1, (3, -1))  # [T, 3, D]
-        qk = self.qk_norm(qkv[:, :2]).unflatten(-1, (-1, self.head_dim))  # [T, 2, H, d]
-        q, k = rotate_(qk, slice_.frequencies).unbind(1)
-        v = qkv[:, 2].unflatten(-1, (-1, self.head_dim))
+        qkv = self.qkv(x, routing).unflatten(-1, (3, -1, self.head_dim))  # [T, 3, H, d]
+        q, k, v = self.qk_norm(qkv, slice_.turns).unbind(1)
         return self.out(self.backend(q, k, v, slice_.segments).flatten(-2), routing)
 
 
@@ -125,12 +137,12 @@ class CrossAttention(nn.Module):
         return Seen(seen, self._keys(self.image_kv, self.image_k_norm, image, 1, overlay))
 
     def _keys(self, kv: FusedLinear, norm: AcrossHeadsRMSNorm, x: Tensor, last: int, overlay: Overlay | None) -> Keys:
-        both = kv(x, Routing.of([len(x)], [overlay])).unflatten(-1, (2, -1))  # [L, 2, D]
-        k, v = norm(both[:, :1])[:, 0], both[:, 1]
-        return Keys(k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim)), last)
+        both = kv(x, Routing.of([len(x)], [overlay])).unflatten(-1, (2, -1, self.head_dim))  # [L, 2, H, d]
+        k, v = norm(both).unbind(1)
+        return Keys(k, v, last)
 
     def forward(self, x: Tensor, seen: Sequence[Seen], lengths: Sequence[int], routing: Routing | None) -> Tensor:
-        q = self.q_norm(self.q(x, routing)[:, None])[:, 0].unflatten(-1, (-1, self.head_dim))  # [T, H, d]
+        q = self.q_norm(self.q(x, routing).unflatten(-1, (1, -1, self.head_dim)))[:, 0]  # [T, H, d]
         y = cross_attend(q, lengths, [s.text for s in seen])
         images = [s.image for s in seen if s.image is not None]
         if images:
@@ -153,14 +165,15 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, folded: Tensor, contexts: Sequence[Context], slice_: Slice, routing: Routing | None
     ) -> Tensor:
-        """x [T, D] → [T, D], overwritten; folded float32 [S, 6, D]; contexts per sequence of the slice."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = folded.unbind(1)  # [S, D] each
-        h = norm_modulated(x, scale, shift, self.eps, slice_.times)
-        x = gate_(x, gate, self.attn1(h, slice_, routing), slice_.times)
+        """x [T, D] → [T, D], overwritten; folded float32 [6, S, D]; contexts per sequence of the slice."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = folded  # [S, D] each
+        index, eps = slice_.times.index(x.device), self.eps
+        h = self.attn1(layer_norm_scale_shift(x, scale, shift, index, eps), slice_, routing)
+        h = gated_residual_norm_(x, h, gate, index, None, self.norm2.as_norm())
         seen = [context.at(self.index, self.attn2) for context in contexts]
-        x += self.attn2(self.norm2(x), seen, slice_.segments.lengths, routing)
-        h = norm_modulated(x, ffn_scale, ffn_shift, self.eps, slice_.times)
-        return gate_(x, ffn_gate, self.ffn(h, routing), slice_.times)
+        h = self.attn2(h, seen, slice_.segments.lengths, routing)
+        h = gated_residual_norm_(x, h, None, None, None, Norm("layer", ffn_scale, ffn_shift, index, eps))
+        return gated_residual_(x, self.ffn(h, routing), ffn_gate, index)
 
 
 class ImageEmbedder(nn.Module):
@@ -210,7 +223,7 @@ class WanTransformer(nn.Module):
     def modulate(self, t: Tensor, overlay: Overlay | None) -> Modulation:
         """Timestep float32 [1] (1000 noise … 0 clean), alone: the result must not depend on a batch."""
         routing = Routing.of([1], [overlay])
-        h = F.silu(self.time_in(sinusoidal(t, self.config.freq_dim), routing))
+        h = F.silu(self.time_in(timestep_embedding(t, self.config.freq_dim), routing))
         time = self.time_out(h, routing).to(self.dtype)  # [1, D]
         steps = self.time_proj(F.silu(time), routing).view(6, -1).float()
         layers = torch.stack([block.scale_shift_table[0] + steps for block in self.blocks if isinstance(block, Block)])
@@ -227,7 +240,7 @@ class WanTransformer(nn.Module):
         if pads:
             text = torch.cat([text, text.new_zeros(1, text.shape[1])])
         routing = Routing.of([len(text)], [overlay])
-        text = self.text_out(F.gelu(self.text_in(text, routing), approximate="tanh"), routing)
+        text = self.text_out(gelu_tanh_(self.text_in(text, routing)), routing)
         if image is not None and self.image_embedder is not None:
             image = self.image_embedder(image, Routing.of([len(image)], [overlay]))
         return Context(text, pads, image, overlay, keep)
@@ -251,14 +264,64 @@ class WanTransformer(nn.Module):
 
         Returns: per sequence [l, patch · C].
         """
+        work = self.work(times, contexts, layout, overlays)
+        x = self.embed(patches, work)
+        x = self.through(x, work, 0, len(self.blocks))
+        return self.predict(x, work)
+
+    def begin(
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        contexts: Sequence[Context],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Begun]:
+        """`forward` as far as the first block, per sequence."""
+        work = self.work(times, contexts, layout, overlays)
+        lengths = layout.segments.lengths
+        x = self.embed(patches, work)
+        return run_first(x, work.shards, lengths, lengths, lambda x: self.through(x, work, 0, 1))
+
+    def finish(
+        self,
+        begun: Sequence[Begun],
+        times: Sequence[Modulation],
+        contexts: Sequence[Context],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Tensor]:
+        """The rest of `forward`, for the sequences that are left."""
+        work = self.work(times, contexts, layout, overlays)
+        x = work.shards.split(torch.cat([each.x for each in begun]))
+        return self.predict(self.through(x, work, 1, len(self.blocks)), work)
+
+    def work(
+        self,
+        times: Sequence[Modulation],
+        contexts: Sequence[Context],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> Work:
+        """This rank's share of what `forward` is given besides patches."""
         shards = TokenShards(layout.segments.total, self.sequence)
         slice_ = Slice.of(layout, shards)
-        contexts, times = slice_.segments.pick(contexts), slice_.times.pick(times)
         routing = Routing.of(slice_.segments.lengths, slice_.segments.pick(overlays))
-        x = self.patch_embedding(shards.split(torch.cat(list(patches))), routing)
-        folded = torch.stack([time.layers for time in times], dim=1)  # [layers, S, 6, D]
-        for index, block in enumerate(self.blocks):
-            x = block(x, folded[index], contexts, slice_, routing)
-        shift, scale = torch.stack([time.final for time in times], dim=1)  # [S, D] each
-        x = norm_modulated(x, scale, shift, self.config.eps, slice_.times)
-        return list(shards.gather(self.proj_out(x, routing)).split(layout.segments.lengths))
+        return Work(layout, shards, slice_, slice_.times.pick(times), slice_.segments.pick(contexts), routing)
+
+    def embed(self, patches: Sequence[Tensor], work: Work) -> Tensor:
+        """→ this rank's tokens [T, D]."""
+        return self.patch_embedding(work.shards.split(torch.cat(list(patches))), work.routing)
+
+    def through(self, x: Tensor, work: Work, begin: int, end: int) -> Tensor:
+        """x [T, D] through some of the blocks, overwritten."""
+        folded = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [blocks, 6, S, D]
+        for index in range(begin, end):
+            x = self.blocks[index](x, folded[index - begin], work.contexts, work.slice, work.routing)
+        return x
+
+    def predict(self, x: Tensor, work: Work) -> list[Tensor]:
+        """x [T, D] after the last block → per sequence [l, patch · C], of all ranks."""
+        shift, scale = torch.stack([time.final for time in work.times], dim=1)  # [S, D] each
+        x = layer_norm_scale_shift(x, scale, shift, work.slice.times.index(x.device), self.config.eps)
+        return list(work.shards.gather(self.proj_out(x, work.routing)).split(work.layout.segments.lengths))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.attention.segments import Segments
-from multimodal_gen.nn.rope import axis_frequencies
+from multimodal_gen.nn.rope import axis_turns
 from multimodal_gen.parallel.sequence import LocalSegments, TokenShards
 from multimodal_gen.pipelines.contract import CacheUse
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
@@ -66,12 +66,12 @@ class Layout:
     """A packed batch. Sequences are sorted by length, so that equal ones stand together."""
 
     sequences: tuple[Stream, ...]
-    frequencies: Tensor  # complex64 [T, d/2]
+    turns: Tensor  # float32 [T, 2, d/2]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.frequencies.nbytes
+        return self.turns.nbytes
 
     @cached_property
     def segments(self) -> Segments:
@@ -99,12 +99,12 @@ class Slice:
 
     segments: LocalSegments  # of sequences
     times: LocalSegments  # of pieces with one timestep
-    frequencies: Tensor  # complex64 [n, d/2]
+    turns: Tensor  # float32 [n, 2, d/2]
 
     @classmethod
     def of(cls, layout: Layout, shards: TokenShards) -> Slice:
         """The share of this rank."""
-        return cls(shards.local(layout.segments), shards.local(layout.times), shards.split(layout.frequencies))
+        return cls(shards.local(layout.segments), shards.local(layout.times), shards.split(layout.turns))
 
 
 class Rope:
@@ -115,14 +115,14 @@ class Rope:
         self._tables: ByteCache[Tensor] = ByteCache(TABLE_BYTES, CacheUse())
 
     def table(self, shape: Shape) -> Tensor:
-        """complex64 [tokens, d/2] of the positions (frame, row, column)."""
+        """float32 [tokens, 2, d/2] of the positions (frame, row, column)."""
         key = (shape.frames, shape.height, shape.width)
         return self._tables.get(key, lambda: self._table(*key))
 
     def _table(self, frames: int, height: int, width: int) -> Tensor:
         grid = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
         positions = torch.stack(grid, dim=-1).flatten(0, 2)
-        return axis_frequencies(positions, self.axes, ROPE_THETA, angles_in=torch.float64)
+        return axis_turns(positions, self.axes, ROPE_THETA, angles_in=torch.float64)
 
 
 def make_layout(wanted: Sequence[tuple[Shape, int, int]], rope: Rope, device: torch.device) -> Layout:

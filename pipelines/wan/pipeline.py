@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -23,8 +25,10 @@ from multimodal_gen.pipelines.encoders.clip_vision import ClipVisionEncoder
 from multimodal_gen.pipelines.encoders.umt5 import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
+from multimodal_gen.pipelines.stages.first_block import Halves, leave_early, looked_at
 from multimodal_gen.pipelines.stages.guidance import extrapolate
-from multimodal_gen.pipelines.stages.solvers import State, load_solver
+from multimodal_gen.pipelines.stages.solvers import load_solver, state_of
+from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, watched
 from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
 from multimodal_gen.pipelines.vaes.wan import WanVae
 from multimodal_gen.pipelines.wan.conditions import (
@@ -40,13 +44,16 @@ from multimodal_gen.pipelines.wan.config import WanConfig
 from multimodal_gen.pipelines.wan.model import Context, Modulation, WanTransformer
 from multimodal_gen.pipelines.wan.packing import Layout, Rope, Shape, make_layout, patchify, unpatchify
 from multimodal_gen.pipelines.wan.sharding import sharding
-from multimodal_gen.pipelines.wan.spec import EXPERTS, Experts
+from multimodal_gen.pipelines.wan.spec import EXPERTS, HIGH, Experts
 from multimodal_gen.pipelines.wan.weights import IGNORED, RENAMES
 from multimodal_gen.request import ModelCard, VideoRequest
 from multimodal_gen.weights.checkpoint import Checkpoint, read_json, verify
 from multimodal_gen.weights.loading import WeightTree, construction
 
 LAYOUT_BYTES = MODULATION_BYTES = 256 << 20
+
+Given = TypeVar("Given")  # to a forward, or to its second half
+Made = TypeVar("Made")  # by a forward, or by its first half
 
 
 class WanPipeline:
@@ -107,7 +114,7 @@ class WanPipeline:
         shard(transformer, sharding(settings), self.mesh.tp)
         tree = self.trees[name] = WeightTree(transformer, checkpoint.components[name].files, RENAMES, IGNORED)
         track = Track(name, (LayerList("blocks", (r"scale_shift_table",)),))  # the table is read once per timestep
-        self.memory.add(name, "denoise", transformer, tree, (track,))
+        self.memory.add(name, "denoise", transformer, tree, (track,), high=HIGH)
         self.transformers[name] = transformer
 
     def _count(self) -> int:
@@ -196,14 +203,16 @@ class WanPipeline:
     def denoise(self, rows: Sequence[Row]) -> None:
         """One step for every row; rows of one expert share a forward, with `deterministic` every row has its own."""
         self.memory.begin("denoise")
-        batches = [[row] for row in rows] if self.deterministic else self._by_expert(rows)
-        found: dict[int, Tensor] = {}
+        due = [row for row in rows if choose(row, self._kind) != "skip"]
+        batches = [[row] for row in due] if self.deterministic else self._by_expert(due)
+        computed: dict[int, Computed] = {}
         for index, batch in enumerate(batches):
             self._foresee(batch, batches[index + 1 :], rows)
-            found |= {id(row): velocity for row, velocity in zip(batch, self._velocities(batch), strict=True)}
-        advanced = [_state(row).advance(_latents(row), found[id(row)], row.step) for row in rows]
-        for row, (latents, sampler) in zip(rows, advanced, strict=True):
-            row.latents, row.sampler = latents, sampler
+            computed |= {id(row): made for row, made in self._compute(batch)}
+        steps = [advance(row, computed.get(id(row)), self._kind) for row in rows]
+        advanced = [state_of(row).advance(_latents(row), v, row.step) for row, (v, _) in zip(rows, steps, strict=True)]
+        for row, (latents, sampler), (_, history) in zip(rows, advanced, steps, strict=True):
+            row.latents, row.sampler, row.history = latents, sampler, history
             row.step += 1
             if row.finished:
                 row.latents = self._held(row, latents)
@@ -213,49 +222,68 @@ class WanPipeline:
         return [batch for batch in batches if batch]
 
     def _expert(self, row: Row) -> str:
-        return self.experts.at(_time(row))
+        return self._kind(row, row.step)
+
+    def _kind(self, row: Row, step: int) -> str:
+        """What one expert makes is not extrapolated from what the other made."""
+        return self.experts.at(_time(row, step))
 
     def _foresee(self, batch: Sequence[Row], later: Sequence[Sequence[Row]], rows: Sequence[Row]) -> None:
         """What is fetched while this batch's last layers compute: the next forward, maybe of the other expert."""
         if later:
             following = self._expert(later[0][0])
         else:
-            ahead = {self.experts.at(_time(row, 1)) for row in rows if row.step + 1 < row.request.num_inference_steps}
+            ahead = {self._kind(row, row.step + 1) for row in rows if row.step + 1 < row.request.num_inference_steps}
             following = next((name for name in self.experts.names if name in ahead), self.experts.names[0])
         self.memory.follow(self._expert(batch[0]), following)
 
-    def _velocities(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Guided dx/dσ of each row of one expert, float32 [C, f, h, w]."""
+    def _compute(self, rows: Sequence[Row]) -> list[tuple[Row, Computed]]:
+        """Guided dx/dσ [C, f, h, w] of each row of one expert, but for those that leave after the first block."""
         name = self._expert(rows[0])
         shapes = [self._shape(row) for row in rows]
         patches = [patchify(self._input(row), self.patch).to(self.dtype) for row in rows]
         share = BranchShare(tuple(len(_conditions(row).branches) for row in rows), self.mesh.cfg)
-        outputs = share.compute(lambda mine: self._branches(name, rows, shapes, patches, mine))
-        width = self.transformers[name].out_dim
-        found = share.exchange(outputs, [torch.Size((s.tokens, width)) for s in shapes], patches[0])
-        velocities = []
+        transformer, forward = self.transformers[name], partial(self._forward, name, rows, shapes)
+        sizes = [torch.Size((s.tokens, transformer.out_dim)) for s in shapes]
+        heads: list[Tensor] = []
+
+        def given(pairs: list[Pair]) -> dict[Pair, Tensor]:
+            return {pair: patches[pair[0]] for pair in pairs}
+
+        if any(map(watched, rows)):
+            halves = Halves(
+                lambda mine: forward(transformer.begin, given(mine)), lambda begun: forward(transformer.finish, begun)
+            )
+            looked = [torch.Size((looked_at(s.tokens), transformer.config.dim)) for s in shapes]
+            choices = [choose(row, self._kind) for row in rows]
+            found, heads = leave_early(rows, choices, share, halves, sizes, looked, patches[0])
+        else:
+            found = share.exchange(share.compute(lambda mine: forward(transformer, given(mine))), sizes, patches[0])
+        computed = []
         for index, (row, shape) in enumerate(zip(rows, shapes, strict=True)):
+            if (index, 0) not in found:
+                continue
             flow = found[index, 0].float()
             if (index, 1) in found:
                 flow = extrapolate(flow, found[index, 1], self._guidance(row, name))
-            velocities.append(unpatchify(flow, shape, self.patch))
-        return velocities
+            computed.append((row, Computed(unpatchify(flow, shape, self.patch), heads[index] if heads else None)))
+        return computed
 
-    def _branches(
+    def _forward(
         self,
         name: str,
         rows: Sequence[Row],
         shapes: Sequence[Shape],
-        patches: Sequence[Tensor],
-        wanted: Sequence[Pair],
-    ) -> dict[Pair, Tensor]:
-        """What an expert makes of these rows under these of their prompts, [l, patch · C] each: one forward."""
-        if not wanted:
+        forward: Callable[..., list[Made]],
+        given: Mapping[Pair, Given],
+    ) -> dict[Pair, Made]:
+        """What a forward of an expert, or a half of it, makes of these rows under these of their prompts."""
+        if not given:
             return {}
-        layout = self._layout([(shapes[row], row, branch) for row, branch in wanted])
+        layout = self._layout([(shapes[row], row, branch) for row, branch in given])
         with self.memory.at(name):
-            outputs = self.transformers[name](
-                [patches[s.row] for s in layout.sequences],
+            outputs = forward(
+                [given[s.row, s.branch] for s in layout.sequences],
                 [self._modulation(name, rows[layout.sequences[i].row], still) for i, _, still in layout.pieces],
                 [self._context(name, rows[s.row], s.branch) for s in layout.sequences],
                 layout,
@@ -288,7 +316,7 @@ class WanPipeline:
         return torch.cat([start.latents, latents[:, 1:]], dim=1)
 
     def _modulation(self, name: str, row: Row, still: bool) -> Modulation:
-        time = 0.0 if still else _time(row)
+        time = 0.0 if still else _time(row, row.step)
         t = torch.tensor([time], dtype=torch.float32, device=self.device)
         overlay = row.adapters.overlay(name)
         key = (name, time, row.adapters.key(name))
@@ -349,12 +377,6 @@ def _latents(row: Row) -> Tensor:
     return row.latents
 
 
-def _state(row: Row) -> State:
-    assert row.sampler is not None, "prepare() comes before denoise()"
-    state: State = row.sampler  # type: ignore[assignment]  # every solver of the table makes one
-    return state
-
-
-def _time(row: Row, ahead: int = 0) -> float:
-    """Timestep of the row's next step, or of one after it: 1000 noise … 0 clean."""
-    return float(_state(row).timesteps[row.step + ahead])
+def _time(row: Row, step: int) -> float:
+    """Timestep of one of the row's steps: 1000 noise … 0 clean."""
+    return float(state_of(row).timesteps[step])

@@ -55,6 +55,9 @@ _MODULES = (
     "condition_embedder.text_embedder.linear_2",
 )
 
+# What stands between the blocks and the outside: patches, timestep, prompt, picture.
+HIGH = (r"patch_embedding", r"time_(in|out|proj)", r"text_(in|out)", r"image_embedder\..+", r"proj_out")
+
 SPEC = Spec(
     family="wan",
     title="Wan2.1 and Wan2.2 (text, or a picture, to video)",
@@ -86,6 +89,7 @@ SPEC = Spec(
         # Files name no expert, or call both `transformer`; `target` says which one they change.
         AdapterTarget(EXPERTS[1], EXPERTS[1], _MODULES, _ORIGINAL, twin_of=EXPERTS[0]),
     ),
+    high=HIGH,
 )
 
 

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from multimodal_gen.attention.base import AttentionBackend
 from multimodal_gen.attention.segments import Segments
 from multimodal_gen.errors import CorruptModel
-from multimodal_gen.nn.embed import sinusoidal
+from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
+from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift, rms_norm_scale
+from multimodal_gen.kernels.timestep_embedding import timestep_embedding
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.nn.mlp import SwiGLU
-from multimodal_gen.nn.modulation import add_gated_, norm_scaled, scale_segments_
 from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
-from multimodal_gen.nn.rope import rotate_
 from multimodal_gen.parallel.group import SOLO, Group
-from multimodal_gen.parallel.sequence import TokenShards
+from multimodal_gen.parallel.sequence import LocalSegments, TokenShards
+from multimodal_gen.pipelines.stages.first_block import Begun, run_first
 from multimodal_gen.pipelines.zimage.packing import Joint, Layout, pad_count
 
 QK_NORM_EPS = 1e-5
@@ -100,10 +101,10 @@ class Attention(nn.Module):
         self.out = Linear(dim, dim)
         self.backend = backend
 
-    def forward(self, x: Tensor, frequencies: Tensor, segments: Segments, routing: Routing | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, segments: Segments, routing: Routing | None) -> Tensor:
         qkv = self.qkv(x, routing).unflatten(-1, (3, -1, self.head_dim))  # [T, 3, H, d]
-        q, k = rotate_(self.qk_norm(qkv[:, :2]), frequencies).unbind(1)
-        return self.out(self.backend(q, k, qkv[:, 2], segments).flatten(-2), routing)
+        q, k, v = self.qk_norm(qkv, turns).unbind(1)
+        return self.out(self.backend(q, k, v, segments).flatten(-2), routing)
 
 
 class Block(nn.Module):
@@ -123,33 +124,30 @@ class Block(nn.Module):
         """What the timestep does to this block, norm weights included: time [1, time_dim] → [4, D]."""
         assert self.modulation is not None, "only modulated blocks see the timestep"
         scale_attn, gate_attn, scale_mlp, gate_mlp = self.modulation(time, routing)[0].chunk(4)
-        return torch.stack(
-            [
-                (1 + scale_attn) * self.attention_norm1.weight,
-                gate_attn.tanh() * self.attention_norm2.weight,
-                (1 + scale_mlp) * self.ffn_norm1.weight,
-                gate_mlp.tanh() * self.ffn_norm2.weight,
-            ]
-        )
+        rows = 1 + scale_attn, gate_attn.tanh(), 1 + scale_mlp, gate_mlp.tanh()
+        return torch.stack(rows) * self.norm_weights
+
+    @property
+    def norm_weights(self) -> Tensor:
+        """[4, D]: before and after attention, before and after the feed-forward network."""
+        norms = self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2
+        return torch.stack([norm.weight for norm in norms])
 
     def forward(
         self,
         x: Tensor,
-        frequencies: Tensor,
+        turns: Tensor,
         segments: Segments,
         routing: Routing | None,
         folded: Tensor | None = None,
     ) -> Tensor:
-        """x [T, D] → [T, D], overwritten; folded [S, 4, D] is `fold` of each segment's timestep."""
-        if folded is None:
-            x += self.attention_norm2(self.attention(self.attention_norm1(x), frequencies, segments, routing))
-            x += self.ffn_norm2(self.feed_forward(self.ffn_norm1(x), routing))
-            return x
-        scale_attn, gate_attn, scale_mlp, gate_mlp = folded.unbind(1)  # [S, D] each
-        h = self.attention(norm_scaled(x, scale_attn, self.eps, segments), frequencies, segments, routing)
-        x = add_gated_(x, gate_attn, h, self.eps, segments)
-        h = self.feed_forward(norm_scaled(x, scale_mlp, self.eps, segments), routing)
-        return add_gated_(x, gate_mlp, h, self.eps, segments)
+        """x [T, D] → [T, D], overwritten; folded [4, S, D] is `fold` of each segment's timestep."""
+        eps, index = self.eps, None if folded is None else segments.index(x.device)
+        folded = self.norm_weights[:, None] if folded is None else folded
+        scale_attn, gate_attn, scale_mlp, gate_mlp = folded  # [S, D] each
+        h = self.attention(rms_norm_scale(x, scale_attn, index, eps), turns, segments, routing)
+        h = gated_residual_norm_(x, h, gate_attn, index, eps, Norm("rms", scale_mlp, None, index, eps))
+        return gated_residual_(x, self.feed_forward(h, routing), gate_mlp, index, eps)
 
 
 class FinalLayer(nn.Module):
@@ -166,7 +164,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor, segments: Segments, routing: Routing | None) -> Tensor:
         """x [T, D], scale [S, D] → [T, patch_dim]."""
-        x = scale_segments_(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS), scale, segments)
+        x = layer_norm_scale_shift(x, scale, None, segments.index(x.device), FINAL_NORM_EPS)
         return self.linear(x, routing)
 
 
@@ -182,6 +180,18 @@ class Modulation:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.refiner.nbytes + self.layers.nbytes + self.final.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What the joint layers need besides the tokens, for this rank's share of a packed batch; filled by `work`."""
+
+    layout: Layout
+    shards: TokenShards
+    segments: LocalSegments  # of joint sequences
+    turns: Tensor  # float32 cosines and sines of this rank's tokens
+    times: list[Modulation]  # per segment
+    routing: Routing | None
 
 
 class ZImageTransformer(nn.Module):
@@ -207,19 +217,19 @@ class ZImageTransformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, backend) for _ in range(config.n_layers))
         self.final = FinalLayer(config)
 
-    def refine_caption(self, features: Tensor, frequencies: Tensor, overlay: Overlay | None) -> Tensor:
+    def refine_caption(self, features: Tensor, turns: Tensor, overlay: Overlay | None) -> Tensor:
         """Text features [l, cap_feat_dim] → caption tokens [L, D] with L the next multiple of 32."""
         x = self.caption_embedder(self.caption_norm(features), Routing.of([len(features)], [overlay]))
         x = torch.cat([x, self.caption_pad.expand(pad_count(len(x)), -1)])
         routing = Routing.of([len(x)], [overlay])
         for block in self.context_refiner:
-            x = block(x, frequencies, Segments.of([len(x)]), routing)
+            x = block(x, turns, Segments.of([len(x)]), routing)
         return x
 
     def modulate(self, t: Tensor, overlay: Overlay | None) -> Modulation:
         """Normalised time float32 [1] (0 noise … 1 clean), alone: the result must not depend on a batch."""
         routing = Routing.of([1], [overlay])
-        h = sinusoidal(t * self.config.t_scale, TIME_FREQUENCIES).to(self.time_in.weight.dtype)
+        h = timestep_embedding(t * self.config.t_scale, TIME_FREQUENCIES).to(self.time_in.weight.dtype)
         time = self.time_out(F.silu(self.time_in(h, routing)), routing)
         return Modulation(
             refiner=_fold(self.noise_refiner, time, routing),
@@ -246,11 +256,52 @@ class ZImageTransformer(nn.Module):
 
         Returns: per joint sequence, in layout order, [l, patch_dim].
         """
+        work = self.work(times, layout, overlays)
+        x = work.shards.split(self.embed(patches, times, captions, layout, overlays))
+        x = self.through(x, work, 0, len(self.layers))
+        return self.predict(x, work)
+
+    def begin(
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        captions: Sequence[Tensor],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Begun]:
+        """`forward` as far as the first joint layer, per joint sequence."""
+        work = self.work(times, layout, overlays)
+        x = work.shards.split(self.embed(patches, times, captions, layout, overlays))
+        of_images = [joint.image_tokens for joint in layout.joints]
+        return run_first(
+            x, work.shards, layout.joint_segments.lengths, of_images, lambda x: self.through(x, work, 0, 1)
+        )
+
+    def finish(
+        self,
+        begun: Sequence[Begun],
+        times: Sequence[Modulation],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> list[Tensor]:
+        """The rest of `forward`, for the joint sequences that are left."""
+        work = self.work(times, layout, overlays)
+        x = work.shards.split(torch.cat([each.x for each in begun]))
+        return self.predict(self.through(x, work, 1, len(self.layers)), work)
+
+    def embed(
+        self,
+        patches: Sequence[Tensor],
+        times: Sequence[Modulation],
+        captions: Sequence[Tensor],
+        layout: Layout,
+        overlays: Sequence[Overlay | None],
+    ) -> Tensor:
+        """What the joint layers begin with: [T, D] of all ranks."""
         of_images = [overlays[row] for row in layout.image_rows]
         x = self._embed_images(patches, layout, Routing.of(layout.image_lengths, of_images))
         x = self._refine(x, times, layout, of_images)
-        x = self._join(x, captions, layout)
-        return self._image_tokens(self._joint(x, times, layout, overlays), layout.joints)
+        return self._join(x, captions, layout)
 
     def _refine(
         self, x: Tensor, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]
@@ -258,27 +309,34 @@ class ZImageTransformer(nn.Module):
         """Image tokens among themselves: [T, D] → [T, D]."""
         shards = TokenShards(layout.image_segments.total, self.sequence)
         segments = shards.local(layout.image_segments)
-        refiner = torch.stack([times[row].refiner for row in segments.pick(layout.image_rows)], dim=1)  # [n, S, 4, D]
+        refiner = torch.stack([times[row].refiner for row in segments.pick(layout.image_rows)], dim=2)  # [n, 4, S, D]
         routing = Routing.of(segments.lengths, segments.pick(overlays))
-        x, frequencies = shards.split(x), shards.split(layout.image_frequencies)
+        x, turns = shards.split(x), shards.split(layout.image_turns)
         for block, folded in zip(self.noise_refiner, refiner, strict=True):
-            x = block(x, frequencies, segments, routing, folded)
+            x = block(x, turns, segments, routing, folded)
         return shards.gather(x)
 
-    def _joint(
-        self, x: Tensor, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]
-    ) -> Tensor:
-        """Image and caption tokens: [T, D] → [T, patch_dim]."""
+    def work(self, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]) -> Work:
+        """This rank's share of what the joint layers need besides tokens."""
         shards = TokenShards(layout.joint_segments.total, self.sequence)
         segments = shards.local(layout.joint_segments)
         rows = [joint.row for joint in segments.pick(layout.joints)]
-        layers = torch.stack([times[row].layers for row in rows], dim=1)  # [n, S, 4, D]
         routing = Routing.of(segments.lengths, [overlays[row] for row in rows])
-        x, frequencies = shards.split(x), shards.split(layout.joint_frequencies)
-        for block, folded in zip(self.layers, layers, strict=True):
-            x = block(x, frequencies, segments, routing, folded)
-        final = torch.stack([times[row].final for row in rows])  # [S, D]
-        return shards.gather(self.final(x, final, segments, routing))
+        turns = shards.split(layout.joint_turns)
+        return Work(layout, shards, segments, turns, [times[row] for row in rows], routing)
+
+    def through(self, x: Tensor, work: Work, begin: int, end: int) -> Tensor:
+        """Image and caption tokens of this rank [T, D] through some of the joint layers, overwritten."""
+        layers = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [n, 4, S, D]
+        for index in range(begin, end):
+            x = self.layers[index](x, work.turns, work.segments, work.routing, layers[index - begin])
+        return x
+
+    def predict(self, x: Tensor, work: Work) -> list[Tensor]:
+        """x [T, D] after the last layer → per joint sequence, of all ranks, [l, patch_dim]."""
+        final = torch.stack([time.final for time in work.times])  # [S, D]
+        x = work.shards.gather(self.final(x, final, work.segments, work.routing))
+        return self._image_tokens(x, work.layout.joints)
 
     def _embed_images(self, patches: Sequence[Tensor], layout: Layout, routing: Routing | None) -> Tensor:
         x = self.image_embedder(torch.cat([patches[row] for row in layout.image_rows]), routing)

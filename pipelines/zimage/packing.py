@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.attention.segments import Segments
-from multimodal_gen.nn.rope import axis_frequencies
+from multimodal_gen.nn.rope import axis_turns
 from multimodal_gen.pipelines.contract import CacheUse
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 
@@ -48,24 +48,24 @@ class Rope:
         self._tables: ByteCache[Tensor] = ByteCache(TABLE_BYTES, CacheUse())
 
     def caption(self, length: int) -> Tensor:
-        """complex64 [length, d/2]: positions (1 … length, 0, 0), pads counted."""
+        """float32 [length, 2, d/2]: positions (1 … length, 0, 0), pads counted."""
         return self._tables.get(("caption", length), lambda: self._caption(length))
 
     def image(self, height: int, width: int, caption_length: int) -> Tensor:
-        """complex64 [padded tokens, d/2]: (caption_length + 1, y, x); pads sit at (0, 0, 0)."""
+        """float32 [padded tokens, 2, d/2]: (caption_length + 1, y, x); pads sit at (0, 0, 0)."""
         key = ("image", height, width, caption_length)
         return self._tables.get(key, lambda: self._image(height, width, caption_length))
 
     def _caption(self, length: int) -> Tensor:
         positions = torch.zeros(length, 3, dtype=torch.long)
         positions[:, 0] = torch.arange(1, length + 1)
-        return axis_frequencies(positions, self.axes, self.theta)
+        return axis_turns(positions, self.axes, self.theta)
 
     def _image(self, height: int, width: int, caption_length: int) -> Tensor:
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         grid = torch.stack([torch.full_like(y, caption_length + 1), y, x], dim=-1).flatten(0, 1)
         pads = torch.zeros(pad_count(len(grid)), 3, dtype=torch.long)
-        return axis_frequencies(torch.cat([grid, pads]), self.axes, self.theta)
+        return axis_turns(torch.cat([grid, pads]), self.axes, self.theta)
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class Layout:
 
     images: tuple[tuple[int, int, int], ...]  # per image sequence: row, patches, padded length
     joints: tuple[Joint, ...]
-    image_frequencies: Tensor  # complex64 [T_image, d/2]
-    joint_frequencies: Tensor  # complex64 [T_joint, d/2]
+    image_turns: Tensor  # float32 [T_image, 2, d/2]
+    joint_turns: Tensor  # float32 [T_joint, 2, d/2]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.image_frequencies.nbytes + self.joint_frequencies.nbytes
+        return self.image_turns.nbytes + self.joint_turns.nbytes
 
     @cached_property
     def image_rows(self) -> list[int]:
@@ -144,6 +144,6 @@ def make_layout(shapes: Sequence[Shape], rope: Rope, device: torch.device) -> La
     return Layout(
         images=images,
         joints=tuple(joints),
-        image_frequencies=torch.cat(tables).to(device),
-        joint_frequencies=torch.cat(joint_tables).to(device),
+        image_turns=torch.cat(tables).to(device),
+        joint_turns=torch.cat(joint_tables).to(device),
     )

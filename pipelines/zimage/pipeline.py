@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from multimodal_gen.errors import CorruptModel
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.memory.layers import LayerList, Track
 from multimodal_gen.memory.residency import Memory, Working
+from multimodal_gen.nn.lowrank import Overlay
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
@@ -25,14 +28,17 @@ from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo
 from multimodal_gen.pipelines.encoders.causal_text import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
+from multimodal_gen.pipelines.stages.first_block import Begun, Halves, leave_early, looked_at
 from multimodal_gen.pipelines.stages.flow_match import SCHEDULER_CLASS, FlowMatchEuler, FlowMatchState
 from multimodal_gen.pipelines.stages.guidance import guide
 from multimodal_gen.pipelines.stages.solvers import load_solver
+from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, watched
 from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
 from multimodal_gen.pipelines.zimage.sharding import SHARDING
+from multimodal_gen.pipelines.zimage.spec import HIGH
 from multimodal_gen.pipelines.zimage.weights import RENAMES
 from multimodal_gen.request import ImageRequest, ModelCard
 from multimodal_gen.weights.checkpoint import verify
@@ -44,6 +50,8 @@ _FOLDED = (r"modulation\..+", r".+_norm[12]\.weight")
 CAPTIONS = Track("captions", (LayerList("context_refiner"),))
 STEPS = Track("steps", (LayerList("noise_refiner", _FOLDED), LayerList("layers", _FOLDED)))
 LAYOUT_BYTES = MODULATION_BYTES = 64 << 20
+
+Made = TypeVar("Made")  # by a forward, or by its first half
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,26 @@ class Captions(Conditions):
         return [self.positive, self.negative] if guided and self.negative is not None else [self.positive]
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Rows that are computed together."""
+
+    rows: Sequence[Row]
+    patches: Sequence[Tensor]  # per row
+    captions: Sequence[Sequence[Tensor]]  # per row and branch
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """What a forward over some branches of a batch is given besides tokens; filled by `_pack`."""
+
+    rows: list[int]  # of the batch
+    joints: list[Pair]  # in the order of the layout
+    times: list[Modulation]  # per row
+    overlays: list[Overlay | None]  # per row
+    layout: Layout
+
+
 class ZImagePipeline:
     """A loaded Z-Image checkpoint."""
 
@@ -92,7 +120,7 @@ class ZImagePipeline:
         shard(self.transformer, SHARDING, mesh.tp)
         weights = WeightTree(self.transformer, components["transformer"].files, RENAMES)
         self.memory = memory = Memory(config, self.device, folder, mesh)
-        self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS))
+        self._here = memory.add("transformer", "denoise", self.transformer, weights, (CAPTIONS, STEPS), high=HIGH)
         files = {name: component.files for name, component in components.items()}
         self.text = CausalTextEncoder(folder, files["text_encoder"], self.device, self.dtype, memory, mesh.tp)
         self.trees = {"transformer": weights, "text_encoder": self.text.weights}
@@ -161,9 +189,9 @@ class ZImagePipeline:
         tokens = self.text.tokenize(prompt, max_length)
         features = self.text.encode(tokens, adapters.overlay("text_encoder")).to(self.dtype)
         length = len(features) + pad_count(len(features))
-        frequencies = self.rope.caption(length).to(self.device)
+        turns = self.rope.caption(length).to(self.device)
         with self._here():
-            refined = self.transformer.refine_caption(features, frequencies, adapters.overlay("transformer"))
+            refined = self.transformer.refine_caption(features, turns, adapters.overlay("transformer"))
         return Caption(refined, len(features), tokens.dropped)
 
     @torch.inference_mode()
@@ -182,63 +210,97 @@ class ZImagePipeline:
     def denoise(self, rows: Sequence[Row]) -> None:
         """One step for every row; with `deterministic`, every row in a forward of its own."""
         self.memory.begin("denoise")
-        batches = [[row] for row in rows] if self.deterministic else [list(rows)]
-        velocities = [v for batch in batches for v in self._velocities(batch)]
-        for row, velocity in zip(rows, velocities, strict=True):
+        due = [row for row in rows if choose(row, self._kind) != "skip"]
+        batches = [[row] for row in due] if self.deterministic else [due] if due else []
+        computed = {id(row): made for batch in batches for row, made in self._compute(batch)}
+        steps = [advance(row, computed.get(id(row)), self._kind) for row in rows]
+        for row, (velocity, history) in zip(rows, steps, strict=True):
             sampler, latents = _state(row)
             if row.request.previews:
                 row.clean = sampler.clean(latents, velocity, row.step)
             row.latents, row.sampler = sampler.advance(latents, velocity, row.step)
+            row.history = history
             row.step += 1
 
-    def _velocities(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Guided dx/dσ of each row, float32 [C, h, w]."""
-        size = self.transformer.config.patch_size
+    def _kind(self, row: Row, step: int) -> bool:
+        """Steps with guidance are not extrapolated from those without."""
+        return self._guided(row, self._time(row, step))
+
+    def _compute(self, rows: Sequence[Row]) -> list[tuple[Row, Computed]]:
+        """Guided dx/dσ of each row, but for those that leave after the first layer."""
+        size, dim = self.transformer.config.patch_size, self.transformer.config.dim
         latents = [_state(row)[1] for row in rows]
         patches = [patchify(x.to(self.dtype), size) for x in latents]
-        captions = [_captions(row).branches(self._guided(row, self._time(row))) for row in rows]
+        captions = [_captions(row).branches(self._kind(row, row.step)) for row in rows]
         share = BranchShare(tuple(len(branches) for branches in captions), self.mesh.cfg)
-        outputs = share.compute(lambda mine: self._branches(rows, patches, captions, mine))
-        found = share.exchange(outputs, [x.shape for x in patches], patches[0])
-        velocities = []
+        batch, shapes = _Batch(rows, patches, captions), [x.shape for x in patches]
+        heads: list[Tensor] = []
+        if any(map(watched, rows)):
+            looked = [torch.Size((looked_at(len(x)), dim)) for x in patches]
+            choices = [choose(row, self._kind) for row in rows]
+            halves = Halves(partial(self._forward, batch, self.transformer.begin), partial(self._finish, batch))
+            found, heads = leave_early(rows, choices, share, halves, shapes, looked, patches[0])
+        else:
+            outputs = share.compute(partial(self._forward, batch, self.transformer))
+            found = share.exchange(outputs, shapes, patches[0])
+        computed = []
         for index, row in enumerate(rows):
+            if (index, 0) not in found:
+                continue
             flow = found[index, 0].float()
             if (index, 1) in found:
                 request = _request(row)
                 flow = guide(flow, found[index, 1], request.guidance_scale, request.cfg_normalization)
             _, height, width = latents[index].shape
-            velocities.append(-unpatchify(flow, height, width, size))  # the model predicts clean - noise
-        return velocities
+            velocity = -unpatchify(flow, height, width, size)  # the model predicts clean - noise
+            computed.append((row, Computed(velocity, heads[index] if heads else None)))
+        return computed
 
-    def _branches(
-        self, rows: Sequence[Row], patches: Sequence[Tensor], captions: Sequence[Sequence[Tensor]], wanted: list[Pair]
-    ) -> dict[Pair, Tensor]:
-        """What the model makes of these rows under these of their captions, [l, patch_dim] each: one forward."""
-        here = sorted({row for row, _ in wanted})
-        if not here:
+    def _forward(self, batch: _Batch, forward: Callable[..., list[Made]], wanted: Sequence[Pair]) -> dict[Pair, Made]:
+        """What a forward of the model, or its first half, makes of these rows under these of their captions."""
+        if not wanted:
             return {}
+        packed = self._pack(batch, wanted)
+        patches = [batch.patches[row] for row in packed.rows]
+        captions = [batch.captions[row][branch] for row, branch in packed.joints]
+        with self._here():
+            made = forward(patches, packed.times, captions, packed.layout, packed.overlays)
+        return dict(zip(packed.joints, made, strict=True))
+
+    def _finish(self, batch: _Batch, begun: Mapping[Pair, Begun]) -> dict[Pair, Tensor]:
+        """The second half, for what is left."""
+        if not begun:
+            return {}
+        packed = self._pack(batch, list(begun))
+        with self._here():
+            made = self.transformer.finish(
+                [begun[pair] for pair in packed.joints], packed.times, packed.layout, packed.overlays
+            )
+        return dict(zip(packed.joints, made, strict=True))
+
+    def _pack(self, batch: _Batch, wanted: Sequence[Pair]) -> _Packed:
+        here = sorted({row for row, _ in wanted})
         size = self.transformer.config.patch_size
-        pairs = [[pair for pair in wanted if pair[0] == row] for row in here]
-        latents = [_state(rows[row])[1] for row in here]
+        own = [[pair for pair in wanted if pair[0] == row] for row in here]
+        rows = [batch.rows[row] for row in here]
         shapes = tuple(
-            Shape(x.shape[1] // size, x.shape[2] // size, tuple(len(captions[row][branch]) for row, branch in own))
-            for x, own in zip(latents, pairs, strict=True)
+            Shape(
+                x.shape[1] // size, x.shape[2] // size, tuple(len(batch.captions[row][branch]) for row, branch in pairs)
+            )
+            for (_, x), pairs in zip(map(_state, rows), own, strict=True)
         )
         layout = self.layouts.get(shapes, lambda: make_layout(shapes, self.rope, self.device))
-        joints = [pairs[joint.row][joint.branch] for joint in layout.joints]
-        with self._here():
-            outputs = self.transformer(
-                [patches[row] for row in here],
-                [self._modulation(self._time(rows[row]), rows[row].adapters) for row in here],
-                [captions[row][branch] for row, branch in joints],
-                layout,
-                [rows[row].adapters.overlay("transformer") for row in here],
-            )
-        return dict(zip(joints, outputs, strict=True))
+        return _Packed(
+            rows=here,
+            joints=[own[joint.row][joint.branch] for joint in layout.joints],
+            times=[self._modulation(self._time(row, row.step), row.adapters) for row in rows],
+            overlays=[row.adapters.overlay("transformer") for row in rows],
+            layout=layout,
+        )
 
-    def _time(self, row: Row) -> float:
-        """Normalised time of the row's next step, exact in float32: 0 noise … 1 clean."""
-        return float((TRAIN_STEPS - _state(row)[0].timesteps[row.step]) / TRAIN_STEPS)
+    def _time(self, row: Row, step: int) -> float:
+        """Normalised time of one of the row's steps, exact in float32: 0 noise … 1 clean."""
+        return float((TRAIN_STEPS - _state(row)[0].timesteps[step]) / TRAIN_STEPS)
 
     def _modulation(self, time: float, adapters: Applied) -> Modulation:
         t = torch.tensor([time], dtype=torch.float32, device=self.device)

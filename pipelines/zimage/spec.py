@@ -53,6 +53,9 @@ TEXT_ENCODER = AdapterTarget(
     strip=r"model\.",
 )
 
+# What stands between the blocks and the outside, and what the timestep does to them: a fiftieth of the weights.
+HIGH = (r"(image|caption)_embedder", r"time_(in|out)", r"(.+\.)?modulation", r"final\.linear")
+
 MAX_SIDE = 2048  # pixels; beyond it the VAE's activations alone take tens of gigabytes
 
 SPEC = Spec(
@@ -67,6 +70,7 @@ SPEC = Spec(
         Variant(("emoji-image",), Defaults(width=128, height=128, num_inference_steps=20, guidance_scale=3.0)),
     ),
     adapters=(TRANSFORMER, TEXT_ENCODER),
+    high=HIGH,
 )
 
 

@@ -126,7 +126,7 @@ def across_heads_norm(mesh: Mesh, parts: int, dim: int, bf16: bool) -> dict[str,
     assert isinstance(norm, AcrossHeadsRMSNorm)
     norm.weight.copy_(weight[:, cut])
     before = mesh.tp.sent["all_reduce"]
-    y = norm(x[..., cut])
+    y = norm(x[..., cut].unflatten(-1, (2, -1)).contiguous()).flatten(2)
     return {"y": y, "sent": torch.tensor(mesh.tp.sent["all_reduce"] - before)}
 
 

@@ -97,6 +97,10 @@ class Model:
 
     def run(self, requests: Sequence[AnyRequest]) -> dict[str, Tensor]:
         """Final latents by id; all rows share their forwards."""
+        return self.denoise(self.rows(requests))
+
+    def rows(self, requests: Sequence[AnyRequest]) -> list[Row]:
+        """Prepared."""
         rows = []
         for request in requests:
             applied = self.loras.equip(self.loras.apply(request))
@@ -105,6 +109,10 @@ class Model:
         self.pipeline.encode(rows)
         for row in rows:
             self.pipeline.prepare(row)
+        return rows
+
+    def denoise(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """To the end."""
         while going := [row for row in rows if not row.finished]:
             self.pipeline.denoise(going)
         return {f"{row.request.id}/{row.index}": row.latents for row in rows if row.latents is not None}
@@ -276,10 +284,29 @@ def _failure(work: Callable[[], object]) -> Exception | None:
     return None
 
 
-def one_rank_cannot_read(mesh: Mesh, folder: str, guidance_scale: float, **options: Any) -> dict[str, Tensor]:
+def with_caches(mesh: Mesh, folder: str, caches: list[str], **options: Any) -> dict[str, Tensor]:
+    """Rows under step caches, all in one batch, and how many of their steps were extrapolated."""
+    model = Model.load(mesh, folder, **options)
+    requests = []
+    for index, cache in enumerate(caches):
+        sizes = {side: (4 + index % 2) * model.pipeline.card.size_multiple for side in ("width", "height")}
+        frames = {"num_frames": 5} if model.pipeline.card.video else {}
+        guidance = (4.0, 1.0, 3.0)[index % 3] if frames or index % 3 != 1 else 0.0
+        settings = {"num_inference_steps": 9, "guidance_scale": guidance, "step_cache": cache, "seed": index}
+        requests.append(model.request(f"{index}", **sizes, **frames, **settings))
+    rows = model.rows(requests)
+    found = model.denoise(rows)
+    return found | {f"skipped-{row.request.id}": torch.tensor(row.history.skipped) for row in rows}
+
+
+def one_rank_cannot_read(
+    mesh: Mesh, folder: str, guidance_scale: float, cache: str = "none", **options: Any
+) -> dict[str, Tensor]:
     """A disk that fails once, in the middle of a run, on the last rank alone; and the run after that."""
     model = Model.load(mesh, folder, condition_cache_mb=0, **options)
-    request = model.request("x", width=64, height=64, guidance_scale=guidance_scale)
+    steps = 4 if cache == "none" else 8
+    settings: dict[str, Any] = {"num_inference_steps": steps, "step_cache": cache}
+    request = model.request("x", width=64, height=64, guidance_scale=guidance_scale, **settings)
     before = model.run([request])
     real, calls = os.preadv, 0
 
@@ -296,7 +323,7 @@ def one_rank_cannot_read(mesh: Mesh, folder: str, guidance_scale: float, **optio
         # After every verb the engine asks all ranks how it went; inside of one, nobody may wait for a rank that failed.
         for verb in (lambda: model.pipeline.encode([row]), lambda: model.pipeline.prepare(row), *[
             lambda: model.pipeline.denoise([row])
-        ] * 4):
+        ] * steps):
             agree(mesh.control, _failure(verb))
     except WeightsUnavailable:
         pass

@@ -1,11 +1,9 @@
-"""What the Triton kernel computes in Triton's interpreter, and what its compiler makes of it: run as a program, because
-the interpreter is chosen when a kernel is defined."""
+"""What the Triton kernel computes in Triton's interpreter: run as a program, because the interpreter is chosen when a
+kernel is defined."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from typing import Any
 
 CASES: dict[str, dict[str, Any]] = {
@@ -27,7 +25,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # The interpreter multiplies the bits of bfloat16, not its numbers.
 ON_A_GPU = {**CASES, "bfloat16": {"lengths": [1, 65, 200], "dtype": "bfloat16"}}
-COMPILED = ("bf16", "fp16", "fp32")
 
 
 def interpret(case: dict[str, Any], device: str = "cpu") -> float:
@@ -78,35 +75,5 @@ def backend() -> float:
     return worst
 
 
-def compiled(kind: str) -> dict[str, int]:
-    """Bytes of machine code of both kernels, for a GPU that need not be there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from multimodal_gen.kernels.paged_decode import _decode, _join
-
-    target = GPUTarget("cuda", 90, 32)
-    sizes = {"heads": 32, "group": 4, "rows": 16, "dim": 128, "width": 128, "page_size": 16, "tile": 64}
-    strides = dict.fromkeys(("q_token", "cache_side", "cache_page", "cache_head", "cache_slot", "table_row"), "i64")
-    found = {}
-    for splits in (1, 8):
-        out = kind if splits == 1 else "fp32"
-        pointers = {"q_ptr": kind, "cache_ptr": kind, "table_ptr": "i32", "lengths_ptr": "i32", "out_ptr": out}
-        signature = {name: f"*{type_}" for name, type_ in {**pointers, "lse_ptr": "fp32"}.items()}
-        signature |= strides | {"scale": "fp32", "part_tiles": "i32"}
-        constants = {**sizes, "splits": splits}
-        source = ASTSource(_decode, signature | dict.fromkeys(constants, "constexpr"), constants)
-        found[f"decode, {splits}"] = len(triton.compile(source, target=target).asm["cubin"])
-    constants = {"splits": 8, "count": 8, "dim": 128, "width": 128}
-    signature = {"parts_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": f"*{kind}"}
-    source = ASTSource(_join, signature | dict.fromkeys(constants, "constexpr"), constants)
-    found["join"] = len(triton.compile(source, target=target).asm["cubin"])
-    return found
-
-
 if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        print(json.dumps({name: interpret(case) for name, case in CASES.items()} | {"backend": backend()}))
-    else:
-        print(json.dumps({kind: compiled(kind) for kind in sys.argv[1:]}))
+    print(json.dumps({name: interpret(case) for name, case in CASES.items()} | {"backend": backend()}))

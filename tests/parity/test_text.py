@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from multimodal_gen.llm.loading import TextModel
-from multimodal_gen.llm.sizing import COPIES
 from multimodal_gen.llm.tokenizer import Tokenizer
 from tests.support.text_core import answer, ask, greedy, greedy_together, make_text_folder, open_core
 from tests.support.text_models import open_model, reference, smollm2
@@ -81,7 +80,8 @@ def test_a_second_asking_reads_nothing_again_and_says_the_same(family: Family) -
 
 
 def _bytes(family: Family, pages: int, page_size: int) -> int:
-    return COPIES["cpu"] * pages * open_model(family.folder).page_bytes(page_size)
+    model = open_model(family.folder)
+    return (1 + model.backend.copies) * pages * model.page_bytes(page_size)
 
 
 def test_bf16_tokens_are_those_of_transformers_or_as_good(tmp_path: Path) -> None:

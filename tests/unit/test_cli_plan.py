@@ -93,7 +93,8 @@ def test_a_bare_prompt_takes_the_models_defaults():
 def test_every_flag_reaches_the_parameters():
     made = plan(
         *shlex.split(
-            "x --negative-prompt no --size 64x96 --steps 3 --guidance-scale 2.5 --seed 1 --seed 5 "
+            "x --negative-prompt no --size 64x96 --steps 6 --step-cache taylor:interval=3 --guidance-scale 2.5 "
+            "--seed 1 --seed 5 "
             "--cfg-normalization 2 --cfg-truncation none --max-sequence-length 9 --output-format webp "
             "--output-compression 80 --no-metadata --deterministic --threads 2 --dtype float32"
         )
@@ -107,17 +108,18 @@ def test_every_flag_reaches_the_parameters():
         "negative_prompt": "no",
         "width": 64,
         "height": 96,
-        "num_inference_steps": 3,
+        "num_inference_steps": 6,
         "guidance_scale": 2.5,
         "seed": [1, 5],
         "num_outputs_per_prompt": 2,
         "cfg_normalization": 2.0,
         "cfg_truncation": None,
         "max_sequence_length": 9,
+        "step_cache": "taylor:interval=3,order=1,warmup=3",
     }
     assert (made.output.format, made.output.compression, made.output.metadata) == ("webp", 80, False)
     assert (made.config.deterministic, made.config.threads, made.config.dtype) == (True, 2, "float32")
-    assert made.steps == 6
+    assert made.steps == 12
 
 
 def test_every_setting_is_a_flag():

@@ -8,12 +8,10 @@ import torch.nn.functional as F
 
 from multimodal_gen.attention.segments import Segments
 from multimodal_gen.nn import precision
-from multimodal_gen.nn.embed import sinusoidal
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.mlp import SwiGLU
-from multimodal_gen.nn.modulation import add_gated_, norm_scaled, scale_segments_
 from multimodal_gen.nn.norm import PartedRMSNorm, RMSNorm
-from multimodal_gen.nn.rope import axis_frequencies, rotate_
+from multimodal_gen.nn.rope import axis_turns
 
 pytestmark = [pytest.mark.unit]
 
@@ -73,44 +71,28 @@ def test_rms_norms():
     norm = PartedRMSNorm(("q", "k"), 8, 1e-5)
     norm.slot("q").copy_(torch.randn(8))
     norm.slot("k").copy_(torch.randn(8))
+    normed = norm(x.clone())
     for part, name in enumerate(("q", "k")):
         single = RMSNorm(8, 1e-5)
         single.weight.copy_(norm.slot(name))
         y = x[:, part]
         expected = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5) * norm.slot(name)
-        torch.testing.assert_close(norm(x)[:, part], expected)
-        torch.testing.assert_close(single(y), expected)
+        torch.testing.assert_close(normed[:, part], expected)
+        torch.testing.assert_close(single(y.flatten(0, 1)), expected.flatten(0, 1))
 
 
-def test_rotation_is_the_textbook_one():
+def test_turns_are_those_of_each_axis_one_after_another():
     positions = torch.tensor([[3, 0], [1, 7]])
-    table = axis_frequencies(positions, (4, 2), 100.0)
-    x = torch.randn(2, 5, 6)
-    y = rotate_(x.clone(), table)
-    for token, (p, q) in enumerate(positions.tolist()):
-        for pair, angle in enumerate((p * 1.0, p * 100.0**-0.5, q * 1.0)):
-            a, b = x[token, :, 2 * pair], x[token, :, 2 * pair + 1]
-            cos, sin = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
-            torch.testing.assert_close(y[token, :, 2 * pair], a * cos - b * sin)
-            torch.testing.assert_close(y[token, :, 2 * pair + 1], a * sin + b * cos)
+    turns = axis_turns(positions, (4, 2), 100.0)
+    angles = torch.tensor([[p * 1.0, p * 100.0**-0.5, q * 1.0] for p, q in positions.tolist()])
+    assert turns.dtype == torch.float32
+    torch.testing.assert_close(turns, torch.stack((angles.cos(), angles.sin()), 1))
 
 
-def test_sinusoidal_embedding_is_cosines_then_sines():
-    values = torch.tensor([0.0, 2.5])
-    embedding = sinusoidal(values, 8)
-    frequencies = torch.tensor([10_000.0 ** (-i / 4) for i in range(4)])
-    torch.testing.assert_close(embedding[:, :4], torch.cos(values[:, None] * frequencies))
-    torch.testing.assert_close(embedding[:, 4:], torch.sin(values[:, None] * frequencies))
-
-
-def test_modulation_gives_every_segment_its_own_row():
-    segments = Segments.of([2, 2, 3, 1])
-    x, y, rows = torch.randn(8, 4), torch.randn(8, 4), torch.randn(4, 4)
-    by_token = rows[[0, 0, 1, 1, 2, 2, 2, 3]]
-    norm = RMSNorm(4, 1e-5)
-    torch.testing.assert_close(scale_segments_(x.clone(), rows, segments), x * by_token)
-    torch.testing.assert_close(norm_scaled(x, rows, 1e-5, segments), norm(x) * by_token)
-    torch.testing.assert_close(add_gated_(x.clone(), rows, y, 1e-5, segments), x + by_token * norm(y))
+def test_every_token_knows_its_segment():
+    index = Segments.of([2, 2, 3, 1]).index(CPU)
+    assert index.dtype == torch.int32
+    assert index.tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
 
 
 def test_segments_group_equal_neighbours_only():

@@ -66,7 +66,7 @@ def test_what_is_left_open_is_filled(card: ModelCard, given: dict[str, Any], dp:
         ({"num_gpus": 10, "ring_degree": 2}, "12 attention heads .* ulysses 5 = 5", "ulysses_degree"),
         (
             {"ring_degree": 2, "attention_backend": "onednn"},
-            "--ring-degree 2 needs .* log-sum-exp, and onednn is none; use auto, sdpa or naive",
+            "--ring-degree 2 needs .* log-sum-exp, and onednn is none; use auto, native, triton, sdpa or naive",
             "attention_backend",
         ),
         ({"num_gpus": 5, "attention_backend": "onednn"}, "--ring-degree 5 needs", "attention_backend"),

@@ -1,0 +1,392 @@
+// softmax(q kᵀ / √D) v over packed sequences, for processors with AVX-512 (bf16: with AVX512-BF16).
+//
+// FlashAttention (Dao et al., 2022) turned on its side: scores are made transposed, [keys, queries], 16 queries in a
+// vector. So maximum and sum of a softmax are operations between vectors, and the weights come in the order in which the
+// second product wants them. A tile of either product is 8 rows (keys, or columns of v) by up to 48 queries: 24 sums in
+// registers. The scores of a block of keys stay in the first-level cache.
+//
+// What a query computes depends on its own segment alone, in order and in rounding.
+
+#include "common.hpp"
+
+namespace {
+
+struct Strides {
+    int64_t token, head;  // numbers from one to the next
+};
+
+// The arguments, as `_Call` of kernels/packed_attention.py has them.
+struct Call {
+    const void *q, *k, *v;
+    void* out;
+    float* lse;               // [T, H], or null
+    const int64_t* segments;  // [count][3]: queries, keys, how often the last key counts
+    int64_t count, heads, kv_heads, dim;
+    Strides of_q, of_k, of_v, of_out;
+    double scale;   // of scores, times log2(e)
+    int64_t causal;  // 1: the last query of a segment sees all keys, the one before it all but the last, and so on
+    int64_t status;  // filled here: 0 done, 1 no memory for what threads work with, 2 not on this processor
+};
+
+}  // namespace
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "attention_packing.hpp"
+
+#include <atomic>
+#include <cstdlib>
+
+namespace {
+
+constexpr int BLOCK = 128;  // keys whose scores are made before their softmax
+constexpr int GROUP = 4;    // tiles of queries that see a block of keys while it is in the second-level cache
+constexpr int WIDE = 3;     // vectors of queries in a tile, at most
+constexpr int TILE = WIDE * 16;
+constexpr int64_t LEAST = GROUP * TILE;  // queries that are worth packing keys and values for
+constexpr int64_t QUICK = 1 << 18;       // products that one thread has done sooner than it would wake another
+constexpr double LOG2E = 1.4426950408889634;
+
+struct Float {
+    typedef float Number;
+    static constexpr int PER_WORD = 1;
+    static INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+    }
+    static INLINE __m512i words(const __m512 w[1]) { return _mm512_castps_si512(w[0]); }
+    static INLINE void store(float* to, __m512 x, __mmask16 columns) { _mm512_mask_storeu_ps(to, columns, x); }
+};
+
+#ifdef __AVX512BF16__
+alignas(64) constexpr uint16_t BESIDE[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+struct Bfloat16 {
+    typedef uint16_t Number;
+    static constexpr int PER_WORD = 2;
+    static INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    }
+    static INLINE __m512i words(const __m512 w[2]) {
+        return _mm512_permutexvar_epi16(_mm512_load_si512(BESIDE), (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]));
+    }
+    static INLINE void store(uint16_t* to, __m512 x, __mmask16 columns) {
+        _mm256_mask_storeu_epi16(to, columns, (__m256i)_mm512_cvtneps_pbh(x));
+    }
+};
+#endif
+
+// 2^x. The polynomial is for the fraction of x, in [0, 1): relative error 7.5e-8.
+INLINE __m512 power_of_two(__m512 x) {
+    __m512 f = _mm512_reduce_ps(x, 0x09), p = _mm512_set1_ps(0.00187757667f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.00898934009f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0558263181f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240153617f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693153073f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999999925f));
+    return _mm512_scalef_ps(p, x);
+}
+
+// Queries of one head of one segment.
+struct Task {
+    int64_t query, queries;  // the segment's first row of q, and how many it has
+    int64_t key, keys;
+    float last;  // what is added to the scores of the last key, in units of `scale`
+    int64_t head, from, to;  // vectors of 16 queries
+};
+
+// A tile of queries: what it is and what it has seen so far.
+struct Tile {
+    alignas(64) float top[TILE];    // the largest score
+    alignas(64) float total[TILE];  // of the weights
+    __m512i* q;                     // [words][vectors][16]
+    float* mixed;                   // [dim][vectors][16]: weighted sum of values
+    int64_t first;                  // of its queries, within the segment
+    int vectors;
+};
+
+// Packed keys and values, `count` of them real.
+struct Block {
+    const uint32_t *k, *v;
+    int64_t panel;
+    int count;
+    float last;
+};
+
+// sums[r][n] += Σ over steps of a[step][r] · b[step][n].
+template <class Kind, int N>
+INLINE void multiply(const uint32_t* a, const __m512i* b, int64_t steps, __m512 sums[8][N]) {
+    for (int64_t step = 0; step < steps; step++) {
+        __m512i vectors[N];
+        for (int n = 0; n < N; n++) vectors[n] = _mm512_load_si512(b + step * N + n);
+        for (int r = 0; r < 8; r++) {
+            __m512i one = _mm512_set1_epi32(a[step * 8 + r]);
+            for (int n = 0; n < N; n++) sums[r][n] = Kind::dot(sums[r][n], one, vectors[n]);
+        }
+    }
+}
+
+// Scores of the keys, and the largest.
+template <class Kind, int N>
+INLINE void score(const Block& block, const __m512i* q, int64_t words, float* scores, __m512 top[N]) {
+    for (int k = 0; k < block.count; k += 8) {
+        __m512 sums[8][N] = {};
+        multiply<Kind, N>(block.k + k * words, q, words, sums);
+        for (int r = 0; r < 8; r++)
+            for (int n = 0; n < N; n++) {
+                top[n] = _mm512_max_ps(top[n], sums[r][n]);
+                _mm512_store_ps(scores + ((k + r) * N + n) * 16, sums[r][n]);
+            }
+    }
+}
+
+// The same for a block whose keys do not all count once: lane i of the tile sees the first `visible` + i of them.
+template <int N>
+INLINE void trim(const Block& block, int padded, int64_t visible, float* scores, __m512 top[N]) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int k = 0; k < padded; k++)
+        for (int n = 0; n < N; n++) {
+            float* at = scores + (k * N + n) * 16;
+            const int least = k - int(std::min<int64_t>(visible + n * 16, BLOCK));  // lanes above this see the key
+            const __mmask16 seen = k < block.count ? _mm512_cmpgt_epi32_mask(lane, _mm512_set1_epi32(least)) : 0;
+            const __m512 more = _mm512_set1_ps(k + 1 == block.count ? block.last : 0);
+            const __m512 x = _mm512_mask_add_ps(_mm512_set1_ps(-INFINITY), seen, _mm512_load_ps(at), more);
+            top[n] = _mm512_max_ps(top[n], x);
+            _mm512_store_ps(at, x);
+        }
+}
+
+// Weights in place of the scores that they are made of, and their sum. Nothing is written before it is read.
+template <class Kind, int N>
+INLINE void weigh(float* scores, int padded, float scale, const __m512 top[N], __m512 total[N]) {
+    __m512i* weights = (__m512i*)scores;
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int k = 0; k < padded; k += Kind::PER_WORD)
+        for (int n = 0; n < N; n++) {
+            __m512 w[Kind::PER_WORD];
+            for (int i = 0; i < Kind::PER_WORD; i++) {
+                w[i] = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + ((k + i) * N + n) * 16), factor, top[n]));
+                total[n] = _mm512_add_ps(total[n], w[i]);
+            }
+            _mm512_store_si512(weights + k / Kind::PER_WORD * N + n, Kind::words(w));
+        }
+}
+
+// A tile looks at a block.
+template <class Kind, int N>
+__attribute__((noinline)) void attend(
+    const Call& call, const Block& block, Tile& tile, int64_t visible, bool begins, float* scores) {
+    const int64_t words = (call.dim + Kind::PER_WORD - 1) / Kind::PER_WORD;
+    const int padded = (block.count + 7) / 8 * 8;
+    const float scale = float(call.scale);
+    const __m512 factor = _mm512_set1_ps(scale);
+    __m512 before[N], top[N], total[N], shrink[N];
+    for (int n = 0; n < N; n++) top[n] = before[n] = _mm512_load_ps(tile.top + n * 16);
+    score<Kind, N>(block, tile.q, words, scores, top);
+    if (padded != block.count || block.last != 0 || visible < block.count) {
+        for (int n = 0; n < N; n++) top[n] = before[n];
+        trim<N>(block, padded, visible, scores, top);
+    }
+    for (int n = 0; n < N; n++) {
+        _mm512_store_ps(tile.top + n * 16, top[n]);
+        top[n] = _mm512_mul_ps(top[n], factor);
+        shrink[n] = power_of_two(_mm512_fmsub_ps(before[n], factor, top[n]));  // 0 in the first block: before is -inf
+        total[n] = _mm512_mul_ps(_mm512_load_ps(tile.total + n * 16), shrink[n]);
+    }
+    weigh<Kind, N>(scores, padded, scale, top, total);
+    for (int n = 0; n < N; n++) _mm512_store_ps(tile.total + n * 16, total[n]);
+    for (int64_t d = 0; d < call.dim; d += 8) {
+        __m512 sums[8][N] = {};
+        float* mixed = tile.mixed + d * N * 16;
+        if (!begins)
+            for (int r = 0; r < 8; r++)
+                for (int n = 0; n < N; n++)
+                    sums[r][n] = _mm512_mul_ps(_mm512_load_ps(mixed + (r * N + n) * 16), shrink[n]);
+        multiply<Kind, N>(block.v + d / 8 * block.panel, (const __m512i*)scores, padded / Kind::PER_WORD, sums);
+        for (int r = 0; r < 8; r++)
+            for (int n = 0; n < N; n++) _mm512_store_ps(mixed + (r * N + n) * 16, sums[r][n]);
+    }
+}
+
+template <class Kind>
+void finish(const Call& call, const Task& task, const Tile& tile) {
+    typedef typename Kind::Number Number;
+    for (int n = 0; n < tile.vectors; n++) {
+        const int64_t first = tile.first + n * 16, rows = std::min<int64_t>(16, task.queries - first);
+        Number* out = (Number*)call.out + (task.query + first) * call.of_out.token + task.head * call.of_out.head;
+        const __m512 share = _mm512_div_ps(_mm512_set1_ps(1), _mm512_load_ps(tile.total + n * 16));
+        for (int64_t d = 0; d < call.dim; d += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) {
+                const float* column = tile.mixed + ((d + i) * tile.vectors + n) * 16;
+                r[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(column), share));
+            }
+            transpose(r);
+            const __mmask16 columns = call.dim - d >= 16 ? 0xffff : (1 << (call.dim - d)) - 1;
+            for (int64_t i = 0; i < rows; i++)
+                Kind::store(out + i * call.of_out.token + d, _mm512_castsi512_ps(r[i]), columns);
+        }
+        if (call.lse)
+            for (int64_t i = 0; i < rows; i++)
+                call.lse[(task.query + first + i) * call.heads + task.head] =
+                    float((tile.top[n * 16 + i] * call.scale + std::log2(tile.total[n * 16 + i])) / LOG2E);
+    }
+}
+
+// What one thread works with.
+template <class Kind>
+struct Scratch {
+    typedef typename Kind::Number Number;
+    char* memory = nullptr;
+    uint32_t *k, *v;
+    float* scores;
+    Tile tiles[GROUP];
+    int64_t words, panel, packed_key = -1, packed_head = -1;
+
+    bool allocate(const Call& call, int64_t longest) {
+        words = (call.dim + Kind::PER_WORD - 1) / Kind::PER_WORD;
+        const int64_t keys = (longest + 15) / 16 * 16, columns = (call.dim + 15) / 16 * 16;
+        panel = keys / Kind::PER_WORD * 8;
+        const int64_t of_k = keys * words * 4, of_v = columns / 8 * panel * 4, of_q = words * TILE * 4;
+        const int64_t of_scores = BLOCK * TILE * 4, of_mixed = columns * TILE * 4;
+        memory = (char*)std::aligned_alloc(64, of_k + of_v + of_scores + GROUP * (of_q + of_mixed));
+        if (!memory) return false;
+        char* at = memory;
+        k = (uint32_t*)at, at += of_k;
+        v = (uint32_t*)at, at += of_v;
+        scores = (float*)at, at += of_scores;
+        for (Tile& tile : tiles) {
+            tile.q = (__m512i*)at, at += of_q;
+            tile.mixed = (float*)at, at += of_mixed;
+        }
+        return true;
+    }
+    ~Scratch() { std::free(memory); }
+
+    void pack(const Call& call, const Task& task) {
+        const int64_t head = task.head / (call.heads / call.kv_heads);
+        if (task.key == packed_key && head == packed_head) return;
+        packed_key = task.key, packed_head = head;
+        const Number* from_k = (const Number*)call.k + task.key * call.of_k.token + head * call.of_k.head;
+        const Number* from_v = (const Number*)call.v + task.key * call.of_v.token + head * call.of_v.head;
+        pack_keys(from_k, call.of_k.token, task.keys, call.dim, words, k);
+        pack_values(from_v, call.of_v.token, task.keys, call.dim, panel, v);
+    }
+
+    void begin(const Call& call, const Task& task, Tile& tile, int64_t vector, int vectors) {
+        tile.first = vector * 16, tile.vectors = vectors;
+        std::fill(tile.top, tile.top + TILE, -INFINITY);
+        std::fill(tile.total, tile.total + TILE, 0.0f);
+        const Number* from = (const Number*)call.q + (task.query + tile.first) * call.of_q.token;
+        from += task.head * call.of_q.head;
+        pack_queries(from, call.of_q.token, task.queries - tile.first, vectors, call.dim, words, tile.q);
+    }
+
+    void look(const Call& call, const Task& task, Tile& tile, int64_t key) {
+        const int count = (int)std::min<int64_t>(BLOCK, task.keys - key);
+        const float last = key + count == task.keys ? task.last : 0;
+        const Block block = {k + key * words, v + key / Kind::PER_WORD * 8, panel, count, last};
+        const int64_t visible = call.causal ? task.keys - task.queries + tile.first + 1 - key : BLOCK;
+        if (visible + tile.vectors * 16 <= 1) return;  // the last query sees nothing of it
+        if (tile.vectors == 3) attend<Kind, 3>(call, block, tile, visible, key == 0, scores);
+        else if (tile.vectors == 2) attend<Kind, 2>(call, block, tile, visible, key == 0, scores);
+        else attend<Kind, 1>(call, block, tile, visible, key == 0, scores);
+    }
+
+    void run(const Call& call, const Task& task) {
+        pack(call, task);
+        for (int64_t vector = task.from; vector < task.to;) {
+            int count = 0;
+            for (; count < GROUP && vector < task.to; count++) {
+                const int64_t left = task.to - vector, tiles_left = (left + WIDE - 1) / WIDE;
+                const int vectors = (int)((left + tiles_left - 1) / tiles_left);  // 4 are 2 + 2, not 3 + 1
+                begin(call, task, tiles[count], vector, vectors);
+                vector += vectors;
+            }
+            for (int64_t key = 0; key < task.keys; key += BLOCK)
+                for (int i = 0; i < count; i++) look(call, task, tiles[i], key);
+            for (int i = 0; i < count; i++) finish<Kind>(call, task, tiles[i]);
+        }
+    }
+};
+
+// Heads of segments, cut further where there are too few for the threads; found by their number.
+struct Tasks {
+    const Call& call;
+    int64_t most;                    // vectors of a task
+    int64_t total = 0, longest = 0;  // how many there are; keys of the longest segment
+    int64_t threads = 1;
+
+    explicit Tasks(const Call& call) : call(call) {
+        int64_t queries = 0, products = 0;
+        for (int64_t i = 0; i < call.count; i++) {
+            queries += call.segments[3 * i];
+            products += call.segments[3 * i] * call.segments[3 * i + 1] * call.heads * call.dim;
+        }
+#ifdef _OPENMP
+        if (products > QUICK) threads = omp_get_max_threads();
+#endif
+        const int64_t share = queries * call.heads / (4 * threads);
+        most = (std::max(LEAST, share) + TILE - 1) / TILE * WIDE;
+        for (int64_t i = 0; i < call.count; i++) {
+            total += parts(i) * call.heads;
+            longest = std::max(longest, call.segments[3 * i + 1]);
+        }
+        threads = std::min(threads, total);
+    }
+    int64_t vectors(int64_t segment) const { return (call.segments[3 * segment] + 15) / 16; }
+    // Of each head; none where there are no keys.
+    int64_t parts(int64_t segment) const {
+        return call.segments[3 * segment + 1] ? (vectors(segment) + most - 1) / most : 0;
+    }
+
+    Task at(int64_t number) const {
+        Task task = {};
+        int64_t i = 0;
+        for (; number >= parts(i) * call.heads; i++) {
+            number -= parts(i) * call.heads;
+            task.query += call.segments[3 * i];
+            task.key += call.segments[3 * i + 1];
+        }
+        task.queries = call.segments[3 * i], task.keys = call.segments[3 * i + 1];
+        const int64_t times = call.segments[3 * i + 2];
+        task.last = times > 1 ? float(std::log2(double(times)) / call.scale) : 0;
+        task.head = number / parts(i);
+        task.from = number % parts(i) * most;
+        task.to = std::min(vectors(i), task.from + most);
+        return task;
+    }
+};
+
+template <class Kind>
+bool compute(const Call& call, const Tasks& tasks) {
+    std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(int(tasks.threads))
+    {
+        Scratch<Kind> scratch;
+        if (!scratch.allocate(call, tasks.longest)) failed = true;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < tasks.total; i++)
+            if (!failed) scratch.run(call, tasks.at(i));
+    }
+    return !failed;
+}
+
+}  // namespace
+
+template <class Kind>
+static void run(Call* call) {
+    const Tasks tasks(*call);
+    call->status = tasks.total == 0 || compute<Kind>(*call, tasks) ? 0 : 1;
+}
+
+EXPORT void packed_attention_f32(Call* call) { run<Float>(call); }
+#ifdef __AVX512BF16__
+EXPORT void packed_attention_bf16(Call* call) { run<Bfloat16>(call); }
+#else
+EXPORT void packed_attention_bf16(Call* call) { call->status = 2; }
+#endif
+
+#else
+EXPORT void packed_attention_f32(Call* call) { call->status = 2; }
+EXPORT void packed_attention_bf16(Call* call) { call->status = 2; }
+#endif

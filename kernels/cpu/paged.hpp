@@ -1,0 +1,181 @@
+// Causal attention of new tokens straight over the pages of their sequences, with a running maximum (Milakov and
+// Gimelshein, 2018). Queries that read the same keys are computed together: neighbouring heads (GQA) of a few tokens.
+#pragma once
+
+#include "words.hpp"
+
+constexpr int64_t PART = 256;    // tokens whose scores are held at a time
+constexpr int64_t QUERIES = 16;  // that read the same keys together
+constexpr int64_t MOST_DIM = 256;
+
+// One layer's keys and values: [2, pages, heads, size, dim].
+template <class T> struct Pool {
+    T* numbers;
+    int64_t pages, heads, size, dim;
+    T* at(int64_t side, int64_t page, int64_t head, int64_t offset) const {
+        return numbers + (((side * pages + page) * heads + head) * size + offset) * dim;
+    }
+};
+
+// New tokens of one sequence (kernels/paged_attention.py, `Spans`).
+struct Span {
+    int32_t row;    // of its first token in the batch
+    int32_t start;  // tokens before it
+    int32_t count;  // new ones
+    int32_t table;  // where its pages begin in the list of pages
+};
+
+// What one thread needs for one group of queries.
+struct Desk {
+    alignas(64) float scores[QUERIES][PART];
+    alignas(64) float sums[QUERIES][MOST_DIM];
+    alignas(64) word keys[MOST_DIM * 16];  // of sixteen tokens, in columns
+    const void* values[PART];
+    const word* q[QUERIES];
+    int64_t row[QUERIES], head[QUERIES], end[QUERIES];  // end: tokens that the query sees
+    float top[QUERIES], total[QUERIES];
+    int64_t queries;
+};
+
+// scores of R queries from `i` with the sixteen keys on the desk; `length` words of a key.
+template <class T, int R> static void score(Desk& desk, int64_t i, int64_t t, int64_t length, float scale) {
+    f32x16 even[R]{}, odd[R]{};
+    for (int64_t k = 0; k < length; k += 2) {
+        u32x16 a = words(desk.keys + k * 16), b = words(desk.keys + k * 16 + 16);
+        for (int r = 0; r < R; r++) {
+            even[r] = Dot<T>::add(even[r], spread(desk.q[i + r][k]), a);
+            odd[r] = Dot<T>::add(odd[r], spread(desk.q[i + r][k + 1]), b);
+        }
+    }
+    for (int r = 0; r < R; r++) store(desk.scores[i + r] + t, (even[r] + odd[r]) * scale);
+}
+
+// Adds weights · values of `tokens` to the sums of R queries from `i`, C · 16 dimensions from `d`.
+template <class T, int R, int C> static void mix(Desk& desk, int64_t i, int64_t d, int64_t tokens) {
+    f32x16 found[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) found[r][c] = load(desk.sums[i + r] + d + c * WIDTH);
+    for (int64_t t = 0; t < tokens; t++) {
+        const T* from = (const T*)desk.values[t] + d;
+        f32x16 v[C];
+        for (int c = 0; c < C; c++) v[c] = load(from + c * WIDTH);
+        for (int r = 0; r < R; r++) {
+            word weight;
+            memcpy(&weight, &desk.scores[i + r][t], 4);
+            for (int c = 0; c < C; c++) found[r][c] += (f32x16)spread(weight) * v[c];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(desk.sums[i + r] + d + c * WIDTH, found[r][c]);
+}
+
+template <class T, int R> static void mix_all(Desk& desk, int64_t i, int64_t dim, int64_t tokens) {
+    int64_t d = 0;
+    for (; d + 64 <= dim; d += 64) mix<T, R, 4>(desk, i, d, tokens);
+    for (; d < dim; d += 32) mix<T, R, 2>(desk, i, d, tokens);
+}
+
+// Scores of `tokens` from `begin` → weights beside the running maximum, sums shrunk to it.
+static inline void soften(Desk& desk, int64_t i, int64_t begin, int64_t tokens, int64_t dim) {
+    float* scores = desk.scores[i];
+    int64_t padded = (tokens + WIDTH - 1) / WIDTH * WIDTH, seen = desk.end[i] - begin;
+    for (int64_t t = seen < 0 ? 0 : seen; t < padded; t++) scores[t] = -INFINITY;
+    f32x16 most = load(scores);
+    for (int64_t t = WIDTH; t < padded; t += WIDTH) {
+        f32x16 v = load(scores + t);
+        most = v > most ? v : most;
+    }
+    float top = desk.top[i];
+    for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;
+    f32x16 total{};
+    for (int64_t t = 0; t < padded; t += WIDTH) {
+        f32x16 weights = exp16(load(scores + t) - top);
+        store(scores + t, weights);
+        total += weights;
+    }
+    float shrink = begin ? std::exp(desk.top[i] - top) : 0.0f;
+    if (begin && shrink != 1.0f)
+        for (int64_t d = 0; d < dim; d += WIDTH) store(desk.sums[i] + d, load(desk.sums[i] + d) * shrink);
+    desk.total[i] = desk.total[i] * shrink + sum(total);
+    desk.top[i] = top;
+}
+
+template <class T> struct Attend {
+    Pool<T> pool;
+    const int32_t* pages;  // of all sequences
+    const Span* spans;
+    int64_t span_count;
+    const T* q;        // [rows, q_stride]: heads lie side by side
+    int64_t q_stride;  // numbers
+    T* out;            // [rows, heads · dim]
+    int64_t heads;     // of queries
+    float scale;
+
+    // Every thread takes the next group of queries until none is left; `taken` is 0 at first.
+    void work(int64_t* taken) const {
+        Desk desk;
+        int64_t group = heads / pool.heads, pieces = (group + QUERIES - 1) / QUERIES;
+        int64_t tall = group >= QUERIES ? 1 : QUERIES / group;  // tokens whose queries go together
+        int64_t next = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED), passed = 0;
+        for (int64_t s = 0; s < span_count; s++) {
+            const Span& span = spans[s];
+            int64_t each = pool.heads * pieces, groups = (span.count + tall - 1) / tall * each;
+            for (; next < passed + groups; next = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) {
+                int64_t at = next - passed, first = at / each * tall, piece = at % pieces;
+                int64_t last = first + tall < span.count ? first + tall : span.count;
+                int64_t low = group * piece / pieces, high = group * (piece + 1) / pieces;
+                compute(desk, span, at % each / pieces, low, high, first, last);
+            }
+            passed += groups;
+        }
+    }
+
+    // Tokens [first, last) of a span, and heads [low, high) of those that share `kv_head`.
+    void compute(
+        Desk& desk, const Span& span, int64_t kv_head, int64_t low, int64_t high, int64_t first, int64_t last) const {
+        desk.queries = 0;
+        for (int64_t token = first; token < last; token++)
+            for (int64_t head = kv_head * (heads / pool.heads) + low, i; head < kv_head * (heads / pool.heads) + high; head++) {
+                i = desk.queries++;
+                desk.row[i] = span.row + token, desk.head[i] = head, desk.end[i] = span.start + token + 1;
+                desk.q[i] = (const word*)(q + desk.row[i] * q_stride + head * pool.dim);
+                desk.top[i] = -INFINITY, desk.total[i] = 0;
+                memset(desk.sums[i], 0, pool.dim * 4);
+            }
+        int64_t seen = span.start + last;
+        for (int64_t begin = 0; begin < seen; begin += PART) {
+            int64_t tokens = seen - begin < PART ? seen - begin : PART;
+            for (int64_t t = 0; t < tokens; t += WIDTH) look(desk, pages + span.table, kv_head, begin, t, tokens);
+            for (int64_t i = 0; i < desk.queries; i++) soften(desk, i, begin, tokens, pool.dim);
+            for (int64_t i = 0; i < desk.queries; i += 4) switch (desk.queries - i) {
+                    case 1: mix_all<T, 1>(desk, i, pool.dim, tokens); break;
+                    case 2: mix_all<T, 2>(desk, i, pool.dim, tokens); break;
+                    case 3: mix_all<T, 3>(desk, i, pool.dim, tokens); break;
+                    default: mix_all<T, 4>(desk, i, pool.dim, tokens);
+                }
+        }
+        for (int64_t i = 0; i < desk.queries; i++) {
+            T* to = out + (desk.row[i] * heads + desk.head[i]) * pool.dim;
+            for (int64_t d = 0; d < pool.dim; d += WIDTH) store(to + d, load(desk.sums[i] + d) / desk.total[i]);
+        }
+    }
+
+    // Scores of sixteen tokens from `begin + t`; behind the last one it is read again.
+    void look(Desk& desk, const int32_t* table, int64_t kv_head, int64_t begin, int64_t t, int64_t tokens) const {
+        const word* rows[WIDTH];
+        int64_t length = pool.dim * sizeof(T) / 4;
+        for (int64_t i = 0; i < WIDTH; i++) {
+            int64_t token = begin + (t + i < tokens ? t + i : tokens - 1);
+            int64_t page = table[token / pool.size], offset = token % pool.size;
+            rows[i] = (const word*)pool.at(0, page, kv_head, offset);
+            desk.values[t + i] = pool.at(1, page, kv_head, offset);
+        }
+        for (int64_t k = 0; k < length; k += WIDTH) turn16(rows, k, desk.keys + k * 16);
+        for (int64_t i = 0; i < desk.queries; i += 4) switch (desk.queries - i) {
+                case 1: score<T, 1>(desk, i, t, length, scale); break;
+                case 2: score<T, 2>(desk, i, t, length, scale); break;
+                case 3: score<T, 3>(desk, i, t, length, scale); break;
+                default: score<T, 4>(desk, i, t, length, scale);
+            }
+    }
+};

@@ -1,0 +1,100 @@
+// Dot products over words of 32 bits: one float32, two bfloat16 or four int8 numbers. A word of a row meets sixteen words
+// of a weight or of keys, one from each of sixteen outputs, so loops over words are the same for all three.
+#pragma once
+
+#include "common.hpp"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+typedef uint32_t word;
+
+inline u32x16 spread(word x) { return u32x16{} + x; }
+
+inline u32x16 words(const void* p) {
+    u32x16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// sum + x · w in each lane. Sums are float32, for int8 they are int32.
+template <class T> struct Dot;
+
+template <> struct Dot<float> {
+    typedef f32x16 Sum;
+    static Sum add(Sum sum, u32x16 x, u32x16 w) { return sum + (f32x16)x * (f32x16)w; }
+};
+
+template <> struct Dot<bf16> {
+    typedef f32x16 Sum;
+    static Sum add(Sum sum, u32x16 x, u32x16 w) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+        return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+#else
+        const u32x16 high = spread(0xffff0000);
+        return sum + (f32x16)(x << 16) * (f32x16)(w << 16) + (f32x16)(x & high) * (f32x16)(w & high);
+#endif
+    }
+};
+
+// x holds numbers + 128, which the instruction takes as unsigned; w is signed.
+template <> struct Dot<int8_t> {
+    typedef i32x16 Sum;
+    static Sum add(Sum sum, u32x16 x, u32x16 w) {
+#if defined(__AVX512VNNI__)
+        return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#else
+        for (int byte = 0; byte < 4; byte++)
+            sum += (i32x16)((x >> (8 * byte)) & 0xff) * ((i32x16)(w << (24 - 8 * byte)) >> 24);
+        return sum;
+#endif
+    }
+};
+
+// to[column · 16 + row] = from[row][column]: sixteen rows of sixteen words.
+inline void turn16(const word* const* from, int64_t column, word* to) {
+#if defined(__AVX512F__)
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from[i] + column);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+            b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        int column_low = (j & 3) + ((j & 4) ? 4 : 0);
+        _mm512_storeu_si512(to + column_low * 16, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_si512(to + (column_low + 8) * 16, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) to[j * 16 + i] = from[i][column + j];
+#endif
+}
+
+// A thread's part of what all threads of a team do together.
+struct Team {
+    int64_t own, count;
+    int64_t first(int64_t whole) const { return whole * own / count; }
+    int64_t last(int64_t whole) const { return whole * (own + 1) / count; }
+};
+
+// work(team) on every thread; inside, `#pragma omp barrier` waits for all of them.
+template <class Work> inline void together(Work work) {
+#ifdef _OPENMP
+#pragma omp parallel
+    work(Team{omp_get_thread_num(), omp_get_num_threads()});
+#else
+    work(Team{0, 1});
+#endif
+}

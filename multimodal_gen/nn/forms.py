@@ -1,0 +1,83 @@
+"""In which form a layer's weight is computed with: as it was read, packed for the processor, or in fewer bits.
+
+A layer that has a form (`Linear.packed`) holds nothing else: its `weight` keeps shape, dtype and device, and has memory
+only while the loader fills it (`filled`). Whatever changes a weight (an adapter that is merged, a model that wakes up)
+goes through the loader, so there is no second way to a form, and none that could be forgotten.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from multimodal_gen.kernels.packed_linear import PackedWeight, unavailable
+from multimodal_gen.nn.linear import FusedLinear, Linear, Packed
+from multimodal_gen.nn.precision import compute_dtype
+
+Formed = Linear | FusedLinear
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to hold a weight."""
+
+    pack: Callable[[Tensor], Packed]  # weight [out, in] → what is computed with; the weight may be let go of
+    bits: float  # per number of the weight, scales included
+    # Whether a layer that streams takes it in every pass, too: because its sums are others than those of the weight as
+    # it was read. Where they are the same, the time for packing is not won back in one pass.
+    passing: bool
+
+
+def packed_form(dtype: torch.dtype, device: torch.device) -> Form | None:
+    """The order of the processor's matrix unit, where there is one: the same sums in bfloat16, bit for bit."""
+    if device.type != "cpu" or unavailable(dtype) or compute_dtype(dtype, device) != dtype:
+        return None
+    return Form(PackedWeight, 8 * dtype.itemsize, passing=dtype is torch.float32)
+
+
+def choose(
+    model: nn.Module, device: torch.device, fewer: Callable[[Formed], Form | None], high: Sequence[str]
+) -> dict[Formed, Form]:
+    """The forms of a model's layers; those that are computed with as they were read are left out.
+
+    Args:
+        fewer: what a layer takes in fewer bits, or None.
+        high: patterns of names of layers that keep their bits.
+    """
+    found: dict[Formed, Form] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Formed):
+            continue
+        stays = any(re.fullmatch(pattern, name) for pattern in high)
+        form = (None if stays else fewer(layer)) or packed_form(layer.weight.dtype, device)
+        if form is not None:
+            found[layer] = form
+    return found
+
+
+@contextmanager
+def filled(layer: Formed, form: Form) -> Iterator[None]:
+    """Inside, the layer's weight has memory, zero where it is padded; afterwards the layer has it in its form.
+
+    When filling fails, the layer keeps what it had.
+    """
+    weight = layer.weight
+    storage = weight.untyped_storage()
+    storage.resize_(weight.nbytes)
+    try:
+        for view in layer.padding():
+            view.zero_()
+        yield
+        layer.packed = form.pack(weight.detach())
+    finally:
+        storage.resize_(0)
+
+
+def formed_bytes(forms: Mapping[Formed, Form]) -> int:
+    """What layers will hold in these forms."""
+    return sum(int(layer.weight.numel() * form.bits / 8) for layer, form in forms.items())

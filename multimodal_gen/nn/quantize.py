@@ -1,0 +1,68 @@
+"""Kinds of fewer bits for weights (`--quantize`), and where each can be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from multimodal_gen.errors import ConfigError
+from multimodal_gen.kernels import fp8_product, int4_linear, int8_linear, int8_product
+from multimodal_gen.nn.forms import Form, Formed
+from multimodal_gen.nn.linear import Packed
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the table below."""
+
+    pack: Callable[[Tensor], Packed]
+    bits: Callable[[torch.dtype], float]  # per number, scales included, by the dtype of the weight as it was read
+    fits: Callable[[int, int, torch.device], bool]  # whether a weight [out, in] can be held so on a device
+    unavailable: Callable[[torch.device], str]  # why not on a device, or an empty string
+
+
+def _anywhere(device: torch.device) -> str:
+    return ""
+
+
+def _on_a_cpu(device: torch.device) -> str:
+    return "" if device.type == "cpu" else "torch computes with such weights on a CPU only"
+
+
+KINDS = {
+    "int8": Kind(int8_product.Int8Weight, lambda _: 8, int8_product.fits, int8_product.unavailable),
+    "fp8": Kind(fp8_product.Fp8Weight, lambda _: 8, fp8_product.fits, fp8_product.unavailable),
+    "int8-weights": Kind(int8_linear.Int8Weight, lambda _: 8, lambda *_: True, _anywhere),
+    "int4-weights": Kind(
+        int4_linear.Int4Weight,
+        lambda dtype: 4 + 2 * 8 * dtype.itemsize / int4_linear.GROUP,
+        lambda rows, columns, _: int4_linear.fits(rows, columns),
+        _on_a_cpu,
+    ),
+}
+
+
+def fewer_bits(quantize: str, device: torch.device) -> Callable[[Formed], Form | None]:
+    """What a layer takes under `--quantize`.
+
+    Raises: ConfigError where the device cannot compute it.
+    """
+    if quantize == "none":
+        return lambda _: None
+    kind = KINDS[quantize]
+    why = kind.unavailable(device)
+    if why:
+        others = ", ".join(name for name, other in KINDS.items() if not other.unavailable(device))
+        raise ConfigError(f"--quantize {quantize} cannot be had on {device}: {why}. Here: {others}.", param="quantize")
+
+    def form(layer: Formed) -> Form | None:
+        weight = layer.weight
+        rows, columns = weight.shape
+        if not kind.fits(rows, columns, device):
+            return None
+        return Form(kind.pack, kind.bits(weight.dtype), passing=True)
+
+    return form
