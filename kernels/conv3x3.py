@@ -1,9 +1,9 @@
-"""3x3 convolutions over frames in channels-last order, of one frame or of several that follow one another, for VAEs.
+"""3x3 convolutions over frames in channels-last order, one frame or several that follow one another: for VAEs.
 
 On a CPU by Winograd's minimal filtering F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016): a quarter of the products,
 all in float32, whatever the pixels are kept in. On Zen 5 that is 2 to 4 times as fast as oneDNN's direct convolutions in
-float32, and 1.1 to 1.2 times as fast as those in bfloat16. Rounding: about eight times that of a direct float32 sum, a
-few parts in a million.
+float32, and 1.1 to 1.2 times as fast as those in bfloat16. Rounding: about eight times that of a direct float32 sum,
+a few parts in a million.
 
 The filters in the other basis are four times as large as the weight. `filters` makes them for whoever uses them more
 than once; else they are made on the way.
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from multimodal_gen.kernels import native
 
-ROWS = 128  # tiles of all frames that a thread has in hand: below it filters are read too often, above it caches overflow
+ROWS = (
+    128  # tiles of all frames that a thread has in hand: below it filters are read too often, above it caches overflow
+)
 BF16_CHANNELS, CHANNELS = 64, 32  # with fewer the way to the basis and back costs more than it saves
 POINTS, WIDTH, SLACK = 36, 16, 12  # as in cpu/conv3x3.cpp
 

@@ -1,14 +1,21 @@
-"""What decoders of pictures and of videos have in common. Pixels are [F, H, W, C] or [H, W, C], channels last, contiguous.
+"""What decoders of pictures and of videos have in common. Pixels are [F, H, W, C], channels last, contiguous.
 
 Modules hold the checkpoint's tensors under its names and shapes; what computes are the kernels.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal_gen.attention.base import AttentionBackend
+from multimodal_gen.attention.registry import choose
+from multimodal_gen.attention.segments import Segments
 from multimodal_gen.errors import CorruptModel
 
 
@@ -34,10 +41,17 @@ class Pointwise(Filter):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head over all pixels of a frame: [F, pixels, C] each → [F, pixels, C]."""
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    frames, pixels, _ = q.shape
+    queries, keys, values = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+    return _attention(q.device)(queries, keys, values, Segments.of([pixels] * frames)).view_as(q)
 
 
-def expect(config: dict[str, object], **values: object) -> None:
+@functools.cache
+def _attention(device: torch.device) -> AttentionBackend:
+    return choose("auto", device)
+
+
+def expect(config: Mapping[str, Any], **values: object) -> None:
     """Refuse what this decoder does not compute. Raises: CorruptModel."""
     for name, value in values.items():
         if config.get(name, value) != value:

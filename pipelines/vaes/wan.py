@@ -13,7 +13,7 @@ from multimodal_gen.errors import CorruptModel, Overflowed
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.pipelines.stages.working import OVERHEAD, VIDEO_VAE_PER_PIXEL
-from multimodal_gen.pipelines.vaes.wan_model import WanModel
+from multimodal_gen.pipelines.vaes.wan_model import RENAMES, WanModel
 from multimodal_gen.weights.checkpoint import read_json
 from multimodal_gen.weights.loading import WeightTree, construction
 
@@ -44,7 +44,7 @@ class WanVae:
         self.device = device
         with construction(torch.device("meta"), torch.float32):  # no time spent on random initial weights
             self.vae = WanModel(config).eval()
-        weights = WeightTree(self.vae, files)
+        weights = WeightTree(self.vae, files, RENAMES)
         self._here = memory.add("vae", "decode", self.vae, weights)
         mean, std = config["latents_mean"], config["latents_std"]
         if not len(mean) == len(std) == config["z_dim"]:

@@ -76,13 +76,9 @@ class Tiled:
         """The next frames of the video: [F, H, W, C] → [F', 2H, 2W, out]."""
         lines = cut(x.shape[1], x.shape[2], self._rim)
         tiles = [tile for line in lines for tile in line]
-        decoded = decode_shared(
-            list(range(len(tiles))), lambda index: self._tile(x, index, tiles[index]), self._group, x
-        )
+        decoded = decode_shared(range(len(tiles)), lambda i: self._tile(x, i, tiles[i]), self._group, x)
         width = len(lines[0])
-        return torch.cat(
-            [torch.cat(decoded[i : i + width], dim=2) for i in range(0, len(decoded), width)], dim=1
-        )
+        return torch.cat([torch.cat(decoded[i : i + width], dim=2) for i in range(0, len(decoded), width)], dim=1)
 
     def _tile(self, x: Tensor, index: int, tile: Tile) -> Tensor:
         past = self._pasts.setdefault(index, Past(self._past.again, filters=self._past.filters))
