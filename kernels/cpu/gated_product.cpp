@@ -1,12 +1,9 @@
 // Activations between two products: see kernels/gated_product.py.
 #include "rows.hpp"
 
-static inline f32x16 silu(f32x16 x) { return x / (exp16(-x) + 1.0f); }
-
 // x / 2 · (1 + tanh(u)) = x / (1 + e^-2u)
 static inline f32x16 gelu(f32x16 x) {
-    f32x16 u = x * (x * x * 0.044715f + 1.0f) * 0.7978845608f;
-    return x / (exp16(u * -2.0f) + 1.0f);
+    return x / (exp16(x * (x * x * 0.044715f + 1.0f) * -1.5957691216f) + 1.0f);
 }
 
 template <class T>

@@ -5,7 +5,6 @@ Modules hold the checkpoint's tensors under its names and shapes; what computes 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal_gen.attention.base import AttentionBackend
-from multimodal_gen.attention.registry import choose
-from multimodal_gen.attention.segments import Segments
+from multimodal_gen.attention.native import wins
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.kernels.packed_attention import packed_attention
 
 
 class Filter(nn.Module):
@@ -41,14 +39,10 @@ class Pointwise(Filter):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head over all pixels of a frame: [F, pixels, C] each → [F, pixels, C]."""
-    frames, pixels, _ = q.shape
-    queries, keys, values = (x.flatten(0, 1)[:, None] for x in (q, k, v))
-    return _attention(q.device)(queries, keys, values, Segments.of([pixels] * frames)).view_as(q)
-
-
-@functools.cache
-def _attention(device: torch.device) -> AttentionBackend:
-    return choose("auto", device)
+    if wins(q):
+        lengths = (q.shape[1],) * len(q)
+        return packed_attention(*(x.flatten(0, 1)[:, None] for x in (q, k, v)), lengths, lengths).view(q.shape)
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 def expect(config: Mapping[str, Any], **values: object) -> None:
