@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -340,10 +340,12 @@ class WanPipeline:
     # --- decode -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Final latents → uint8 [F, H, W, 3]."""
+    def decode(self, row: Row) -> Iterator[np.ndarray | None]:
+        """Final latents → uint8 [f, H, W, 3], a latent frame at a time."""
         self.memory.begin("decode")
-        return [self.vae.decode(_latents(row)) for row in rows]
+        for frames in self.vae.decode(_latents(row)):
+            yield frames
+            self.memory.begin("decode")
 
     def preview(self, row: Row) -> np.ndarray:
         """The card promises none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.sequence import choose_attention
 from multimodal_gen.parallel.tensor import shard
-from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
+from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row, whole
 from multimodal_gen.pipelines.encoders.causal_text import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
@@ -314,18 +314,22 @@ class ZImagePipeline:
         truncated = request.cfg_truncation is not None and time > request.cfg_truncation
         return request.guidance_scale > self.card.guidance_threshold and not truncated
 
-    @torch.inference_mode()
-    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
+    def decode(self, row: Row) -> Iterator[np.ndarray | None]:
         """Final latents → uint8 [H, W, 3]."""
+        return self._pixels(_state(row)[1])
+
+    @torch.inference_mode()
+    def _pixels(self, latents: Tensor) -> Iterator[np.ndarray | None]:
         self.memory.begin("decode")
-        return [self.vae.decode(_state(row)[1]) for row in rows]
+        for piece in self.vae.decode(latents):
+            yield piece
+            self.memory.begin("decode")
 
     @torch.inference_mode()
     def preview(self, row: Row) -> np.ndarray:
         """The clean-image estimate → uint8 [H, W, 3]."""
         assert row.clean is not None, "previews are asked for before the first step"
-        self.memory.begin("decode")
-        return self.vae.decode(row.clean)
+        return whole(self._pixels(row.clean))
 
     def release(self, row: Row) -> None:
         """Rows hold nothing outside themselves."""
