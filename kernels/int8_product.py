@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal_gen.kernels.eager import eager_break
+
 LARGEST = 127
 MIDDLE = 128  # what is added to x on a CPU, whose instruction multiplies numbers without a sign by such with one
 LEAST_ROWS = 17  # that torch._int_mm takes
@@ -58,6 +60,7 @@ class Int8Weight:
             numbers = torch.ops.onednn.qlinear_prepack(numbers, [32, numbers.shape[1]])
         self._numbers = numbers
 
+    @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         numbers, scales = quantize(x)

@@ -139,6 +139,7 @@ def layer_norm_scale_shift_reference(
 ) -> Tensor:
     """The same in float32 steps, rounded once."""
     wide = x.float()
-    centred = wide - wide.mean(-1, keepdim=True)
-    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * of_tokens(scale, index)
+    # Not two means: torch 2.13's compiler fails on those after a gathered gate (KeyError: 'buf1').
+    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    y = (wide - mean) * (variance + eps).rsqrt() * of_tokens(scale, index)
     return (y if shift is None else y + of_tokens(shift, index)).to(x.dtype)
