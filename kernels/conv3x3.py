@@ -17,7 +17,9 @@ from torch import Tensor
 
 from multimodal_gen.kernels import native
 
-ROWS = 128  # tiles of all frames that a thread has in hand: below it filters are read too often, above it caches overflow
+ROWS = (
+    128  # tiles of all frames that a thread has in hand: below it filters are read too often, above it caches overflow
+)
 POINTS, WIDTH, SLACK = 36, 16, 12  # as in cpu/conv3x3.cpp
 
 _conv3x3 = native.Function("conv3x3", "ppppppiiiiiiiiii")

@@ -68,8 +68,8 @@ def gelu_tanh_(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def gated_product_reference(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     """The same in float32 steps, rounded once."""
-    gate, dtype = gate.float(), gate.dtype
-    return ((F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up.float()).to(dtype)
+    wide = gate.float()
+    return (F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")).mul_(up).to(gate.dtype)
 
 
 def gelu_tanh_reference_(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from multimodal_gen.kernels.norm_modulate import (
     check_rows,
     norm_modulate_reference,
     of_tokens,
+    over_rms,
 )
 
 _add = native.Function("gated_residual", "ppppiiif")
@@ -113,12 +114,10 @@ def gated_residual_reference_(
     x: Tensor, y: Tensor, gate: Tensor | None, index: Tensor | None, eps: float | None = None
 ) -> Tensor:
     """The same in float32 steps, rounded once."""
-    added = y.float()
-    if eps is not None:
-        added = added * (added.square().mean(-1, keepdim=True) + eps).rsqrt()
-    if gate is not None:
-        added = added * of_tokens(gate, index)
-    return x.copy_(x.float() + added)
+    if eps is None and gate is None:
+        return x.add_(y)
+    added = y.float() if eps is None else over_rms(y, eps)
+    return x.copy_((added if gate is None else added * of_tokens(gate, index)).add_(x))
 
 
 def gated_residual_norm_reference_(

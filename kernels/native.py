@@ -66,6 +66,11 @@ def torch_only() -> Iterator[None]:
         _Choice.native = before
 
 
+def switched_off() -> bool:
+    """Whether torch computes whatever there is (`--kernels torch`)."""
+    return not _Choice.native
+
+
 def by_triton(x: Tensor) -> bool:
     """Whether the Triton kernel computes on tensors like x."""
     return x.is_cuda and _Choice.native and has_triton() and not torch.compiler.is_compiling()

@@ -50,18 +50,20 @@ template <class T> inline float squares(const T* x, int64_t dim) {
     });
 }
 
+inline float inverse_root(float squares, int64_t dim, float eps) { return 1.0f / std::sqrt(squares / dim + eps); }
+
 struct Moments {
     float mean, inverse;  // of the standard deviation, or of the root mean square where the mean is not taken off
 };
 
 template <class T> inline Moments moments(const T* x, int64_t dim, bool centred, float eps) {
-    if (!centred) return {0.0f, 1.0f / std::sqrt(squares(x, dim) / dim + eps)};
+    if (!centred) return {0.0f, inverse_root(squares(x, dim), dim, eps)};
     float mean = total(dim, [&](int64_t i, auto n) { return load(x + i, n); }) / dim;
     float spread = total(dim, [&](int64_t i, auto n) {
         f32x16 v = only(load(x + i, n) - mean, n);
         return v * v;
     });
-    return {mean, 1.0f / std::sqrt(spread / dim + eps)};
+    return {mean, inverse_root(spread, dim, eps)};
 }
 
 // Divided: on Zen 5 that is faster than a reciprocal of 14 bits and a step of Newton's.

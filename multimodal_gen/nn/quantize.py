@@ -63,6 +63,6 @@ def fewer_bits(quantize: str, device: torch.device) -> Callable[[Formed], Form |
         rows, columns = weight.shape
         if not kind.fits(rows, columns, device):
             return None
-        return Form(kind.pack, kind.bits(weight.dtype), passing=True)
+        return Form(kind.pack, kind.bits(weight.dtype), exact=False, passing=True)
 
     return form

@@ -126,7 +126,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        groups, widths, layers = config["norm_num_groups"], config["block_out_channels"][::-1], config["layers_per_block"]
+        groups, widths, layers = (
+            config["norm_num_groups"],
+            config["block_out_channels"][::-1],
+            config["layers_per_block"],
+        )
         self.conv_in = Conv(config["latent_channels"], widths[0])
         self.mid_block = Middle(groups, widths[0], attention=config.get("mid_block_add_attention", True))
         self.up_blocks = nn.ModuleList(

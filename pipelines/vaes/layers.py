@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal_gen.attention.native import wins
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.kernels.packed_attention import packed_attention
 
 
 class Filter(nn.Module):
@@ -34,6 +36,9 @@ class Pointwise(Filter):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head over all pixels of a frame: [F, pixels, C] each → [F, pixels, C]."""
+    if wins(q):
+        lengths = (q.shape[1],) * len(q)
+        return packed_attention(*(x.flatten(0, 1)[:, None] for x in (q, k, v)), lengths, lengths).view(q.shape)
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 

@@ -29,7 +29,7 @@ from multimodal_gen.pipelines.stages.first_block import Halves, leave_early, loo
 from multimodal_gen.pipelines.stages.guidance import extrapolate
 from multimodal_gen.pipelines.stages.solvers import load_solver, state_of
 from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, watched
-from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
+from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, of_step_cache, tokens_of
 from multimodal_gen.pipelines.vaes.wan import WanVae
 from multimodal_gen.pipelines.wan.conditions import (
     Prompt,
@@ -126,7 +126,9 @@ class WanPipeline:
 
     def _working(self, width: int, height: int, frames: int) -> Working:
         tokens = tokens_of(self.card, width, height, frames)
-        denoise = of_denoising(tokens, self.transformers[EXPERTS[0]].config.dim, self.dtype)
+        first = self.transformers[EXPERTS[0]]
+        denoise = of_denoising(tokens, first.config.dim, self.dtype)
+        denoise += of_step_cache(self.card.step_cache, tokens, first.config.dim, first.out_dim, self.dtype)
         decode = self.vae.working(width, height)
         starts = self.card.video is not None and self.card.video.image != "none"
         return {"encode": decode if starts else OVERHEAD, "denoise": denoise, "decode": decode}

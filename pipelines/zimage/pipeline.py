@@ -33,7 +33,7 @@ from multimodal_gen.pipelines.stages.flow_match import SCHEDULER_CLASS, FlowMatc
 from multimodal_gen.pipelines.stages.guidance import guide
 from multimodal_gen.pipelines.stages.solvers import load_solver
 from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, watched
-from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
+from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, of_step_cache, tokens_of
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
@@ -150,7 +150,9 @@ class ZImagePipeline:
 
     def _working(self, width: int, height: int) -> Working:
         tokens = tokens_of(self.card, width, height)
-        denoise = of_denoising(tokens, self.transformer.config.dim, self.dtype)
+        config = self.transformer.config
+        denoise = of_denoising(tokens, config.dim, self.dtype)
+        denoise += of_step_cache(self.card.step_cache, tokens, config.dim, config.patch_dim, self.dtype)
         return {"encode": OVERHEAD, "denoise": denoise, "decode": self.vae.working(width, height)}
 
     @torch.inference_mode()

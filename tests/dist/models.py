@@ -31,6 +31,7 @@ from multimodal_gen.pipelines.zimage.pipeline import ZImagePipeline
 from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
+from tests.support.weights import numbers_of
 
 IMAGES: list[dict[str, Any]] = [
     {"width": 64, "height": 80, "guidance_scale": 4.0, "seed": 1},
@@ -137,7 +138,7 @@ class Model:
         return {
             f"{tree}/{name}": x.double().sum()
             for tree, weights in self.pipeline.trees.items()
-            for name, x in weights.model.state_dict().items()
+            for name, x in numbers_of(weights.model).items()
         }
 
 
@@ -289,7 +290,7 @@ def with_caches(mesh: Mesh, folder: str, caches: list[str], **options: Any) -> d
     model = Model.load(mesh, folder, **options)
     requests = []
     for index, cache in enumerate(caches):
-        sizes = {side: (4 + index % 2) * model.pipeline.card.size_multiple for side in ("width", "height")}
+        sizes = dict.fromkeys(("width", "height"), (4 + index % 2) * model.pipeline.card.size_multiple)
         frames = {"num_frames": 5} if model.pipeline.card.video else {}
         guidance = (4.0, 1.0, 3.0)[index % 3] if frames or index % 3 != 1 else 0.0
         settings = {"num_inference_steps": 9, "guidance_scale": guidance, "step_cache": cache, "seed": index}

@@ -1,4 +1,4 @@
-"""Attention of Z-Image 6B (30 heads of 128), of ring ranks, of text (causal, 32 over 8 heads) and of other widths."""
+"""Z-Image 6B (30 heads of 128), Wan2.2 A14B on a ring (40 of 128), a decoder's prompt (32 over 8), other widths."""
 
 from __future__ import annotations
 
@@ -7,32 +7,22 @@ import torch
 from multimodal_gen.kernels.gpu.packed_attention import packed_attention
 from tests.kernels.ahead import Cases, Empty
 
-LENGTHS = (4160, 1056)
-
 
 def _launch(
-    empty: Empty,
-    dim: int,
-    dtype: torch.dtype,
-    *,
-    heads: int = 30,
-    kv_heads: int = 30,
-    causal: bool = False,
-    with_lse: bool = False,
+    empty: Empty, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, causal: bool = False, sums: bool = False
 ) -> None:
-    total = sum(LENGTHS)
-    qkv = empty(total, heads + 2 * kv_heads, dim, dtype=dtype)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-    lse = empty(total, heads, dtype=torch.float32) if with_lse else None
-    packed_attention(q, k, v, LENGTHS, LENGTHS, (1, 1), causal, empty(total, heads, dim, dtype=dtype), lse)
+    q, kv = empty(4128, heads, dim, dtype=dtype), empty(4128, 2, kv_heads, dim, dtype=dtype)
+    lse = empty(4128, heads, dtype=torch.float32) if sums else None
+    lengths = (4096, 32)
+    packed_attention(q, *kv.unbind(1), lengths, lengths, (1, 1), causal, empty(*q.shape, dtype=dtype), lse)
 
 
 CASES: Cases = {
-    "128, bf16": lambda empty: _launch(empty, 128, torch.bfloat16),
-    "128, bf16, lse": lambda empty: _launch(empty, 128, torch.bfloat16, with_lse=True),
-    "128, fp16, causal, 32 over 8": lambda empty: _launch(empty, 128, torch.float16, heads=32, kv_heads=8, causal=True),
-    "64, bf16": lambda empty: _launch(empty, 64, torch.bfloat16),
-    "96, bf16": lambda empty: _launch(empty, 96, torch.bfloat16),
-    "256, bf16": lambda empty: _launch(empty, 256, torch.bfloat16),
-    "128, fp32": lambda empty: _launch(empty, 128, torch.float32),
+    "30 heads of 128, bf16": lambda empty: _launch(empty, 30, 30, 128, torch.bfloat16),
+    "40 heads of 128 with sums, bf16": lambda empty: _launch(empty, 40, 40, 128, torch.bfloat16, sums=True),
+    "40 heads of 128 with sums, fp32": lambda empty: _launch(empty, 40, 40, 128, torch.float32, sums=True),
+    "32 over 8 heads of 128, causal, bf16": lambda empty: _launch(empty, 32, 8, 128, torch.bfloat16, causal=True),
+    "24 heads of 64, fp16": lambda empty: _launch(empty, 24, 24, 64, torch.float16),
+    "24 heads of 64, fp32": lambda empty: _launch(empty, 24, 24, 64, torch.float32),
+    "16 heads of 256, bf16": lambda empty: _launch(empty, 16, 16, 256, torch.bfloat16, sums=True),
 }
