@@ -1,7 +1,7 @@
 """`@eager_break`: calls that a compiler does not look into and that no graph of a GPU holds.
 
-Collectives, adapters that differ per token, code of our own compiler, and whatever looks at numbers. Nothing else breaks
-a compiled or recorded region: tests count the breaks. Without either, a call costs one more Python call.
+Collectives, adapters that differ per token, code of our own compiler, and whatever looks at numbers. Nothing else
+breaks a compiled or recorded region: tests count the breaks. Without either, a call costs one more Python call.
 """
 
 from __future__ import annotations

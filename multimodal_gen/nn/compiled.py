@@ -1,7 +1,7 @@
-"""Regional compilation: the layers that a model repeats are compiled once, by torch.compile, and what joins them is not.
+"""Regional compilation: layers that a model repeats are compiled once, by torch.compile; what joins them is not.
 
-Inside, our own kernels stand back (`native.Function.of`): the compiler fuses what they fuse. What it must not look into is
-marked `@eager_break`. Forward hooks stay outside, so streamed layers wait for their weights as always.
+Inside, our own kernels stand back (`native.Function.of`): the compiler fuses what they fuse. What it must not look into
+is marked `@eager_break`. Forward hooks stay outside, so streamed layers wait for their weights as always.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check(device: torch.device) -> None:
 
 
 def compile_layers(layers: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Each layer's forward is compiled at its first call, by a backend of torch.compile; layers of a kind share code."""
+    """Each layer's forward is compiled at its first call by a backend of torch.compile; layers of a kind share code."""
     eager.tell_compiler()
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=backend)

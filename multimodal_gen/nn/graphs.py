@@ -1,10 +1,10 @@
-"""Regions of a forward pass that are recorded once and replayed (CUDA graphs), in segments between `@eager_break` calls.
+"""Regions of a forward pass that are recorded once and replayed (CUDA graphs), in segments between `@eager_break`s.
 
-A region is a function of tensors whose work is the same at every call: what else it depends on is named by the caller, and
-a graph is found again by the identity of it. Tensors are copied into the graph's own at every replay, so their addresses
-are stable; what an `@eager_break` call returns is copied to where the next segment looks for it.
+A region is a function of tensors whose work is the same at every call: what else it depends on is named by the caller,
+and a graph is found again by the identity of it. Tensors are copied into the graph's own at every replay, so their
+addresses are stable; what an `@eager_break` call returns is copied to where the next segment looks for it.
 
-At the first call of a region everything runs as always: kernels are compiled, buffers and handles of libraries are made.
+At the first call of a region everything runs as always: kernels are compiled, buffers and handles of libraries made.
 The second records it, all others replay. Least recently used graphs leave.
 """
 

@@ -212,7 +212,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path) -> None:
     config = EngineConfig()
-    with pytest.raises(ConfigError, match="--cuda-graphs.*cpu"):
+    with pytest.raises(ConfigError, match=r"--cuda-graphs.*cpu"):
         Regions(replace_config(config, cuda_graphs=True), CPU)
     with pytest.raises(ConfigError, match=r"--compile and --deterministic"):
         describe(replace_config(config, compile=True, deterministic=True))
