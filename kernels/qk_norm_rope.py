@@ -118,5 +118,8 @@ def turn(x: Tensor, turns: Tensor, pairs: Pairs) -> Tensor:
     if pairs == "halves":
         a, b = x.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    if torch.compiler.is_compiling():  # it makes no code for complex numbers
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
     return torch.view_as_real(turned).flatten(-2)
