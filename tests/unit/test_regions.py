@@ -18,7 +18,7 @@ from multimodal_gen.errors import ConfigError
 from multimodal_gen.kernels import native
 from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.nn import compiled
-from multimodal_gen.nn.graphs import MAX_GRAPHS, Graphs
+from multimodal_gen.nn.graphs import MAX_GRAPHS, CudaTape, Graphs
 from multimodal_gen.nn.lowrank import Overlay, Piece, Update
 from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.wan import packing as wan_packing
@@ -57,41 +57,41 @@ def filled(model: nn.Module) -> Any:
     return model.eval()
 
 
-def pictures(layers: int = 3) -> tuple[ZImageTransformer, Step]:
+def pictures(layers: int = 3, device: torch.device = CPU) -> tuple[ZImageTransformer, Step]:
     """A small Z-Image, and a step of pictures of size x 2 patches under guidance."""
     config = ZImageConfig(4, 48, layers, 1, 3, 1e-5, 20, 256.0, 1000.0, (4, 6, 6), 2)
-    model = filled(ZImageTransformer(config, ApartAttention(SdpaAttention())))
+    model = filled(ZImageTransformer(config, ApartAttention(SdpaAttention()))).to(device)
     rope, layouts = zimage_packing.Rope(config.axes_dims, config.rope_theta), dict[int, Any]()
 
     def step(size: int, seed: int, overlay: Overlay | None = None) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         shape = zimage_packing.Shape(size, 2, (32, 64))
-        layout = layouts.setdefault(size, zimage_packing.make_layout([shape], rope, CPU))
+        layout = layouts.setdefault(size, zimage_packing.make_layout([shape], rope, device))
         captions = [
-            torch.randn(joint.length - layout.images[joint.image][2], 48, generator=generator)
+            torch.randn(joint.length - layout.images[joint.image][2], 48, generator=generator).to(device)
             for joint in layout.joints
         ]
-        time = model.modulate(torch.rand(1, generator=generator), None)
-        patches = torch.randn(size * 2, config.patch_dim, generator=generator)
+        time = model.modulate(torch.rand(1, generator=generator).to(device), None)
+        patches = torch.randn(size * 2, config.patch_dim, generator=generator).to(device)
         return model([patches], [time], captions, layout, [overlay])
 
     return model, step
 
 
-def videos(layers: int = 3) -> tuple[WanTransformer, Step]:
+def videos(layers: int = 3, device: torch.device = CPU) -> tuple[WanTransformer, Step]:
     """A small Wan, and a step of a video of size x 2 x 3 patches under guidance; its prompts stay the same."""
     config = WanConfig((1, 2, 2), 3, 16, 4, 4, 12, 8, 64, layers, 1e-6, None)
-    model = filled(WanTransformer(config, ApartAttention(SdpaAttention())))
+    model = filled(WanTransformer(config, ApartAttention(SdpaAttention()))).to(device)
     rope, layouts = wan_packing.Rope(config), dict[int, Any]()
-    texts = [torch.randn(length, 12, generator=torch.Generator().manual_seed(length)) for length in (5, 3)]
+    texts = [torch.randn(length, 12, generator=torch.Generator().manual_seed(length)).to(device) for length in (5, 3)]
     contexts = [model.read(text, 2, None, None, keep=keep) for text, keep in zip(texts, (True, False), strict=True)]
 
     def step(size: int, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         shape = wan_packing.Shape(size, 2, 3)
-        layout = layouts.setdefault(size, wan_packing.make_layout([(shape, 0, 0), (shape, 0, 1)], rope, CPU))
-        time = model.modulate(torch.rand(1, generator=generator) * 1000, None)
-        patches = [torch.randn(shape.tokens, 16, generator=generator) for _ in range(2)]
+        layout = layouts.setdefault(size, wan_packing.make_layout([(shape, 0, 0), (shape, 0, 1)], rope, device))
+        time = model.modulate(torch.rand(1, generator=generator).to(device) * 1000, None)
+        patches = [torch.randn(shape.tokens, 16, generator=generator).to(device) for _ in range(2)]
         return model(patches, [time, time], contexts, layout, [None, None])
 
     return model, step
@@ -113,6 +113,19 @@ def test_replayed_layers_compute_what_they_compute_without_graphs(name: str, pla
     # Per layer one break for attention, and for the index of tokens; of videos for the text as well, and for its keys.
     per_layer = {"pictures": 2, "videos": 4}[name]
     assert played_back.segments == 2 * (1 + 3 * per_layer)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_of_a_gpu_compute_what_it_computes_without_them(name: str) -> None:
+    device = torch.device("cuda")
+    model, step = MODELS[name](3, device)
+    calls = [(2, 1), (2, 2), (5, 3), (2, 4), (5, 5), (5, 6), (2, 7)]
+    wanted = [step(*call) for call in calls]
+    model.graphs = Graphs(CudaTape(device))
+    for call, plain in zip(calls, wanted, strict=True):
+        assert_close(step(*call), plain)
+    assert model.graphs.replayed == 5
 
 
 def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
