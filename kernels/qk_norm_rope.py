@@ -41,7 +41,7 @@ def qk_norm_rope_(
         mean_square: float32 [T, N] over all heads, where other ranks hold some of them; None: made here.
     """
     _check(x, weight, turns, mean_square)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import qk_norm_rope
 
         return qk_norm_rope.qk_norm_rope_(x, weight, turns, eps, pairs=pairs, mean_square=mean_square)
