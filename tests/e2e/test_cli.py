@@ -33,7 +33,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(place: Path) -> Done:
     """Two images in the default folder, one `mmgen generate` for all tests that only look at its result."""
-    return mmgen("generate", "a red apple on a blue background", *QUICK, "--seed", "7", "--seed", "3", folder=place)
+    return mmgen(
+        "generate", "a red apple on a blue background", *QUICK, "--seed", "7", "--seed", "3", folder=place, fresh=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -240,5 +242,5 @@ def test_doctor_plans_for_another_gpu_and_says_what_does_not_fit(place):
 
 
 def test_help_is_instant(place):
-    fastest = min(mmgen("--help", folder=place).seconds for _ in range(3))
+    fastest = min(mmgen("--help", folder=place, fresh=True).seconds for _ in range(3))
     assert fastest < 1.0  # 0.15 s on a quiet machine

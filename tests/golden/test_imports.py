@@ -16,7 +16,18 @@ LINKED = ("kernels", "lora", "pipelines")  # rooms at the root of the repository
 
 pytestmark = [pytest.mark.golden]
 
-CONTRACT = {"adapters", "config", "cores", "environment", "errors", "messages", "offload", "request", "resolve", "settings"}
+CONTRACT = {
+    "adapters",
+    "config",
+    "cores",
+    "environment",
+    "errors",
+    "messages",
+    "offload",
+    "request",
+    "resolve",
+    "settings",
+}
 CONTRACT |= {"step_cache", "text", "units", "version"}
 _LAYERS = {"attention", "nn", "parallel", "weights"}
 _MODELS = {"llm", "lora", "memory", "pipelines"} | _LAYERS | {"kernels"}
