@@ -1,4 +1,4 @@
-"""All layers of a decoder (Llama, Qwen2, Qwen3) in one call, on a CPU: norms, products, positions, attention over pages.
+"""All layers of a decoder in one call, on a CPU: norms, products, positions, attention over pages, the SwiGLU network.
 
 One token passes 30 layers of SmolLM2 in 5 ms, and each of some hundred calls per layer would take its share of that.
 Threads stay together from the first layer to the last and wait for one another eight times per layer. What stands

@@ -5,6 +5,8 @@
 
 #include "words.hpp"
 
+namespace decoding {
+
 constexpr int64_t BLOCK = 32;
 constexpr int64_t TALL = 12;  // rows at a time: 24 registers of sums
 constexpr int64_t FEW = 36;   // rows up to which TALL at a time are best; beyond it LOW, which leave more of the cache
@@ -149,3 +151,5 @@ template <class T> static inline float quantise(const T* x, uint8_t* to, int64_t
     }
     return scale + sum(odd);
 }
+
+}  // namespace decoding

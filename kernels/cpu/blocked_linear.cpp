@@ -1,6 +1,8 @@
 // y = x · Wᵀ + bias with W in blocks: see kernels/blocked_linear.py.
 #include "blocked.hpp"
 
+using namespace decoding;
+
 template <class W, class T>
 static void blocked_linear(const T* x, T* y, const Weight& w, void* numbers, float* scales, int64_t rows, int64_t width) {
     auto work = [&](Team team) {

@@ -2,6 +2,8 @@
 #include "blocked.hpp"
 #include "paged.hpp"
 
+namespace decoding {
+
 struct Layer {
     Weight qkv, out, gate_up, down;
     const void *attention_norm, *q_norm, *k_norm, *mlp_norm;  // scales in the rows' dtype; q_norm, k_norm may be null
@@ -28,7 +30,7 @@ struct Forward {
     int64_t rows, span_count;
 };
 
-static inline void wait() {
+inline void wait() {
 #pragma omp barrier
 }
 
@@ -144,6 +146,10 @@ template <class T, class W> struct Pass {
         wait();
     }
 };
+
+}  // namespace decoding
+
+using namespace decoding;
 
 #define DECODER_LAYERS(NAME, T, W)                                                                                     \
     EXPORT void NAME(const Model* model, const Forward* forward) {                                                     \

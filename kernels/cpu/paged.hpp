@@ -4,9 +4,12 @@
 
 #include "words.hpp"
 
+namespace decoding {
+
 constexpr int64_t PART = 256;    // tokens whose scores are held at a time
 constexpr int64_t QUERIES = 16;  // that read the same keys together
 constexpr int64_t MOST_DIM = 256;
+constexpr int64_t LEAD = 128;  // tokens between those that are fetched and those that are read
 
 // One layer's keys and values: [2, pages, heads, size, dim].
 template <class T> struct Pool {
@@ -100,6 +103,14 @@ static inline void soften(Desk& desk, int64_t i, int64_t begin, int64_t tokens, 
     desk.top[i] = top;
 }
 
+// Queries that read the same keys: tokens [first, last) of a span, heads [low, high) of those that share `kv_head`.
+struct Group {
+    const Span* span;
+    int64_t kv_head, low, high, first, last;
+    int64_t seen() const { return span->start + last; }
+};
+
+// One layer's attention.
 template <class T> struct Attend {
     Pool<T> pool;
     const int32_t* pages;  // of all sequences
@@ -111,42 +122,78 @@ template <class T> struct Attend {
     int64_t heads;     // of queries
     float scale;
 
-    // Every thread takes the next group of queries until none is left; `taken` is 0 at first.
+    // Every thread takes the next group until none is left, and the one after it, to fetch what it reads; `taken` is 0
+    // at first.
     void work(int64_t* taken) const {
         Desk desk;
-        int64_t group = heads / pool.heads, pieces = (group + QUERIES - 1) / QUERIES;
-        int64_t tall = group >= QUERIES ? 1 : QUERIES / group;  // tokens whose queries go together
-        int64_t next = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED), passed = 0;
-        for (int64_t s = 0; s < span_count; s++) {
-            const Span& span = spans[s];
-            int64_t each = pool.heads * pieces, groups = (span.count + tall - 1) / tall * each;
-            for (; next < passed + groups; next = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) {
-                int64_t at = next - passed, first = at / each * tall, piece = at % pieces;
-                int64_t last = first + tall < span.count ? first + tall : span.count;
-                int64_t low = group * piece / pieces, high = group * (piece + 1) / pieces;
-                compute(desk, span, at % each / pieces, low, high, first, last);
-            }
-            passed += groups;
+        Line line{*this, taken};
+        Group now, then;
+        bool more = line.next(now);
+        Reader reader{*this, now, 0};
+        if (more)
+            for (int64_t t = 0; t < LEAD; t += WIDTH) reader.fetch(nullptr);
+        while (more) {
+            bool another = line.next(then);
+            compute(desk, now, reader, another ? &then : nullptr);
+            now = then, more = another;
         }
     }
 
-    // Tokens [first, last) of a span, and heads [low, high) of those that share `kv_head`.
-    void compute(
-        Desk& desk, const Span& span, int64_t kv_head, int64_t low, int64_t high, int64_t first, int64_t last) const {
-        desk.queries = 0;
-        for (int64_t token = first; token < last; token++)
-            for (int64_t head = kv_head * (heads / pool.heads) + low, i; head < kv_head * (heads / pool.heads) + high; head++) {
-                i = desk.queries++;
-                desk.row[i] = span.row + token, desk.head[i] = head, desk.end[i] = span.start + token + 1;
-                desk.q[i] = (const word*)(q + desk.row[i] * q_stride + head * pool.dim);
-                desk.top[i] = -INFINITY, desk.total[i] = 0;
-                memset(desk.sums[i], 0, pool.dim * 4);
+    // Groups in their order, each for one thread.
+    struct Line {
+        const Attend& of;
+        int64_t* taken;
+        int64_t at = 0, passed = 0;  // span, groups of the spans before it
+
+        bool next(Group& found) {
+            int64_t own = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED), group = of.heads / of.pool.heads;
+            int64_t pieces = (group + QUERIES - 1) / QUERIES, each = of.pool.heads * pieces;
+            int64_t tall = group >= QUERIES ? 1 : QUERIES / group;  // tokens whose queries go together
+            for (; at < of.span_count; at++) {
+                const Span& span = of.spans[at];
+                int64_t count = (span.count + tall - 1) / tall * each, i = own - passed, piece = i % pieces;
+                if (i < count) {
+                    int64_t first = i / each * tall, last = first + tall < span.count ? first + tall : span.count;
+                    found = {&span, i % each / pieces, group * piece / pieces, group * (piece + 1) / pieces, first, last};
+                    return true;
+                }
+                passed += count;
             }
-        int64_t seen = span.start + last;
-        for (int64_t begin = 0; begin < seen; begin += PART) {
-            int64_t tokens = seen - begin < PART ? seen - begin : PART;
-            for (int64_t t = 0; t < tokens; t += WIDTH) look(desk, pages + span.table, kv_head, begin, t, tokens);
-            for (int64_t i = 0; i < desk.queries; i++) soften(desk, i, begin, tokens, pool.dim);
+            return false;
+        }
+    };
+
+    // Fetches keys and values into the second cache, LEAD tokens before they are read: they lie in pages, and no
+    // processor guesses which is the next.
+    struct Reader {
+        const Attend& of;
+        Group group;
+        int64_t token;
+
+        void fetch(const Group* then) {
+            if (token >= group.seen()) {
+                if (!then || (then->span == group.span && then->kv_head == group.kv_head)) return;
+                group = *then, token = 0;
+            }
+            const int32_t* table = of.pages + group.span->table;
+            for (int64_t last = token + WIDTH; token < last && token < group.seen(); token++)
+                for (int64_t side = 0; side < 2; side++) {
+                    int64_t page = table[token / of.pool.size];
+                    const char* from = (const char*)of.pool.at(side, page, group.kv_head, token % of.pool.size);
+                    for (int64_t i = 0; i < of.pool.dim * int64_t(sizeof(T)); i += 64) __builtin_prefetch(from + i, 0, 2);
+                }
+        }
+    };
+
+    void compute(Desk& desk, const Group& group, Reader& reader, const Group* then) const {
+        begin(desk, group);
+        for (int64_t first = 0; first < group.seen(); first += PART) {
+            int64_t tokens = group.seen() - first < PART ? group.seen() - first : PART;
+            for (int64_t t = 0; t < tokens; t += WIDTH) {
+                reader.fetch(then);
+                look(desk, group, first, t, tokens);
+            }
+            for (int64_t i = 0; i < desk.queries; i++) soften(desk, i, first, tokens, pool.dim);
             for (int64_t i = 0; i < desk.queries; i += 4) switch (desk.queries - i) {
                     case 1: mix_all<T, 1>(desk, i, pool.dim, tokens); break;
                     case 2: mix_all<T, 2>(desk, i, pool.dim, tokens); break;
@@ -160,15 +207,28 @@ template <class T> struct Attend {
         }
     }
 
-    // Scores of sixteen tokens from `begin + t`; behind the last one it is read again.
-    void look(Desk& desk, const int32_t* table, int64_t kv_head, int64_t begin, int64_t t, int64_t tokens) const {
+    void begin(Desk& desk, const Group& group) const {
+        desk.queries = 0;
+        for (int64_t token = group.first; token < group.last; token++)
+            for (int64_t head = group.low; head < group.high; head++) {
+                int64_t i = desk.queries++;
+                desk.row[i] = group.span->row + token, desk.head[i] = group.kv_head * (heads / pool.heads) + head;
+                desk.end[i] = group.span->start + token + 1;
+                desk.q[i] = (const word*)(q + desk.row[i] * q_stride + desk.head[i] * pool.dim);
+                desk.top[i] = -INFINITY, desk.total[i] = 0;
+                memset(desk.sums[i], 0, pool.dim * sizeof(float));
+            }
+    }
+
+    // Scores of sixteen tokens from `first + t`; behind the last one it is read again.
+    void look(Desk& desk, const Group& group, int64_t first, int64_t t, int64_t tokens) const {
         const word* rows[WIDTH];
         int64_t length = pool.dim * sizeof(T) / 4;
         for (int64_t i = 0; i < WIDTH; i++) {
-            int64_t token = begin + (t + i < tokens ? t + i : tokens - 1);
-            int64_t page = table[token / pool.size], offset = token % pool.size;
-            rows[i] = (const word*)pool.at(0, page, kv_head, offset);
-            desk.values[t + i] = pool.at(1, page, kv_head, offset);
+            int64_t token = first + (t + i < tokens ? t + i : tokens - 1);
+            int64_t page = pages[group.span->table + token / pool.size], offset = token % pool.size;
+            rows[i] = (const word*)pool.at(0, page, group.kv_head, offset);
+            desk.values[t + i] = pool.at(1, page, group.kv_head, offset);
         }
         for (int64_t k = 0; k < length; k += WIDTH) turn16(rows, k, desk.keys + k * 16);
         for (int64_t i = 0; i < desk.queries; i += 4) switch (desk.queries - i) {
@@ -179,3 +239,5 @@ template <class T> struct Attend {
             }
     }
 };
+
+}  // namespace decoding

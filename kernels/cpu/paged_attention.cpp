@@ -1,6 +1,8 @@
 // Attention of new tokens over pages: see kernels/paged_attention.py.
 #include "paged.hpp"
 
+using namespace decoding;
+
 #define PAGED_ATTENTION(NAME, T)                                                                                       \
     EXPORT void NAME(                                                                                                  \
         T* cache, const T* q, T* out, const Span* spans, const int32_t* pages, int64_t span_count, int64_t q_stride,   \

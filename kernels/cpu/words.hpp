@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+namespace decoding {
+
 typedef uint32_t word;
 
 inline u32x16 spread(word x) { return u32x16{} + x; }
@@ -98,3 +100,5 @@ template <class Work> inline void together(Work work) {
     work(Team{0, 1});
 #endif
 }
+
+}  // namespace decoding

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from multimodal_gen.llm.choosing import block_sums
+from multimodal_gen.kernels.sampling import block_sums
 from multimodal_gen.text import TokenLogprob
 
 # Rows whose logits are looked at together: a prompt of thousands of tokens would need gigabytes beside its logits.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import GenerationFailed, MmgenError, Overflowed
+from multimodal_gen.kernels.sampling import best
 from multimodal_gen.llm.choosing import choose
 from multimodal_gen.llm.grammar.masks import mask
 from multimodal_gen.llm.logprobs import Thoughts
@@ -49,9 +50,8 @@ class Sampler:
         return Thoughts.of(logits if len(told) == len(rows) else logits[told], _tops(rows, told))
 
     def _choose(self, logits: Tensor, rows: Sequence[SamplingRow], errors: dict[int, MmgenError]) -> list[int]:
-        best = logits.argmax(-1)
-        highest = logits.gather(1, best[:, None])[:, 0]
-        ids = best.tolist()
+        highest, places = best(logits)
+        ids = places.tolist()
         for at, value in enumerate(highest.tolist()):
             if not -torch.inf < value < torch.inf:
                 errors[at] = _why(rows[at], value)

@@ -1,8 +1,8 @@
 """A Python that has imported what `mmgen` imports, and forks for every command that it is sent.
 
 Importing takes seconds, a fork none. Each command still has a process, a folder, an environment and streams of its
-own. Started by `mmgen.py`: each line of stdin is an order, each line of stdout its exit code. Without threads, so that a
-fork is whole.
+own. Started by `mmgen.py`: each line of stdin is an order, each line of stdout its exit code. Without threads, so that
+a fork is whole.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import Overflowed
-from multimodal_gen.llm.choosing import FEW, limits
+from multimodal_gen.kernels import sampling
+from multimodal_gen.kernels.sampling import FEW
+from multimodal_gen.llm.choosing import wishes_of
 from multimodal_gen.llm.logprobs import tell
 from multimodal_gen.llm.sampler import Sampler, SamplingRow
 from multimodal_gen.text import TextRequest, TextSampling
@@ -20,6 +23,7 @@ from multimodal_gen.text import TextRequest, TextSampling
 pytestmark = [pytest.mark.unit]
 
 V = 1000
+CPU = torch.device("cpu")
 
 
 def row(prompt: tuple[int, ...] = (1,), answer: tuple[int, ...] = (), **wishes: Any) -> SamplingRow:
@@ -151,8 +155,13 @@ def test_candidates_that_are_equally_likely_stay_or_go_together() -> None:
     weights = torch.ones(3, 3 * FEW)
     weights[:, FEW // 2 :] = 0.25
     rows = [row(top_k=10), row(top_p=0.2), row(top_k=FEW, top_p=0.99)]
-    assert limits(weights, rows).tolist() == [1.0, 1.0, 0.25]
-    assert limits(torch.ones(1, 3 * FEW), [row(top_k=10, top_p=0.5)]).tolist() == [1.0]
+    assert sampling.limits(weights, wishes_of(rows, CPU)).tolist() == [1.0, 1.0, 0.25]
+    assert sampling.limits(torch.ones(1, 3 * FEW), wishes_of([row(top_k=10, top_p=0.5)], CPU)).tolist() == [1.0]
+    # As the kernel has it: among the last of those that stay, one is drawn.
+    logits = weights.log()
+    for at, (one, last) in enumerate(zip(rows, (FEW // 2, FEW // 2, 3 * FEW), strict=True)):
+        wishes = replace(wishes_of([one], CPU), uniform=torch.tensor([1 - 2.0**-53], dtype=torch.float64))
+        assert sampling.sample(logits[at : at + 1], wishes).tolist() == [last - 1]
 
 
 def test_greedy_takes_the_first_of_the_best() -> None:

@@ -34,6 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("llama"), tie_word_embeddings=True)
 
 
+BITS = ["none", "int8", "int8-weights", "int4-weights"]
+
+
 def logits(model: Any) -> torch.Tensor:
     return torch.cat(logits_of(model, SEQUENCES, 4))
 
@@ -44,9 +47,9 @@ def closeness(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(torch.cosine_similarity(found, wanted, dim=-1).min())
 
 
-@pytest.mark.parametrize("bits", ["none", "int8", "int4"])
+@pytest.mark.parametrize("bits", BITS)
 def test_sleep_gives_the_memory_back_and_wake_reads_the_same_weights(bits: str, folder: Path) -> None:
-    model = open_model(folder, llm_quantization=bits)
+    model = open_model(folder, llm_quantize=bits)
     before, held = logits(model), model.weights.nbytes
     assert 0 < held <= model.weights.needed
     model.sleep()
@@ -57,16 +60,17 @@ def test_sleep_gives_the_memory_back_and_wake_reads_the_same_weights(bits: str, 
 
 
 def test_fewer_bits_take_less_memory_and_say_nearly_the_same(folder: Path) -> None:
-    plain, eight, four = (open_model(folder, llm_quantization=bits) for bits in ("none", "int8", "int4"))
+    plain, eight, weights, four = (open_model(folder, llm_quantize=bits) for bits in BITS)
     wanted = logits(plain)
-    assert closeness(logits(eight), wanted) > 0.998
+    assert closeness(logits(eight), wanted) > 0.99
+    assert closeness(logits(weights), wanted) > 0.998
     assert closeness(logits(four), wanted) > 0.6  # random weights have no slack
     assert four.weights.nbytes < eight.weights.nbytes < 0.6 * plain.weights.nbytes
 
 
 def test_four_bits_of_a_file_in_four_bits_lose_nothing_more(tmp_path: Path) -> None:
     path = write_gguf(make_model("llama", tmp_path / "model"), tmp_path / "model.gguf", "Q4_1")
-    plain, four = open_model(path), open_model(path, llm_quantization="int4")
+    plain, four = open_model(path), open_model(path, llm_quantize="int4-weights")
     assert four.decoder.head is not None
     assert plain.decoder.head is not None
     four.decoder.head.packed = plain.decoder.head.packed  # it has 8 bits, and of 4 in the file they lose something

@@ -34,7 +34,7 @@ def bind(layers: nn.ModuleList, cache: KVCache) -> DecoderLayers | None:
 
 def _tensors(layer: Layer, pages: Tensor) -> LayerTensors | None:
     attention, mlp = layer.attention, layer.mlp
-    qkv, out, gate_up, down = map(_blocked, (attention.qkv, attention.out, mlp.gate_up, mlp.down))
+    qkv, out, gate_up, down = (_blocked(each) for each in (attention.qkv, attention.out, mlp.gate_up, mlp.down))
     if qkv is None or out is None or gate_up is None or down is None:
         return None
     if attention.out.group.size > 1 or mlp.down.group.size > 1:
