@@ -87,7 +87,7 @@ def test_pictures_carry_their_recipe(place, made):
     assert recipe.threads is not None
     assert recipe.threads >= 1
     with Image.open(_paths(place, made)[1]) as image:
-        assert image.info["parameters"].startswith("a red apple on a blue background\nSteps: 2, ")
+        assert image.info["parameters"].startswith("a red apple on a blue background\nSteps: 4, ")
 
 
 def test_replay_gives_the_same_bytes_in_a_new_file(place, made, replayed):
