@@ -145,7 +145,8 @@ class Memory:
                 self._bring(component)
             component.weights.on_alter = partial(_altered, weakref.ref(self), component.name)
             if component.weights.losses:
-                log.info("%s in %s: %s", component.name, self._config.quantize, losses_in_words(component.model, component.weights.losses))
+                words = losses_in_words(component.model, component.weights.losses)
+                log.info("%s in %s: %s", component.name, self._config.quantize, words)
 
     def _planned(self) -> MemoryPlan:
         wishes, (free, host) = Wishes.of(self._config), self._free()
@@ -226,6 +227,11 @@ class Memory:
         return found[0]
 
     # --- use ----------------------------------------------------------------------------------------------------
+
+    @property
+    def alternates(self) -> bool:
+        """Whether stages may take turns piece by piece: weights of none leave when another one begins."""
+        return not any(component.parked for component in self._components.values())
 
     def begin(self, stage: str) -> None:
         """A verb of the pipeline begins; parked components of other stages leave.

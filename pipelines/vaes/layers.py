@@ -1,9 +1,12 @@
-"""What decoders of pictures and of videos have in common. Pixels are [F, H, W, C] or [H, W, C], channels last, contiguous.
+"""What decoders of pictures and of videos have in common. Pixels are [F, H, W, C], channels last, contiguous.
 
 Modules hold the checkpoint's tensors under its names and shapes; what computes are the kernels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
-def expect(config: dict[str, object], **values: object) -> None:
+def expect(config: Mapping[str, Any], **values: object) -> None:
     """Refuse what this decoder does not compute. Raises: CorruptModel."""
     for name, value in values.items():
         if config.get(name, value) != value:
