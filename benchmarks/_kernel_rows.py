@@ -84,22 +84,34 @@ def rows(dtype: torch.dtype) -> Iterator[Row]:
     yield native_row("gated_product", f"[{T}, {HIDDEN}]", lambda: gated_product(gate, other), 3 * both.nbytes // 2)
     yield native_row("gelu_tanh_", f"[{T}, 8960]", lambda: gelu_tanh_(up), 2 * up.nbytes)
 
-    q, k, v = qkv.unbind(1)
-    yield Row(
-        "packed_attention",
-        f"[{T}, {HEADS}, {HEAD}], one segment",
-        lambda: packed_attention(q, k, v, (T,), (T,)),
-        lambda: F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in (q, k, v))),
-        4 * size,
-        4 * T * T * HEADS * HEAD,
-    )
     out, lse, more = new(T, HEADS, HEAD, like=torch.float32), new(T, HEADS, like=torch.float32), new(T, HEADS, HEAD)
     yield native_row(
         "ring_merge_", f"[{T}, {HEADS}, {HEAD}]", lambda: ring_merge_(out, lse, more, lse), 2 * out.nbytes + more.nbytes
     )
 
+    yield from _attention(new, dtype)
     yield from _products(new, dtype)
     yield from _pictures(new, native_row)
+
+
+def _attention(new: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Row]:
+    """A picture of the 478 M model and one of 128 x 128, a prompt that Wan looks at, a VAE's one head."""
+    for queries, keys, heads, width in (
+        (T, T, HEADS, HEAD),
+        (96, 96, HEADS, HEAD),
+        (1560, 512, 12, 128),
+        (1024, 1024, 1, 512),
+    ):
+        q, k, v = new(queries, heads, width), new(keys, heads, width), new(keys, heads, width)
+        one = [part.transpose(0, 1)[None] for part in (q, k, v)]
+        yield Row(
+            "packed_attention",
+            f"[{queries}, {heads}, {width}] to {keys} keys",
+            lambda q=q, k=k, v=v: packed_attention(q, k, v, (len(q),), (len(k),)),
+            lambda one=one: F.scaled_dot_product_attention(*one),
+            2 * (queries + keys) * heads * width * dtype.itemsize,
+            4 * queries * keys * heads * width,
+        )
 
 
 def _products(new: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Row]:
