@@ -156,13 +156,18 @@ class KLModel(nn.Module):
         """Raises: CorruptModel."""
         super().__init__()
         blocks = ["UpDecoderBlock2D"] * len(config["block_out_channels"])
-        expect(dict(config), act_fn="silu", up_block_types=blocks)
+        expect(config, act_fn="silu", up_block_types=blocks)
         latent = config["latent_channels"]
         self.post_quant_conv = Pointwise(latent, latent, 1, 1) if config.get("use_post_quant_conv", True) else None
         try:
             self.decoder = Decoder(config)
         except (KeyError, TypeError, IndexError) as error:
             raise CorruptModel(f"vae/config.json does not describe an AutoencoderKL ({error}).") from None
+
+    @property
+    def count(self) -> int:
+        """How many there are of `blocks`."""
+        return 1 + len(self.decoder.up_blocks)
 
     def blocks(self, z: Tensor) -> Iterator[Tensor]:
         """[C, h, w] → see `Decoder.blocks`."""

@@ -23,7 +23,7 @@ from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
-from multimodal_gen.pipelines.contract import Pipeline, Row
+from multimodal_gen.pipelines.contract import Pipeline, Row, whole
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
 from multimodal_gen.pipelines.wan.pipeline import WanPipeline
@@ -197,7 +197,7 @@ def under_offload(mesh: Mesh, folder: str, zoo: str, plain: str, **options: Any)
     row = Row(model.requests("pixels")[0], 0)
     model.pipeline.prepare(row)
     row.latents = found["base-0/0"]
-    found["pixels"] = torch.from_numpy(model.pipeline.decode([row])[0])
+    found["pixels"] = torch.from_numpy(whole(model.pipeline.decode(row)))
     found["held"] = torch.tensor(model.pipeline.memory.use.device_bytes)
     return found
 
@@ -236,7 +236,7 @@ def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
         # Tiles of the tiny VAEs have 8 latents for images, 32 or 16 for videos.
         sides = ((4, 4), (4, 40), (36, 5))[index] if frames else ((8, 8), (8, 30), (17, 12))[index]
         row.latents = torch.randn(channels, *frames, *sides, generator=torch.Generator().manual_seed(index))
-        pixels[str(index)] = torch.from_numpy(model.pipeline.decode([row])[0])
+        pixels[str(index)] = torch.from_numpy(whole(model.pipeline.decode(row)))
     return pixels
 
 
