@@ -21,6 +21,7 @@ from multimodal_gen.kernels.gated_norm import gated_norm
 from multimodal_gen.kernels.gated_product import gated_product, gelu_tanh_
 from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
 from multimodal_gen.kernels.group_norm_silu import group_norm_silu
+from multimodal_gen.kernels.grouped_lora import grouped_lora_
 from multimodal_gen.kernels.int8_product import Int8Weight
 from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift, rms_norm_scale
 from multimodal_gen.kernels.packed_attention import packed_attention
@@ -90,7 +91,7 @@ def rows(dtype: torch.dtype) -> Iterator[Row]:
     )
 
     yield from _attention(new, dtype)
-    yield from _products(new, dtype)
+    yield from _products(new, native_row, dtype)
     yield from _pictures(new, native_row)
 
 
@@ -114,7 +115,7 @@ def _attention(new: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Row]:
         )
 
 
-def _products(new: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Row]:
+def _products(new: Callable[..., Tensor], native_row: Callable[..., Row], dtype: torch.dtype) -> Iterator[Row]:
     for rows_, inputs, outputs in ((T, WIDTH, 3 * WIDTH), (T, WIDTH, 2 * HIDDEN), (T, HIDDEN, WIDTH)):
         x, w = new(rows_, inputs), new(outputs, inputs)
         packed, int8 = PackedWeight(w), Int8Weight(w)
@@ -123,6 +124,17 @@ def _products(new: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Row]:
         moved = x.nbytes + w.nbytes + rows_ * outputs * dtype.itemsize
         yield Row("packed_linear", shape, lambda x=x, p=packed: p(x, None), plain, moved, flops)
         yield Row("int8_product", shape, lambda x=x, p=int8: p(x, None), plain, moved, flops)
+        for name, kept in (("blocked_linear", None), ("blocked_linear int8", torch.int8)):
+            blocked = BlockedWeight(w, kept)
+            yield Row(name, shape, lambda x=x, b=blocked: blocked_linear(x, b), plain, moved, flops)
+    x, y, down, up = new(32, WIDTH), new(32, 3 * WIDTH), new(WIDTH, 128), new(128, 3 * WIDTH)
+    starts, owners = torch.arange(0, 129, 16, dtype=torch.int32), torch.arange(32, dtype=torch.int32) % 8
+    yield native_row(
+        "grouped_lora_",
+        f"32 tokens, 8 adapters of rank 16, {WIDTH} to {3 * WIDTH}",
+        lambda y=y, x=x: grouped_lora_(y, x, down, up, starts, owners),
+        x.nbytes + 2 * y.nbytes + down.nbytes + up.nbytes,
+    )
     for rows_ in (1, 8, 32):
         x, w = new(rows_, 576), new(49152, 576)  # the output layer of SmolLM2
         blocked, shape = BlockedWeight(w), f"[{rows_}, 576] · [576, 49152]"

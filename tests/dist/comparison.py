@@ -73,10 +73,10 @@ def assert_adapters_did_something(alone: Mapping[str, Tensor], rows: int) -> Non
 
 
 def assert_no_worse(found: Mapping[str, Tensor], one: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
-    """Half precision on ranks is about as far from float32 as half precision on one."""
+    """Fewer bits on ranks are about as far from float32 as fewer bits on one."""
     for name, latents in one.items():
         error, usual = (float((x[name] - exact[name]).norm() / exact[name].norm()) for x in (found, one))
-        assert usual > 1e-4, "one process computes in half precision too"
+        assert usual > 1e-4, "one process computes in fewer bits too"
         assert error < 1.5 * usual, f"{name} {list(latents.shape)}: {error:.1e} on ranks, {usual:.1e} on one"
 
 

@@ -224,6 +224,11 @@ def in_bf16(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     return Model.load(mesh, folder, dtype="bfloat16").batch("base")
 
 
+def in_int8(mesh: Mesh, folder: str) -> dict[str, Tensor]:
+    """The batch with weights and activations in 8 bits."""
+    return Model.load(mesh, folder, quantize="int8").batch("base")
+
+
 def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """Pixels of latents that are larger than a tile, and of some that are not."""
     model = Model.load(mesh, folder, vae_tiling=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from multimodal_gen.kernels.int8_product import unavailable
 from multimodal_gen.parallel.degrees import Degrees
 from multimodal_gen.parallel.mesh import Mesh
 from tests.dist import models
@@ -109,6 +110,12 @@ def test_half_precision_loses_no_more_on_ranks(
 ) -> None:
     one = models.in_bf16(Mesh.solo(), str(folder))
     assert_no_worse(ranks.run(degrees, "tests.dist.models:in_bf16", folder=str(folder))[0], one, alone)
+
+
+@pytest.mark.skipif(bool(unavailable(torch.device("cpu"))), reason="this processor multiplies no 8-bit numbers")
+def test_eight_bits_lose_no_more_on_ranks(ranks: Ranks, folder: Path, alone: dict[str, Any]) -> None:
+    one = models.in_int8(Mesh.solo(), str(folder))
+    assert_no_worse(ranks.run(Degrees(tp=2), "tests.dist.models:in_int8", folder=str(folder))[0], one, alone)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -16,10 +16,13 @@ from multimodal_gen import DiffGenerator
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.kernels import int8_product
+from multimodal_gen.kernels.blocked_linear import BlockedWeight
+from multimodal_gen.kernels.int8_product import Int8Weight
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.pipelines import registry
 from tests.support.adapters import make_adapter_for
 from tests.support.checkpoints import PROMPT, make_flux1, make_z_image
+from tests.support.wan_checkpoints import make_wan
 
 WHY = int8_product.unavailable(torch.device("cpu"))
 pytestmark = [pytest.mark.parity, pytest.mark.skipif(bool(WHY), reason=WHY or "-")]
@@ -85,6 +88,20 @@ def test_what_is_made_is_close_to_what_all_bits_make_and_takes_less_memory(
     assert len(inside) == 1
     assert not inside & outside, "what stands around the blocks keeps its bits"
     assert f"transformer in {kind}: products of" in caplog.text
+
+
+def test_videos_are_close_too(tmp_path: Path) -> None:
+    folder = make_wan(tmp_path / "model", "t2v_a14b", layers=2)
+    size: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5}
+    with opened(folder) as gen:
+        wanted = latents(gen, **size)
+    with opened(folder, quantize="int8") as gen:
+        transformers = gen._engine.core.pipeline.transformers.values()
+        eight = [type(transformer.blocks[1].attn2.kv.packed) for transformer in transformers]
+        found = latents(gen, **size)
+    assert len(eight) == 2
+    assert set(eight) <= {Int8Weight, BlockedWeight}
+    assert 0 < off(found, wanted) < 0.1
 
 
 WAYS: dict[str, dict[str, Any]] = {
