@@ -2,7 +2,7 @@
 
 The same token ids go in, 128 per text, and 128 come out, greedily, whatever end tokens come; 1, 8 and 32 texts at once.
 transformers, vllm and ours compute with the same bfloat16 weights (those of the GGUF file, dequantised). openvino reads
-the GGUF file itself, whose weights have four bits: it stands beside ours with `--llm-quantization int4-weights`. Figures of
+the GGUF file itself, whose weights have four bits: it stands beside ours with `--llm-quantize int4-weights`. Figures of
 different precision are not comparable, and ratios are not made of them, but for the one that is named so.
 
 The bound is the time in which the machine, measured in the same round, reads what a step must read: the weights,

@@ -1,9 +1,9 @@
-"""3x3 convolutions over frames in channels-last order, of one frame or of several that follow one another, for VAEs.
+"""3x3 convolutions over frames in channels-last order, one frame or several that follow one another: for VAEs.
 
 On a CPU by Winograd's minimal filtering F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016): a quarter of the products,
-all in float32, whatever the pixels are kept in. On Zen 5 that is three times as fast as oneDNN's direct convolutions in
-float32, and twice as fast as those in bfloat16. Processors with AMX multiply bfloat16 so fast that theirs win. Rounding:
-about eight times that of a direct float32 sum, a few parts in a million.
+all in float32, whatever the pixels are kept in. On Zen 5 that is 2 to 4 times as fast as oneDNN's direct convolutions in
+float32, and 1.1 to 1.2 times as fast as those in bfloat16. Rounding: some eight times that of a direct float32 sum,
+a few parts in a million.
 
 The filters in the other basis are four times as large as the weight. `filters` makes them for whoever uses them more
 than once; else they are made on the way.
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from multimodal_gen.kernels import native
 
-ROWS = 128  # tiles of all frames that a thread has in hand: below it filters are read too often, above it caches overflow
+ROWS = (
+    128  # tiles of all frames that a thread has in hand: below it filters are read too often, above it caches overflow
+)
+BF16_CHANNELS, CHANNELS = 64, 32  # with fewer the way to the basis and back costs more than it saves
 POINTS, WIDTH, SLACK = 36, 16, 12  # as in cpu/conv3x3.cpp
 
 _conv3x3 = native.Function("conv3x3", "ppppppiiiiiiiiii")
@@ -47,7 +50,7 @@ def conv3x3(
     Returns: [F, H', W', out].
     """
     _check(x, weight, bias, history)
-    compute = None if _direct_wins(x) else _conv3x3.of(x)
+    compute = None if _direct_wins(weight) else _conv3x3.of(x)
     if compute is None:
         return reference(x, weight, bias, history=history, residual=residual, double=double)
     if filters is None:
@@ -89,8 +92,12 @@ def filters_bytes(weight: Tensor) -> int:
     return 4 * POINTS * _wide(out) * _wide(channels) * taps
 
 
-def _direct_wins(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+def _direct_wins(weight: Tensor) -> bool:
+    """Where torch's convolution was measured to be faster, or would be: there is no processor with AMX here."""
+    out, channels, taps, _, _ = weight.shape
+    if weight.dtype is torch.bfloat16:
+        return min(out, channels) < BF16_CHANNELS or torch.cpu._is_amx_tile_supported()
+    return taps == 1 and channels < CHANNELS
 
 
 def _blocks(tiles: int, frames: int, threads: int) -> tuple[int, int]:

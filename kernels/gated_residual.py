@@ -18,6 +18,7 @@ from multimodal_gen.kernels.norm_modulate import (
     check_rows,
     norm_modulate_reference,
     of_tokens,
+    over_rms,
 )
 
 _add = native.Function("gated_residual", "ppppiiif")
@@ -37,7 +38,7 @@ def gated_residual_(
         eps: of the mean square of y; None: y is taken as it is.
     """
     _check(x, y, gate, index)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import gated_residual
 
         return gated_residual.gated_residual_(x, y, gate, index, eps)
@@ -60,7 +61,7 @@ def gated_residual_norm_(
     check_rows(x, norm.scale, norm.index)
     check_alike(norm.scale, norm.shift)
     assert norm.kind == "layer" or norm.shift is None, "RMS norms have no shift"
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import gated_residual
 
         return gated_residual.gated_residual_norm_(x, y, gate, index, eps, norm)
@@ -113,12 +114,10 @@ def gated_residual_reference_(
     x: Tensor, y: Tensor, gate: Tensor | None, index: Tensor | None, eps: float | None = None
 ) -> Tensor:
     """The same in float32 steps, rounded once."""
-    added = y.float()
-    if eps is not None:
-        added = added * (added.square().mean(-1, keepdim=True) + eps).rsqrt()
-    if gate is not None:
-        added = added * of_tokens(gate, index)
-    return x.copy_(x.float() + added)
+    if eps is None and gate is None:
+        return x.add_(y)
+    added = y.float() if eps is None else over_rms(y, eps)
+    return x.copy_((added if gate is None else added * of_tokens(gate, index)).add_(x))
 
 
 def gated_residual_norm_reference_(

@@ -1,8 +1,10 @@
 """y [T, out] = x [T, in] · Wᵀ with both in 8 bits: one scale per token, worked out on the way, and one per output.
 
 Sums are exact (int32), so all that is lost is lost by rounding x and W. Processors with VNNI or AMX do two such
-products where they do one in bfloat16; CUDA devices have `torch._int_mm`. Outliers cost the most: a token's scale is
-that of its largest number.
+products where they do one in bfloat16, GPUs as well; both through `torch._int_mm`. Outliers cost the most: a token's
+scale is that of its largest number.
+
+On a CPU the sums are made some tokens at a time, so that they are still in the cache when they are scaled.
 """
 
 from __future__ import annotations
@@ -11,10 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal_gen.kernels.eager import eager_break
+from multimodal_gen.kernels.native import Function
+
 LARGEST = 127
-MIDDLE = 128  # what is added to x on a CPU, whose instruction multiplies numbers without a sign by such with one
-LEAST_ROWS = 17  # that torch._int_mm takes
+LEAST_ROWS = 17  # that torch._int_mm takes on CUDA
 MULTIPLE = 8  # of in and out, the same
+SUMS_BYTES = 16 << 20  # of sums at a time: half of the last cache of the processors that this was tuned on
+
+_quantize_rows = Function("int8_quantize_rows", "pppii")
+_finish = Function("int8_finish", "pppppii")
 
 
 def unavailable(device: torch.device) -> str:
@@ -32,57 +40,84 @@ def fits(rows: int, columns: int, device: torch.device) -> bool:
     return device.type == "cpu" or (rows % MULTIPLE == 0 and columns % MULTIPLE == 0)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of W [out, in], or tokens x [T, in] → int8 of the same shape, and their scales float32 [out]: the largest
-    number of a row is ± 127."""
-    wide = weight.float()
-    scales = wide.abs().amax(1) / LARGEST
-    numbers = (wide / scales.where(scales != 0, 1.0)[:, None]).round_().clamp_(-LARGEST, LARGEST)
-    return numbers.to(torch.int8), scales
-
-
 class Int8Weight:
-    """A weight as layers hold it (`nn.linear.Packed`), on a CPU in the order of its matrix unit."""
+    """A weight as layers hold it (`nn.linear.Packed`)."""
 
     def __init__(self, weight: Tensor) -> None:
         """`weight` [out, in] may be let go of afterwards."""
         why = unavailable(weight.device)
         assert not why, why
         numbers, self._scales = quantize(weight)
-        self.nbytes = numbers.nbytes + 3 * self._scales.nbytes
-        self._on_cpu = weight.device.type == "cpu"
-        if self._on_cpu:
-            # Σ (x + 128) · w = Σ x · w + 128 · Σ w
-            self._correction = numbers.sum(1, dtype=torch.int32) * self._scales * -MIDDLE
-            self._zeros = torch.zeros(len(numbers), dtype=torch.int64)
-            numbers = torch.ops.onednn.qlinear_prepack(numbers, [32, numbers.shape[1]])
-        self._numbers = numbers
+        # [in, out] either way: as processors read it, or the turned view that cuBLAS asks for.
+        self._numbers = numbers.T.contiguous() if weight.is_cpu else numbers.T
+        self.nbytes = numbers.nbytes + self._scales.nbytes
 
+    @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         numbers, scales = quantize(x)
-        y = (self._on_cpu_ if self._on_cpu else self._on_cuda)(numbers, scales, x.dtype)
-        return y if bias is None else y.add_(bias)
+        if not x.is_cpu:
+            return finish(_sums_on_cuda(numbers, self._numbers), scales, self._scales, bias, x.dtype)
+        tokens, outputs = len(numbers), len(self._scales)
+        y = torch.empty(tokens, outputs, dtype=x.dtype)
+        step = max(1, SUMS_BYTES // (4 * outputs))
+        sums = torch.empty(min(step, tokens), outputs, dtype=torch.int32)
+        for start in range(0, tokens, step):
+            some = slice(start, min(start + step, tokens))
+            made = torch._int_mm(numbers[some], self._numbers, out=sums[: some.stop - start])
+            finish(made, scales[some], self._scales, bias, x.dtype, y[some])
+        return y
 
-    def _on_cuda(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        missing = max(0, LEAST_ROWS - len(numbers))
-        rows = F.pad(numbers, (0, 0, 0, missing)) if missing else numbers
-        sums = torch._int_mm(rows, self._numbers.T)[: len(numbers)]
-        return (sums * self._scales * scales[:, None]).to(dtype)
 
-    def _on_cpu_(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        u8 = (numbers.to(torch.int16) + MIDDLE).to(torch.uint8)
-        if not len(u8):
-            return torch.empty(0, len(self._scales), dtype=dtype)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(u8, 1.0, 0, self._numbers, self._scales, self._zeros, self._correction),
-            *(1.0, 0, dtype, "none", [], ""),
-        )
-        return y.mul_(scales[:, None])
+def _sums_on_cuda(numbers: Tensor, weight: Tensor) -> Tensor:
+    missing = max(0, LEAST_ROWS - len(numbers))
+    rows = F.pad(numbers, (0, 0, 0, missing)) if missing else numbers
+    return torch._int_mm(rows, weight)[: len(numbers)]
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x [T, in], or a weight [out, in] → int8 of the same shape and scales float32 [T]; the largest number of a
+    row is ± 127. A row with NaN has the scale NaN."""
+    x = x.contiguous()
+    function = _quantize_rows.of(x)
+    if function is None:
+        return quantize_reference(x)
+    numbers = torch.empty(x.shape, dtype=torch.int8)
+    scales = torch.empty(len(x), dtype=torch.float32)
+    function(x.data_ptr(), numbers.data_ptr(), scales.data_ptr(), *x.shape)
+    return numbers, scales
+
+
+def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch."""
+    wide = x.float()
+    scales = (wide.abs().amax(1) if x.shape[1] else wide.new_zeros(len(x))) / LARGEST
+    return (wide / scales.where(scales > 0, 1.0)[:, None]).round_().to(torch.int8), scales
+
+
+def finish(
+    sums: Tensor, tokens: Tensor, outputs: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """sums int32 [T, out] · scales of tokens [T] · scales of outputs [out] + bias [out] → [T, out], maybe into `out`."""
+    y = torch.empty(sums.shape, dtype=dtype, device=sums.device) if out is None else out
+    assert sums.is_contiguous(), sums.stride()
+    assert y.is_contiguous(), y.stride()
+    assert bias is None or (bias.dtype == dtype and bias.is_contiguous()), "the bias is as the output"
+    function = _finish.of(y)
+    if function is None:
+        return finish_reference(sums, tokens, outputs, bias, y)
+    pointers = (sums.data_ptr(), tokens.data_ptr(), outputs.data_ptr(), 0 if bias is None else bias.data_ptr())
+    function(*pointers, y.data_ptr(), *y.shape)
+    return y
+
+
+def finish_reference(sums: Tensor, tokens: Tensor, outputs: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """The same by torch."""
+    wide = sums.float() * (outputs * tokens[:, None])
+    return y.copy_(wide if bias is None else wide + bias.float())
 
 
 def reference(x: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
-    """x [T, in] with what `quantize` gave of W → [T, out], in float32, rounded once."""
-    tokens, own = quantize(x)
-    y = F.linear(tokens.double(), numbers.double()) * own[:, None] * scales
-    return y.to(x.dtype)
+    """x [T, in] with what `quantize` gave of W → [T, out]: exact sums, rounded once."""
+    tokens, own = quantize_reference(x)
+    return (F.linear(tokens.double(), numbers.double()) * (own[:, None] * scales).double()).to(x.dtype)

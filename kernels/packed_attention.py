@@ -75,10 +75,12 @@ def packed_attention_lse(
 
 def unavailable(dtype: torch.dtype) -> str:
     """Why the processor's kernel cannot be had for this dtype, or an empty string."""
+    if native.switched_off():
+        return "it is switched off (--kernels torch)"
     if reason := native.unavailable():
         return reason
     if _packed_attention.of(torch.empty(0, dtype=dtype)) is None:
-        return f"it is switched off (--kernels torch) or has no variant for {dtype}"
+        return f"it has no variant for {dtype}"
     return "" if _has_instructions(dtype) else f"this processor lacks the AVX-512 instructions for {dtype}"
 
 

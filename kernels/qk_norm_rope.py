@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.kernels import native
-from multimodal_gen.kernels.norm_modulate import address
+from multimodal_gen.kernels.norm_modulate import address, over_rms
 
 Pairs = Literal["neighbours", "halves"]
 MAX_DIM = 1024  # the largest D of the native function
@@ -41,7 +41,7 @@ def qk_norm_rope_(
         mean_square: float32 [T, N] over all heads, where other ranks hold some of them; None: made here.
     """
     _check(x, weight, turns, mean_square)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import qk_norm_rope
 
         return qk_norm_rope.qk_norm_rope_(x, weight, turns, eps, pairs=pairs, mean_square=mean_square)
@@ -102,13 +102,12 @@ def reference_(
 ) -> Tensor:
     """The same in float32 steps, rounded once."""
     own = x[:, : len(weight)]  # [T, N, H, D]
-    y = own.float()
-    if weight.shape[1] != x.shape[3]:
-        y = y.flatten(2)  # [T, N, H · D]
-        squares = y.square().mean(-1, keepdim=True) if mean_square is None else mean_square[..., None]
-        y = (y * (squares + eps).rsqrt() * weight.float()).view(own.shape)
+    if weight.shape[1] == x.shape[3]:
+        y = over_rms(own, eps).mul_(weight[:, None])
+    elif mean_square is None:
+        y = over_rms(own.flatten(2), eps).mul_(weight).view(own.shape)
     else:
-        y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()[:, None]
+        y = (own.flatten(2) * (mean_square + eps).rsqrt()[..., None]).mul_(weight).view(own.shape)
     own.copy_(y if turns is None else turn(y, turns, pairs))
     return x
 
@@ -119,5 +118,8 @@ def turn(x: Tensor, turns: Tensor, pairs: Pairs) -> Tensor:
     if pairs == "halves":
         a, b = x.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    if torch.compiler.is_compiling():  # it makes no code for complex numbers
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2)

@@ -1,7 +1,7 @@
 """The norm of Wan's VAE and the SiLU after it, in one pass: silu(x / ‖x‖ · √C · weight) over the channels of a pixel.
 
-Pixels are [..., C], channels last. Reference: diffusers' WanRMS_norm, which never divides by less than 1e-12. Bytes: x once,
-y once.
+Pixels are [..., C], channels last. Reference: diffusers' WanRMS_norm, which divides by 1e-12 at least. Bytes: x once, y
+once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, *, silu: bool = True, out: Tensor |
     """
     _check(x, weight, out)
     out = torch.empty_like(x) if out is None else out
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import rms_norm_silu as gpu
 
         return gpu.rms_norm_silu(x, weight, silu, out)

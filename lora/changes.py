@@ -191,8 +191,9 @@ class Stager:
                 "or 'auto'.",
                 param="merge_mode",
             )
-        loss = rounding_loss(self.trees[tree], members) if mode == "auto" and not merge_only else 0.0
-        return choose(mode, merge_only, loss)
+        exact = self.trees[tree].weights.exact
+        asked = mode == "auto" and not merge_only and exact
+        return choose(mode, merge_only, rounding_loss(self.trees[tree], members) if asked else 0.0, exact)
 
 
 _MERGE: MergeMode = "merge"

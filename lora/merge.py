@@ -176,7 +176,7 @@ def rounding_loss(tree: AdaptedTree, members: Members) -> float:
     lost = whole = 0.0
     for name, pristine in tree.pristine(sample, sample):
         rows = slice(0, min(SAMPLED_ROWS, len(pristine)))
-        dtype = tree.place(name).view().dtype
+        dtype = tree.place(name).tensor.dtype
         base = pristine[rows].float()
         ready = [(update.on(base.device), strength) for update, strength in sample[name]]
         delta = _sum(base.clone(), ready, rows) - base

@@ -47,8 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantize: Annotated[
         Literal["none", "int8", "fp8", "int8-weights", "int4-weights"],
         Meta(
-            description="weights of the transformer in fewer bits: int8 and fp8 multiply in 8 bits, too; the others "
-            "widen the weights; slightly approximate"
+            description="the transformer's weights in fewer bits; int8 and fp8 (on GPUs) multiply in 8 bits, the "
+            "others widen the weights; approximate"
         ),
     ] = "none"
     num_gpus: Annotated[
@@ -79,6 +79,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "torch"],
         Meta(description="fused operations: auto = ours where they can be had and win, torch = none of ours"),
     ] = "auto"
+    compile: Annotated[
+        bool,
+        Meta(description="compile the repeated layers of picture and video models (torch.compile) at their first step"),
+    ] = False
+    cuda_graphs: Annotated[
+        bool,
+        Meta(description="record those layers once per batch shape and replay them, on CUDA; weights must stay there"),
+    ] = False
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False
@@ -182,7 +190,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="the language model's weights and activations; auto = the fastest that is computed natively"),
     ] = "auto"
-    llm_quantization: Annotated[
+    llm_quantize: Annotated[
         Literal["none", "int8", "int8-weights", "int4-weights"],
         Meta(
             description="the language model's weights in fewer bits, on a CPU: int8 multiplies in 8 bits, too, the "

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 OnDelta = Callable[[TextDelta], None]
 # Settings whose names say that they are of the language model, where a server may have two models.
-_SHORT = {"dtype": "llm_dtype", "quantization": "llm_quantization"}
+_SHORT = {"dtype": "llm_dtype", "quantization": "llm_quantize"}
 _ONLY_PICTURES = ("model_path", "llm_path", "lora")
 
 
@@ -45,7 +45,7 @@ class LLM:
         """Load a folder, a GGUF file, a hub repository, or `smollm2`.
 
         Every engine flag has the keyword of the same name: `--max-running-requests` is `max_running_requests=`. `dtype`
-        and `quantization` are short for `llm_dtype` and `llm_quantization`. Settings that are settled already take the
+        and `quantization` are short for `llm_dtype` and `llm_quantize`. Settings that are settled already take the
         place of all of it.
         Raises: ModelNotFound, CorruptModel, RemoteCodeRefused, ConfigError.
         """

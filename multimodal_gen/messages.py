@@ -2,7 +2,7 @@
 
 front → worker: `Load`, `Generate`, `GenerateText`, `Cancel`, `ChangeLoras`, `Sleep`, `Wake`, `Shutdown`.
 rank 0 → all ranks of its replica: `Turn`; each rank → all: `Outcome`, `Staging`.
-worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Checkpoint`, `Preview`, `Finished`, `Failed`,
+worker → front: `Ready`, `LoadFailed`, `Started`, `Progress`, `Checkpoint`, `Preview`, `Frames`, `Finished`, `Failed`,
 `TextStep`, `TextFinished`, `LorasChanged`, `LorasRefused`, `MemoryChanged`, `Gauges`, `TextGauges`.
 
 The in-process engine yields the same events (`Event`), so both faces of the engine speak one language.
@@ -214,8 +214,19 @@ class Preview(Message, frozen=True):
     image: Array
 
 
+class Frames(Message, frozen=True):
+    """The next frames of video `index`, where they leave as they are made; `begin` is the first one's number."""
+
+    request_id: str
+    index: int
+    begin: int
+    pixels: Array
+    merged: tuple[str, ...] = ()
+    """as in `Finished`: the recipe is at the beginning of a file"""
+
+
 class Finished(Message, frozen=True):
-    """All outputs of a request, in seed order, or its latents."""
+    """All outputs of a request, in seed order, or its latents; none where they have left as `Frames`."""
 
     request_id: str
     outputs: list[Array]
@@ -336,7 +347,7 @@ class TextGauges(Message, frozen=True, kw_only=True):
 
 
 ToWorker = Load | Generate | GenerateText | Cancel | ChangeLoras | Sleep | Wake | Shutdown
-OfARequest = Started | Progress | Checkpoint | Preview | Finished | Failed
+OfARequest = Started | Progress | Checkpoint | Preview | Frames | Finished | Failed
 Event = OfARequest | TextStep | TextFinished | LorasChanged | LorasRefused | MemoryChanged | Gauges | TextGauges
 FromWorker = Ready | LoadFailed | Event
 

@@ -197,6 +197,8 @@ class VideoRequest(GenerationRequest, frozen=True, kw_only=True, tag="video"):
     """None: the checkpoint's"""
     image: bytes | None = None
     """PNG that the video starts from"""
+    stream_frames: bool = False
+    """frames leave the engine as they are made (`messages.Frames`), not all of them at the end"""
 
 
 AnyRequest = ImageRequest | VideoRequest

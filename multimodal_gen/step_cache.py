@@ -1,7 +1,7 @@
 """Step caches, as they are asked for: which denoising steps may be extrapolated from others instead of computed.
 
-    first-block:threshold=0.1,order=1,warmup=3,most=3
-    taylor:interval=2,order=1,warmup=3
+    first-block:threshold=0.1,order=1,warmup=6,most=3
+    taylor:interval=2,order=1,warmup=6
     none
 
 A method alone, `taylor`, takes the defaults of the fields below. What they do is in `pipelines/stages/step_cache.py`.
@@ -24,7 +24,7 @@ class StepCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     order: Annotated[int, Meta(ge=0, le=2)] = 1
     """of the polynomial through the last computed steps; 0 repeats the last one"""
-    warmup: Annotated[int, Meta(ge=1, le=1000)] = 3
+    warmup: Annotated[int, Meta(ge=1, le=1000)] = 6
     """steps at the beginning that are always computed; the last step is, too"""
 
     @property

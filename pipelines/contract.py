@@ -6,7 +6,7 @@ of rows, again and again) and `decode` (latents → pixels). There is no other d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -146,8 +146,12 @@ class Pipeline(Protocol):
     def denoise(self, rows: Sequence[Row]) -> None:
         """Advance every row by ONE step; each row has its own size, timestep, guidance and prompt."""
 
-    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Final latents → uint8 [height, width, 3], or [frames, height, width, 3], per row."""
+    def decode(self, row: Row) -> Iterator[np.ndarray | None]:
+        """Final latents → uint8, piece by piece; between two pieces other rows may be denoised.
+
+        Yields: a picture [height, width, 3] in the end, or the next frames of a video, [f, height, width, 3]; None
+        where a piece of work has made nothing to show yet.
+        """
 
     def preview(self, row: Row) -> np.ndarray:
         """`row.clean` → uint8 [height, width, 3]."""
@@ -160,3 +164,11 @@ class Pipeline(Protocol):
 
     def reset(self) -> None:
         """Let go of all that was kept for reuse: after a failure that some ranks did not see, caches may differ."""
+
+
+def whole(pieces: Iterable[np.ndarray | None]) -> np.ndarray:
+    """What `decode` has made, together: [height, width, 3] or [frames, height, width, 3]."""
+    import numpy as np
+
+    made = [piece for piece in pieces if piece is not None]
+    return made[0] if len(made) == 1 else np.concatenate(made)

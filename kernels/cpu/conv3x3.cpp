@@ -127,24 +127,30 @@ template <class T> struct Block {
         int64_t tile = start + i % count, top = tile / s.columns() * 4 - 1, left = tile % s.columns() * 4 - 1;
         int64_t width = s.width >> s.up;
         const T *frame = x + i / count * (s.height >> s.up) * width * s.in, *at[6][6];
+        bool inside = top >= 0 && left >= 0 && top + 6 <= s.height && left + 6 <= s.width && s.in % WIDTH == 0;
         for (int64_t r = 0; r < 6; r++)
             for (int64_t c = 0; c < 6; c++) {
                 int64_t row = top + r, column = left + c;
-                bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-                at[r][c] = inside ? frame + ((row >> s.up) * width + (column >> s.up)) * s.in : nullptr;
+                bool there = row >= 0 && row < s.height && column >= 0 && column < s.width;
+                at[r][c] = there ? frame + ((row >> s.up) * width + (column >> s.up)) * s.in : nullptr;
             }
         float* to = basis + i * s.in_wide();
-        for (int64_t channel = 0; channel < s.in; channel += WIDTH) {
-            f32x16 half[6][6], line[6];
-            for (int c = 0; c < 6; c++) {
-                for (int r = 0; r < 6; r++)
-                    line[r] = at[r][c] ? load_at_most(at[r][c] + channel, s.in - channel) : f32x16{};
-                pixels_1d(line, &half[0][c], 6);
-            }
-            for (int r = 0; r < 6; r++) {
-                pixels_1d(half[r], line, 1);
-                for (int c = 0; c < 6; c++) store(to + (r * 6 + c) * basis_step + channel, line[c]);
-            }
+        for (int64_t channel = 0; channel < s.in; channel += WIDTH)
+            inside ? enter_vector<true>(at, channel, to) : enter_vector<false>(at, channel, to);
+    }
+
+    template <bool inside> void enter_vector(const T* const (&at)[6][6], int64_t channel, float* to) const {
+        f32x16 half[6][6], line[6];
+        for (int c = 0; c < 6; c++) {
+            for (int r = 0; r < 6; r++)
+                line[r] = inside      ? load(at[r][c] + channel)
+                          : at[r][c] ? load_at_most(at[r][c] + channel, s.in - channel)
+                                     : f32x16{};
+            pixels_1d(line, &half[0][c], 6);
+        }
+        for (int r = 0; r < 6; r++) {
+            pixels_1d(half[r], line, 1);
+            for (int c = 0; c < 6; c++) store(to + (r * 6 + c) * basis_step + channel, line[c]);
         }
     }
 
@@ -168,23 +174,29 @@ template <class T> struct Block {
     void leave(int64_t i) const {
         int64_t tile = start + i % count, top = tile / s.columns() * 4, left = tile % s.columns() * 4;
         int64_t rows = std::min(int64_t(4), s.height - top), columns = std::min(int64_t(4), s.width - left);
-        int64_t frame = i / count * s.height * s.width * s.out;
+        int64_t first = i / count * s.height * s.width * s.out + (top * s.width + left) * s.out;
+        bool inside = rows == 4 && columns == 4 && s.out % WIDTH == 0;
         const float* from = found + i * s.out_wide();
-        for (int64_t channel = 0; channel < s.out; channel += WIDTH) {
-            int64_t some = s.out - channel;
-            f32x16 half[4][6], line[6], add = load_at_most(bias + channel, some);
-            for (int c = 0; c < 6; c++) {
-                for (int r = 0; r < 6; r++) line[r] = load(from + (r * 6 + c) * found_step + channel);
-                back_1d(line, &half[0][c], 6);
-            }
-            for (int64_t r = 0; r < rows; r++) {
-                back_1d(half[r], line, 1);
-                for (int64_t c = 0; c < columns; c++) {
-                    int64_t at = frame + ((top + r) * s.width + left + c) * s.out + channel;
-                    f32x16 pixel = line[c] + add;
-                    if (residual) pixel += load_at_most(residual + at, some);
-                    store_at_most(y + at, pixel, some);
-                }
+        for (int64_t channel = 0; channel < s.out; channel += WIDTH)
+            inside ? leave_vector<true>(from, first, channel, 4, 4)
+                   : leave_vector<false>(from, first, channel, rows, columns);
+    }
+
+    template <bool inside>
+    void leave_vector(const float* from, int64_t first, int64_t channel, int64_t rows, int64_t columns) const {
+        int64_t some = inside ? WIDTH : s.out - channel;
+        f32x16 half[4][6], line[6], add = load_at_most(bias + channel, some);
+        for (int c = 0; c < 6; c++) {
+            for (int r = 0; r < 6; r++) line[r] = load(from + (r * 6 + c) * found_step + channel);
+            back_1d(line, &half[0][c], 6);
+        }
+        for (int64_t r = 0; r < (inside ? 4 : rows); r++) {
+            back_1d(half[r], line, 1);
+            for (int64_t c = 0; c < (inside ? 4 : columns); c++) {
+                int64_t at = first + (r * s.width + c) * s.out + channel;
+                f32x16 pixel = line[c] + add;
+                if (residual) pixel += load_at_most(residual + at, some);
+                store_at_most(y + at, pixel, some);
             }
         }
     }

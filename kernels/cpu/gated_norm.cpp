@@ -14,8 +14,7 @@ static inline void group(const T* x, const T* gate, const float* weight, const f
     auto seen = [&](int64_t i, auto n) {
         f32x16 v = load(x + i, n);
         if (!gate || !o.gate_first) return v;
-        f32x16 g = load(gate + i, n);
-        return v * g / (exp16(-g) + 1.0f);
+        return v * silu(load(gate + i, n));
     };
     float mean = o.centred ? total(dim, seen) / dim : 0.0f;
     float spread = total(dim, [&](int64_t i, auto n) {
@@ -26,10 +25,7 @@ static inline void group(const T* x, const T* gate, const float* weight, const f
     each(dim, [&](int64_t i, auto n) {
         f32x16 v = (seen(i, n) - mean) * inverse * load(weight + i, n);
         if (bias) v += load(bias + i, n);
-        if (gate && !o.gate_first) {
-            f32x16 g = load(gate + i, n);
-            v *= g / (exp16(-g) + 1.0f);
-        }
+        if (gate && !o.gate_first) v *= silu(load(gate + i, n));
         store(y + i, v, n);
     });
 }

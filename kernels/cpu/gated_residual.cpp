@@ -13,7 +13,7 @@ template <class T, class G> static inline void add(T* x, const T* y, const G* ga
 // eps < 0: y is taken as it is.
 template <class T>
 static inline void add_row(T* x, const T* y, const Table& gate, int64_t token, int64_t dim, float eps) {
-    float inverse = eps < 0 ? 1.0f : moments(y, dim, false, eps).inverse;
+    float inverse = eps < 0 ? 1.0f : inverse_root(squares(y, dim), dim, eps);
     if (gate.wide)
         add(x, y, gate.row<float>(token, dim), inverse, dim);
     else

@@ -50,19 +50,29 @@ template <class T> inline float squares(const T* x, int64_t dim) {
     });
 }
 
+inline float inverse_root(float squares, int64_t dim, float eps) { return 1.0f / std::sqrt(squares / dim + eps); }
+
 struct Moments {
     float mean, inverse;  // of the standard deviation, or of the root mean square where the mean is not taken off
 };
 
 template <class T> inline Moments moments(const T* x, int64_t dim, bool centred, float eps) {
-    if (!centred) return {0.0f, 1.0f / std::sqrt(squares(x, dim) / dim + eps)};
+    if (!centred) return {0.0f, inverse_root(squares(x, dim), dim, eps)};
     float mean = total(dim, [&](int64_t i, auto n) { return load(x + i, n); }) / dim;
     float spread = total(dim, [&](int64_t i, auto n) {
         f32x16 v = only(load(x + i, n) - mean, n);
         return v * v;
     });
-    return {mean, 1.0f / std::sqrt(spread / dim + eps)};
+    return {mean, inverse_root(spread, dim, eps)};
 }
+
+// Ask for numbers that are read soon, while others are computed with: beyond the end is no error.
+template <class T> inline void fetch(const T* p, int64_t count) {
+    for (const char *at = (const char*)p, *end = (const char*)(p + count); at < end; at += 64) __builtin_prefetch(at);
+}
+
+// Divided: on Zen 5 that is faster than a reciprocal of 14 bits and a step of Newton's.
+inline f32x16 silu(f32x16 x) { return x / (exp16(-x) + 1.0f); }
 
 // One row of several for each token: data [S, D] of T or, where `wide`, of float; without an index all have the first.
 struct Table {

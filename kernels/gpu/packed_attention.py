@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 COLUMNS = 6  # of the table: rows of q from, to; rows of k from, to; how often the last counts; keys that the first sees
 LEAST = 16  # what tl.dot wants of each side
@@ -34,14 +36,20 @@ class Blocks(NamedTuple):
 MOST = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # D: beyond, registers would be spilled
 
 
-def blocks_for(dtype: torch.dtype, dim: int) -> Blocks:
-    """The largest that spill nothing on sm_80, sm_90 and sm_100 (compiled.md)."""
+def blocks_for(dtype: torch.dtype, dim: int, hopper: bool) -> Blocks:
+    """The largest that spill nothing (compiled.md). `hopper`: sm_90 or sm_100, whose blocks have more shared memory."""
     assert dim <= MOST[dtype], f"heads of {dim} numbers of {dtype}; at most {MOST[dtype]}"
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 2)
+        return Blocks(32, 32, 4, 2) if dim <= 64 else Blocks(16, 32, 4, 2)
     if dim <= 64:
         return Blocks(128, 64, 4, 3)
-    return Blocks(128, 64, 8, 2) if dim <= 128 else Blocks(64, 32, 8, 2)
+    if dim <= 128:
+        return Blocks(128, 64, 8, 3) if hopper else Blocks(64, 64, 4, 3)
+    return Blocks(64, 32, 8, 2)
+
+
+def _hopper() -> bool:
+    return not knobs.runtime.interpret and 90 <= driver.active.get_current_target().arch < 120
 
 
 @triton.jit
@@ -199,7 +207,7 @@ def packed_attention(
 ) -> None:
     """Arguments as checked by `kernels.packed_attention`; fills `out` and `lse` [T, H] where there are keys."""
     heads, dim = q.shape[1:]
-    blocks = blocks_for(q.dtype, dim)
+    blocks = blocks_for(q.dtype, dim, _hopper())
     table = _table(tuple(lengths), tuple(key_lengths), tuple(counts), blocks.rows, q.device)
     if not len(table):
         return

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal_gen.attention.native import amd_without_tiles
-from multimodal_gen.kernels.packed_attention import packed_attention, takes
+from multimodal_gen.attention.native import wins
+from multimodal_gen.kernels.eager import eager_break
+from multimodal_gen.kernels.packed_attention import packed_attention
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Keys:
         return self.k.nbytes + self.v.nbytes
 
 
+@eager_break
 def cross_attend(q: Tensor, lengths: Sequence[int], keys: Sequence[Keys]) -> Tensor:
     """q [T, H, D], packed sequences of these lengths, each with its keys → [T, H, D]; scale 1/√D."""
-    if takes(q) and amd_without_tiles():
+    if wins(q):
         return _by_kernel(q, lengths, keys)
     parts = [_attend(part, seen) for part, seen in zip(q.split(list(lengths)), keys, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

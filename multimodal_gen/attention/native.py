@@ -44,6 +44,11 @@ class NativeAttention:
         return packed_attention_lse(q, k, v, segments.lengths, keys.lengths)
 
 
+def wins(q: Tensor) -> bool:
+    """Whether the kernel computes on tensors like q, faster than torch on a processor of this kind."""
+    return takes(q) and amd_without_tiles()
+
+
 @functools.cache
 def amd_without_tiles() -> bool:
     """Whether this is an AMD processor with AVX-512: there the BLAS inside torch's own kernel is slow."""

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from multimodal_gen.kernels.eager import eager_break
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ class Segments:
             first += length
         return found
 
+    @eager_break(again=False)
     def index(self, device: torch.device) -> Tensor:
         """int32 [T]: the segment of each token."""
         found = self._indices.get(device)
         if found is None:
-            lengths = torch.tensor(self.lengths)
-            found = torch.repeat_interleave(torch.arange(len(self.lengths), dtype=torch.int32), lengths).to(device)
-            self._indices[device] = found
+            # numpy's takes a tenth of the time of torch's
+            owners = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+            found = self._indices[device] = torch.from_numpy(owners).to(device)
         return found
 
     @cached_property

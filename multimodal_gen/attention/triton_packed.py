@@ -9,6 +9,7 @@ from torch import Tensor
 
 from multimodal_gen.attention.sdpa import SdpaAttention
 from multimodal_gen.attention.segments import Segments
+from multimodal_gen.kernels import native
 from multimodal_gen.kernels.packed_attention import packed_attention, packed_attention_lse
 
 
@@ -29,6 +30,8 @@ class TritonAttention:
         """CUDA, where Triton is installed."""
         if device.type != "cuda":
             return "it is for CUDA"
+        if native.switched_off():
+            return "it is switched off (--kernels torch)"
         return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
 
     @staticmethod

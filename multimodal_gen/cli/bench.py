@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multimodal_gen.cli import bench_report
+from multimodal_gen.cli import bench_report, roofline
 from multimodal_gen.cli.flags import Arguments, Parser
 from multimodal_gen.cli.text import as_json, columns
 from multimodal_gen.errors import ConfigError, did_you_mean
@@ -57,6 +57,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--list", action="store_true", help="list the benchmarks and end")
     parser.add_argument("--out", metavar="FOLDER", default="bench", help="where records go (default: bench)")
     parser.add_argument("--flags", metavar="TEXT", default="", help="flags of the one benchmark, as in '--repeats 3'")
+    parser.add_argument("--roofline", action="store_true", help="what steps cost at least on GPUs, and calls here")
     parser.add_argument("--quick", action="store_true", help="one small round of each, to see that it works")
 
 
@@ -65,6 +66,8 @@ def run(arguments: Arguments) -> int:
     if arguments.list:
         print(_table())
         return 0
+    if arguments.roofline:
+        return _roofline(arguments)
     names, passed = _names(arguments.names), shlex.split(arguments.flags)
     if passed and len(arguments.names) != 1:
         raise ConfigError("--flags are those of one benchmark: name it, as in `mmgen bench video --flags='--help'`.")
@@ -93,6 +96,16 @@ def run(arguments: Arguments) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}; their words are above", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _roofline(arguments: Arguments) -> int:
+    if arguments.names or arguments.flags or arguments.quick:
+        raise ConfigError("--roofline runs alone: leave out names, --flags and --quick.")
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "roofline.json").write_text(as_json(roofline.run()) + "\n")
+    print(f"record: {folder / 'roofline.json'}")
+    return 0
 
 
 def measure(name: str, flags: list[str]) -> dict[str, Any] | None:

@@ -175,9 +175,10 @@ def _print(written: list[dict[str, Any]], results: list[GenerationResult], loade
     if quiet:
         return
     slowest = max((result.timings for result in results), key=lambda timings: timings.total)
+    cached = f", {slowest.cached_steps} extrapolated" if slowest.cached_steps else ""
     print(
         f"{slowest.total:.2f} s: text {slowest.encode:.2f} s, {slowest.steps} steps {slowest.denoise:.2f} s "
-        f"({slowest.per_step:.3f} s/step), decode {slowest.decode:.2f} s; the model loaded in {loaded:.1f} s"
+        f"({slowest.per_step:.3f} s/step{cached}), decode {slowest.decode:.2f} s; the model loaded in {loaded:.1f} s"
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from multimodal_gen.engine.scheduler import Scheduler
 from multimodal_gen.lora.applied import Applied
 from multimodal_gen.media.arrays import from_numpy, to_numpy
-from multimodal_gen.messages import Array, RowState
-from multimodal_gen.pipelines.contract import Conditions, Row
+from multimodal_gen.messages import Array, Gauges, RowState
+from multimodal_gen.pipelines.contract import CacheUse, Conditions, Row
 from multimodal_gen.request import AnyRequest, Timings
 
 
@@ -25,7 +27,7 @@ class Active:
     states: dict[int, RowState]  # filled by add: where rows go on that another process has begun
     started: bool = False  # set when its first row is planned
     rows: dict[int, Row] = field(default_factory=dict)  # filled when a row starts, emptied when it is decoded
-    outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded
+    outputs: dict[int, Array] = field(default_factory=dict)  # filled when a row is decoded whose pixels have not left
     timings: Timings = field(default_factory=Timings)  # filled step by step
     conditions: Conditions | None = None  # filled by encode: what rows share outlives the rows that run
     prompt_tokens: int = 0  # filled by encode
@@ -59,3 +61,16 @@ def preview_steps(steps: int, previews: int) -> list[int]:
     """After which steps a row shows itself: evenly spread, never after the last."""
     wanted = {(i + 1) * steps // (previews + 1) for i in range(previews)}
     return sorted(wanted - {0, steps})
+
+
+def gauges_of(active: Iterable[Active], scheduler: Scheduler, cache: CacheUse, **step: Any) -> Gauges:
+    """The engine's state after a step, with what is known of the step itself."""
+    return Gauges(
+        running_rows=scheduler.running_rows,
+        waiting_rows=scheduler.waiting_rows,
+        cache_bytes=cache.bytes,
+        cache_hits=cache.hits,
+        cache_misses=cache.misses,
+        step_cache_bytes=sum(row.history.nbytes for each in active for row in each.rows.values()),
+        **step,
+    )

@@ -13,16 +13,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from multimodal_gen.adapters import Change, LoraState, RestoreLora
 from multimodal_gen.config import EngineConfig
-from multimodal_gen.engine.active import Active, preview_steps, resume, state_of
+from multimodal_gen.engine.active import Active, gauges_of, preview_steps, resume, state_of
 from multimodal_gen.engine.attempt import Attempts
 from multimodal_gen.engine.changes import Changes
 from multimodal_gen.engine.computing import settle
+from multimodal_gen.engine.decoding import Decode, Decoding
 from multimodal_gen.engine.failures import as_ours, info_of
 from multimodal_gen.engine.faults import Fault
 from multimodal_gen.engine.ranks import Ranks
@@ -48,7 +48,7 @@ from multimodal_gen.messages import (
     Event,
     Failed,
     Finished,
-    Gauges,
+    Frames,
     LorasChanged,
     MemoryChanged,
     Preview,
@@ -62,9 +62,6 @@ from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Pipeline, Row
 from multimodal_gen.request import AnyRequest, ModelCard
-
-if TYPE_CHECKING:
-    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +98,8 @@ class EngineCore:
         self.loras = LoraManager(
             targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"), self.ranks.mesh.control
         )
+        self.decoding = Decoding()
+        self._clock = clock
         self.changes = Changes(self.loras, self.fault, self.ranks, self.pipeline.forget)
         self._attempt = Attempts(self.ranks, self.pipeline.reset)
         on_wake = partial(self.fault.trip, "wake")
@@ -186,7 +185,7 @@ class EngineCore:
     # --- steps --------------------------------------------------------------------------------------------------
 
     def step(self, most_tokens: int | None = None) -> Iterator[Event]:
-        """Run one denoising step for the rows that the scheduler picks; yields what happens, as it happens.
+        """One denoising step of the rows that the scheduler picks, or a piece of decoding; yields what happens.
 
         `most_tokens`: of all rows together, where somebody waits for the step to end; one row runs at least.
 
@@ -195,10 +194,13 @@ class EngineCore:
         """
         for request_id in self.scheduler.expired():
             yield self._drop(request_id, DeadlineExceeded("The request's deadline passed before it was finished."))
+        if self.decoding.due(self._clock(), steps=self.scheduler.steps):
+            yield from self._decode(self.decoding.waiting[0])
+            return
+        self.decoding.step(self._clock())
         slots = self.scheduler.plan(most_tokens)
         for slot in slots:
-            active = self._active[slot.request_id]
-            if not active.started:
+            if not (active := self._active[slot.request_id]).started:
                 active.started = True
                 active.timings.queue = time.monotonic() - active.arrived
                 yield Started(slot.request_id)
@@ -214,7 +216,17 @@ class EngineCore:
                 yield from self._after_step(row)
         if rows:
             stall = self.pipeline.memory.use.stall_seconds - stalled
-            yield self._gauges(len(rows), tokens, time.monotonic() - begin, stall)
+            yield gauges_of(
+                self._active.values(),
+                self.scheduler,
+                self.pipeline.info.cache,
+                step_seconds=time.monotonic() - begin,
+                step_rows=len(rows),
+                step_tokens=tokens,
+                step_stall_seconds=stall,
+                cached_steps=self._cached_steps,
+                weights=self.sleeper.weights,
+            )
 
     # --- the parts of a step ------------------------------------------------------------------------------------
 
@@ -301,51 +313,63 @@ class EngineCore:
     def _after_step(self, row: Row) -> list[Event]:
         active, events = self._active[row.request.id], list[Event]()
         if row.finished:
-            pixels = self._pixels(active, events, partial(self._decode, row))
-            if pixels is not None:
-                events += self._finish(active, row, pixels)
-            return events
-        every = row.request.checkpoint_every
-        if every and row.step % every == 0:
+            return self._to_pixels(active, row)
+        if row.request.checkpoint_every and row.step % row.request.checkpoint_every == 0:
             events.append(Checkpoint(row.request.id, state_of(row)))
         steps = preview_steps(row.request.num_inference_steps, row.request.previews)
         if row.step in steps:
-            image = self._pixels(active, events, partial(self.pipeline.preview, row))
-            if image is not None:
-                events.append(Preview(row.request.id, row.index, steps.index(row.step), image))
+            begin, made = time.monotonic(), list[Array]()
+            if self._guarded("decoding", active, events, lambda: made.append(from_numpy(self.pipeline.preview(row)))):
+                active.timings.decode += time.monotonic() - begin
+                events.append(Preview(row.request.id, row.index, steps.index(row.step), made[0]))
         return events
 
-    def _pixels(self, active: Active, events: list[Event], make: Callable[[], np.ndarray]) -> Array | None:
-        """What `make` returns; None when the request has failed, here or on another rank."""
-        begin, made = time.monotonic(), list[Array]()
-        if not self._guarded("decoding", active, events, lambda: made.append(from_numpy(make()))):
-            return None
-        active.timings.decode += time.monotonic() - begin
-        return made[0]
-
-    def _decode(self, row: Row) -> np.ndarray:
+    def _to_pixels(self, active: Active, row: Row) -> list[Event]:
+        """The steps of a row are done."""
         if row.request.output == "latent":
             assert row.latents is not None, "prepare() fills row.latents"
-            return row.latents.float().cpu().numpy()
-        self.fault.trip("decode")
-        return self.pipeline.decode([row])[0]
+            return self._finish(active, row, from_numpy(row.latents.float().cpu().numpy()))
+        self.scheduler.decode(row.request.id, row.index)
+        decode, events = Decode(row, self.pipeline.decode(row)), list[Event]()
+        self.decoding.waiting.append(decode)
+        while not self.pipeline.memory.alternates and decode in self.decoding.waiting:
+            events += self._decode(decode)  # all of it: between pieces the decoder's weights would leave
+        return events
 
-    def _finish(self, active: Active, row: Row, pixels: Array) -> list[Event]:
+    def _decode(self, decode: Decode) -> list[Event]:
+        """A piece of it, and the end of the row where it is the last."""
+        row, begin, events, left = decode.row, time.monotonic(), list[Event](), list[Frames | None]()
+        active = self._active[row.request.id]
+
+        def advance() -> None:
+            self.fault.trip("decode")
+            left.append(decode.advance(_merged(active)))
+
+        if not self._guarded("decoding", active, events, advance):
+            return events
+        active.timings.decode += time.monotonic() - begin
+        events += [frames for frames in left if frames is not None]
+        if decode.done:
+            self.decoding.waiting.remove(decode)
+            events += self._finish(active, row, None if decode.leaves else decode.output)
+        return events
+
+    def _finish(self, active: Active, row: Row, output: Array | None) -> list[Event]:
         request, timings = row.request, active.timings
-        active.outputs[row.index] = pixels
+        if output is not None:
+            active.outputs[row.index] = output
         timings.cached_steps += row.history.skipped
         self.pipeline.release(active.rows.pop(row.index))
         if not self.scheduler.finish(request.id, row.index):
             return []
         timings.total = time.monotonic() - active.arrived
         timings.steps = request.num_inference_steps
-        outputs = [active.outputs[index] for index in range(request.n)]
+        outputs = [active.outputs[index] for index in sorted(active.outputs)]
         del self._active[request.id]
         active.unpin()
         self._failures = 0
         self._cached_steps += timings.cached_steps
-        merged = tuple(tree for tree, _ in active.adapters.weights)
-        return [Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings, merged)]
+        return [Finished(request.id, outputs, timings, active.prompt_tokens, active.warnings, _merged(active))]
 
     # --- failure ------------------------------------------------------------------------------------------------
 
@@ -366,25 +390,11 @@ class EngineCore:
         active = self._active.pop(request_id)
         active.unpin()
         self.scheduler.remove(request_id)
+        self.decoding.drop(request_id)
         for row in active.rows.values():
             self.pipeline.release(row)
         return Failed(request_id, info_of(error))
 
-    def _gauges(self, rows: int, tokens: int, seconds: float, stall: float) -> Gauges:
-        cache = self.pipeline.info.cache
-        return Gauges(
-            running_rows=self.scheduler.running_rows,
-            waiting_rows=self.scheduler.waiting_rows,
-            step_seconds=seconds,
-            step_rows=rows,
-            step_tokens=tokens,
-            cache_bytes=cache.bytes,
-            cache_hits=cache.hits,
-            cache_misses=cache.misses,
-            step_stall_seconds=stall,
-            step_cache_bytes=sum(
-                row.history.nbytes for active in self._active.values() for row in active.rows.values()
-            ),
-            cached_steps=self._cached_steps,
-            weights=self.sleeper.weights,
-        )
+
+def _merged(active: Active) -> tuple[str, ...]:
+    return tuple(tree for tree, _ in active.adapters.weights)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.job_files import JobFiles
 from multimodal_gen.engine.job_queue import JobQueue, Running
 from multimodal_gen.engine.job_rows import JobRows
+from multimodal_gen.engine.job_writer import JobWriter
 from multimodal_gen.engine.jobs import Job, Jobs, OneThread
 from multimodal_gen.engine.ticket import Ticket
 from multimodal_gen.errors import (
@@ -33,8 +35,8 @@ from multimodal_gen.errors import (
 )
 from multimodal_gen.media.files import slug
 from multimodal_gen.media.maker import Maker
-from multimodal_gen.media.process import write_video
-from multimodal_gen.messages import Checkpoint, Finished, Progress, RowState, Started
+from multimodal_gen.media.orders import WriteVideo
+from multimodal_gen.messages import Checkpoint, Finished, Frames, Progress, RowState, Started
 from multimodal_gen.request import Timings, VideoRequest
 
 # While the engine takes nothing (it loads, or its queue is full), it is asked again this often.
@@ -78,7 +80,7 @@ class JobRunner:
         self._wake = asyncio.Event()
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._encoders = asyncio.Semaphore(ENCODERS)
+        self._encoders = asyncio.Semaphore(max(ENCODERS, config.dp_size))  # each replica decodes one video at a time
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -218,13 +220,29 @@ class JobRunner:
         states = await self.disk(self.files.resume, job.id)
         running.steps = request.num_inference_steps * request.n
         running.rows = {state.index: state.step for state in states}
+        request = msgspec.structs.replace(request, stream_frames=True)
         running.ticket = self.engine.submit(request, states)
         running.settled.set()
         if states and self.observer is not None:
             self.observer.job_resumed()
-        await self._complete(running, request, await self._follow(running, running.ticket))
+        writer = JobWriter(partial(self._order, job, request), self._encoders)
+        try:
+            finished = await self._follow(running, running.ticket, writer)
+        finally:
+            await writer.close()
+        if self.observer is not None:
+            self.observer.generated(finished.timings, request.n)
+            self.observer.files_encoded(writer.seconds)
+        await self._end(running, "completed", progress=100)
 
-    async def _follow(self, running: Running, ticket: Ticket) -> Finished:
+    def _order(self, job: Job, request: VideoRequest, index: int, merged: tuple[str, ...]) -> WriteVideo:
+        """What makes the files of an output."""
+        ready = self.engine.ready
+        assert ready is not None, "a request was answered"
+        recipe = Maker(ready, self.config, self.engine.card).recipe(request, index, merged)
+        return self.files.order(job.id, request, recipe, job.output_format)
+
+    async def _follow(self, running: Running, ticket: Ticket, writer: JobWriter) -> Finished:
         job = running.job
         async for event in ticket:
             if isinstance(event, Started) and job.status == "queued":
@@ -237,9 +255,18 @@ class JobRunner:
                 if self._draining or self.engine.state == "asleep":
                     ticket.cancel()
                     raise PutBack
+            elif isinstance(event, Frames):
+                await self._write(writer, event, ticket)
             elif isinstance(event, Finished):
                 return event
         raise AssertionError("a ticket's stream ends with Finished or an error")
+
+    async def _write(self, writer: JobWriter, frames: Frames, ticket: Ticket) -> None:
+        try:
+            await writer.take(frames)
+        except MmgenError:  # nobody needs the other frames
+            ticket.cancel()
+            raise
 
     async def _checkpoint(self, running: Running, state: RowState) -> None:
         try:
@@ -248,22 +275,6 @@ class JobRunner:
         except OSError as error:
             # It costs time after a crash, not the video.
             log.error("job %s goes on without its checkpoint: %s", running.job.id, error)
-
-    async def _complete(self, running: Running, request: VideoRequest, finished: Finished) -> None:
-        job, ready = running.job, self.engine.ready
-        assert ready is not None, "a request was answered"
-        if self.observer is not None:
-            self.observer.generated(finished.timings, request.n)
-        maker = Maker(ready, self.config, self.engine.card)
-        began = time.monotonic()
-        async with self._encoders:
-            for index, frames in enumerate(finished.outputs):
-                order = self.files.order(job.id, request, maker.recipe(request, index, finished), job.output_format)
-                assert tuple(frames.shape) == order.shape, (frames.shape, order.shape)
-                await write_video(order, frames.data)
-        if self.observer is not None:
-            self.observer.files_encoded(time.monotonic() - began)
-        await self._end(running, "completed", progress=100)
 
     # --- ends -----------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,8 @@ class Job:
     tokens: int  # filled by add from the request's estimate, corrected by set_tokens
     weights: Hashable  # filled by add: the state of the model's weights that its rows need
     waiting: list[int] = field(default_factory=list)  # image indices not yet started
-    running: list[int] = field(default_factory=list)  # image indices between prepare and decode
+    running: list[int] = field(default_factory=list)  # image indices between prepare and the last step
+    decoding: list[int] = field(default_factory=list)  # image indices whose steps are done
 
     @property
     def id(self) -> str:
@@ -88,11 +89,17 @@ class Scheduler:
         if all(other.request.fair_key != key for other in self._jobs.values()):
             del self._served[key]
 
+    def decode(self, request_id: str, index: int) -> None:
+        """The steps of a row are done; it is planned no more."""
+        job = self._jobs[request_id]
+        job.running.remove(index)
+        job.decoding.append(index)
+
     def finish(self, request_id: str, index: int) -> bool:
         """A row is done; returns whether it was the request's last, which is then forgotten."""
         job = self._jobs[request_id]
-        job.running.remove(index)
-        if job.running or job.waiting:
+        (job.decoding if index in job.decoding else job.running).remove(index)
+        if job.running or job.waiting or job.decoding:
             return False
         self.remove(request_id)
         return True
@@ -148,12 +155,17 @@ class Scheduler:
 
     def _rank(self, job: Job, now: float) -> tuple[bool, int, float, float, int]:
         # An exclusive model's running row goes first whatever its rank: it cannot be paused for another.
-        first = not (self.exclusive and job.running)
+        first = not (self.exclusive and (job.running or job.decoding))
         urgent = job.deadline if job.deadline - now < URGENT_SECONDS else math.inf
         return first, -job.request.priority, self._served[job.request.fair_key], urgent, job.finish
 
     def _busy(self) -> bool:
-        return any(job.running for job in self._jobs.values())
+        return any(job.running or job.decoding for job in self._jobs.values())
+
+    @property
+    def steps(self) -> bool:
+        """Whether a denoising step has rows."""
+        return any(job.running or job.waiting for job in self._jobs.values())
 
     @property
     def idle(self) -> bool:
@@ -162,13 +174,13 @@ class Scheduler:
 
     @property
     def running_ids(self) -> list[str]:
-        """Requests with rows between their first and last step."""
-        return [job.id for job in self._jobs.values() if job.running]
+        """Requests with rows that have begun."""
+        return [job.id for job in self._jobs.values() if job.running or job.decoding]
 
     @property
     def queued_ids(self) -> list[str]:
         """Requests with none."""
-        return [job.id for job in self._jobs.values() if not job.running]
+        return [job.id for job in self._jobs.values() if not (job.running or job.decoding)]
 
     @property
     def running_rows(self) -> int:

@@ -12,6 +12,7 @@ from multimodal_gen.errors import MmgenError
 from multimodal_gen.messages import (
     Checkpoint,
     Finished,
+    Frames,
     Generate,
     GenerateText,
     Preview,
@@ -27,7 +28,7 @@ from multimodal_gen.text import TextRequest
 if TYPE_CHECKING:
     from multimodal_gen.engine.replica import Replica
 
-TicketEvent = Started | Progress | Checkpoint | Preview | Finished
+TicketEvent = Started | Progress | Checkpoint | Preview | Frames | Finished
 TextTicketEvent = Started | TextDelta | TextFinished
 AskedT = TypeVar("AskedT", AnyRequest, TextRequest)
 ToldT = TypeVar("ToldT")

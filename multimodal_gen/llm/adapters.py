@@ -197,8 +197,8 @@ class TextAdapters:
         return self._stack
 
     def _owners(self, lengths: Sequence[int], adapters: Sequence[str | None]) -> Tensor:
-        """int64 [T]: the place in the stack of each token's adapter; -1: the base model."""
-        owners = torch.tensor([self._places.get(digest or "", -1) for digest in adapters])
+        """int32 [T]: the place in the stack of each token's adapter; -1: the base model."""
+        owners = torch.tensor([self._places.get(digest or "", -1) for digest in adapters], dtype=torch.int32)
         return owners.repeat_interleave(torch.tensor(lengths)).to(self._tree.device)
 
     def forget_overlays(self) -> None:

@@ -40,15 +40,15 @@ def choose(
 
     Raises: ConfigError for fewer bits elsewhere than on a CPU, or on one that has no such products.
     """
-    bits = config.llm_quantization
+    bits = config.llm_quantize
     if bits != "none" and device.type != "cpu":
         raise ConfigError(
-            f"--llm-quantization {bits} is for a CPU, and the device is {device.type}. Leave it out.",
-            param="llm_quantization",
+            f"--llm-quantize {bits} is for a CPU, and the device is {device.type}. Leave it out.",
+            param="llm_quantize",
         )
     why = int8_product.unavailable(device) if bits == "int8" else ""
     if why:
-        raise ConfigError(f"--llm-quantization int8 cannot be had: {why}. Use int8-weights.", param="llm_quantization")
+        raise ConfigError(f"--llm-quantize int8 cannot be had: {why}. Use int8-weights.", param="llm_quantize")
     if device.type != "cpu":
         return {}
     pairs = {module.gate_up for module in decoder.modules() if isinstance(module, SwiGLU)}
@@ -83,7 +83,7 @@ def _four_of_weights(layer: Multiplied, dtype: torch.dtype, pairs: bool) -> Form
 
 
 WAYS: dict[str, Way] = {
-    # --llm-quantization → the form of a layer, given the dtype of rows and whether it is gate and up of an activation
+    # --llm-quantize → the form of a layer, given the dtype of rows and whether it is gate and up of an activation
     "none": _whole,
     "int8": _eight,
     "int8-weights": _eight_of_weights,

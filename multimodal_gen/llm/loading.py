@@ -50,7 +50,7 @@ class TextModel:
         self.card, self.config = card, found.config
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.llm_dtype, self.device)
-        if compute_dtype(self.dtype, self.device) != self.dtype and config.llm_quantization == "none":
+        if compute_dtype(self.dtype, self.device) != self.dtype and config.llm_quantize == "none":
             log.warning(
                 "%s has no %s products: weights are widened in every step. --llm-dtype auto is faster here.",
                 self.device,
@@ -76,7 +76,7 @@ class TextModel:
             raise ConfigError(
                 f"{self.card.name} needs {units.size(needed)} for its weights in {str(self.dtype)[6:]}, and "
                 f"{units.size(free)} are free on {self.device}. Use a smaller model, fewer bits per weight "
-                "(--llm-quantization), or more ranks (--tp-size).",
+                "(--llm-quantize), or more ranks (--tp-size).",
                 param="llm_path",
             )
 

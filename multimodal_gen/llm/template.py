@@ -53,7 +53,7 @@ class ChatTemplate:
         Raises: CorruptModel for one that jinja cannot read.
         """
         path = Path(card.path)
-        found = _of_gguf(path) if card.format == "gguf" else _of_folder(path)
+        found = _of_gguf(path) if card.format == "gguf" else source_of(path)
         if found is None:
             return None
         template = cls(*found)
@@ -163,7 +163,8 @@ def _of_gguf(path: Path) -> tuple[str, str] | None:
     return (source, path.name) if isinstance(source, str) else None
 
 
-def _of_folder(folder: Path) -> tuple[str, str] | None:
+def source_of(folder: Path) -> tuple[str, str] | None:
+    """The template of a tokenizer's folder and its file's name for messages. Raises: CorruptModel."""
     file = folder / TEMPLATE_FILE
     if file.is_file():
         try:

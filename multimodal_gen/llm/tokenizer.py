@@ -66,7 +66,7 @@ class Tokenizer:
         if card.format == "gguf":
             backend, named = from_gguf(Path(card.path))
         else:
-            backend, named = _from_folder(Path(card.path))
+            backend, named = backend_of(Path(card.path)), named_tokens(Path(card.path))
         return cls(backend, card.vocab_size, named, card.eos_ids)
 
     # --- to ids ---------------------------------------------------------------------------------------------------
@@ -178,7 +178,8 @@ class Tokenizer:
         return Vocabulary(tuple(tokens), self.eos_ids)
 
 
-def _from_folder(folder: Path) -> tuple[Backend, dict[str, str]]:
+def backend_of(folder: Path) -> Backend:
+    """The library's tokenizer of a folder. Raises: CorruptModel."""
     data = _read(folder, TOKENIZER_FILE)
     if data is None:
         raise CorruptModel(
@@ -186,10 +187,9 @@ def _from_folder(folder: Path) -> tuple[Backend, dict[str, str]]:
             "it with transformers' AutoTokenizer(...).save_pretrained."
         )
     try:
-        backend = Backend.from_buffer(data)
+        return Backend.from_buffer(data)
     except Exception as error:  # noqa: BLE001 the library raises bare exceptions
         raise CorruptModel(f"{folder.name}/{TOKENIZER_FILE} cannot be read: {str(error)[:200]}.") from None
-    return backend, named_tokens(folder)
 
 
 def named_tokens(folder: Path) -> dict[str, str]:

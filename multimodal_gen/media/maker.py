@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.media.recipe import Recipe, origin
-from multimodal_gen.messages import Finished, Ready
+from multimodal_gen.messages import Ready
 from multimodal_gen.request import AnyRequest, ModelCard
 
 
@@ -18,8 +18,8 @@ class Maker:
     config: EngineConfig
     card: ModelCard
 
-    def recipe(self, request: AnyRequest, index: int, finished: Finished) -> Recipe:
-        """The recipe of output `index`."""
+    def recipe(self, request: AnyRequest, index: int, merged: tuple[str, ...]) -> Recipe:
+        """The recipe of output `index`; `merged` as in `messages.Finished`."""
         repository, revision = origin(self.config, self.card)
         return Recipe.of(
             request,
@@ -32,5 +32,5 @@ class Maker:
             revision=revision,
             max_batch_tokens=self.config.max_batch_tokens,
             threads=self.ready.threads,
-            merged=finished.merged,
+            merged=merged,
         )

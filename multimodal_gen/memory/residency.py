@@ -33,7 +33,7 @@ from multimodal_gen.memory.shares import DENOISE, MemoryPlan, Sizes, Wishes
 from multimodal_gen.memory.stream import Stream
 from multimodal_gen.memory.tables import RowsFromFile, find_tables
 from multimodal_gen.memory.use import MemoryUse
-from multimodal_gen.nn.forms import choose
+from multimodal_gen.nn.forms import choose, losses_in_words
 from multimodal_gen.nn.quantize import fewer_bits
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
@@ -109,6 +109,7 @@ class Memory:
         rows = find_tables(model, weights, tables)
         fewer = fewer_bits(self._config.quantize if high is not None else "none", self._device)
         forms = choose(model, self._device, fewer, high or ())
+        weights.exact = all(form.exact for form in forms.values())
         self._components[name] = Component(name, stage, model, weights, found, rows, forms)
         return partial(self.at, name)
 
@@ -143,6 +144,9 @@ class Memory:
             else:
                 self._bring(component)
             component.weights.on_alter = partial(_altered, weakref.ref(self), component.name)
+            if component.weights.losses:
+                words = losses_in_words(component.model, component.weights.losses)
+                log.info("%s in %s: %s", component.name, self._config.quantize, words)
 
     def _planned(self) -> MemoryPlan:
         wishes, (free, host) = Wishes.of(self._config), self._free()

@@ -33,6 +33,10 @@ class Cut:
         """The shape of the whole tensor, from that of the piece."""
         return (*share[: self.dim], share[self.dim] * self.count, *share[self.dim + 1 :])
 
+    def share(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the piece, from that of the whole tensor."""
+        return (*whole[: self.dim], whole[self.dim] // self.count, *whole[self.dim + 1 :])
+
     def piece(self, size: int) -> slice:
         """The piece along `dim`, which is `size` long in the whole tensor."""
         share = size // self.count

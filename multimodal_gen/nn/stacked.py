@@ -1,21 +1,20 @@
-"""Several overlays side by side, for batches of few tokens: three operations per layer, however many there are.
+"""Several overlays side by side, for batches of few tokens: one operation per layer, however many there are.
 
 A run of tokens costs two products and more for each overlay, which is right for long prompts. Where every token is of
-another sequence, most of the time would go into calls. Here one product makes the hidden numbers of all overlays for
-all tokens, those of other tokens' overlays become zero, and one product adds the rest (a dense relative of the kernels
-of Punica: Chen et al., 2023).
+another sequence, most of the time would go into calls: `kernels/grouped_lora.py` computes each token's own update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from multimodal_gen.kernels.grouped_lora import grouped_lora_
 from multimodal_gen.nn.lowrank import Overlay, Update
-from multimodal_gen.nn.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class StackedUpdate:
 
     down: Tensor  # [in as stored, ΣR]
     up: Tensor  # [ΣR, out as stored]; zero where an overlay leaves a part alone
-    widths: tuple[int, ...]  # R of each overlay
-    places: Tensor  # int64 [ΣR]: whose column it is
+    starts: Tensor  # int32 [overlays + 1]: the first of the ranks of each, and one past the last
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,10 @@ def _beside(layer: nn.Module, overlays: Sequence[Overlay]) -> StackedUpdate:
     present = [update for update in found if update is not None]
     out = layer.get_parameter("weight").shape[0]
     down = torch.cat([update.down for update in present], dim=1)
-    widths = tuple(0 if update is None else update.down.shape[1] for update in found)
-    places = [place for place, width in enumerate(widths) for _ in range(width)]
+    widths = [0 if update is None else update.down.shape[1] for update in found]
+    starts = torch.tensor([0, *accumulate(widths)], dtype=torch.int32, device=down.device)
     up = torch.cat([_whole(update, out) for update in present])
-    return StackedUpdate(down, up, widths, torch.tensor(places, device=down.device))
+    return StackedUpdate(down, up, starts)
 
 
 def _whole(update: Update, out: int) -> Tensor:
@@ -71,23 +69,9 @@ class StackedRouting:
     """Which overlay of a stack each token of a batch uses. Takes the place of `lowrank.Routing`."""
 
     stack: Stack
-    owners: Tensor  # int64 [T]: place in the stack; -1: the weights alone
-    # Widths → bool [T, ΣR]: hidden numbers of others; made once per forward.
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    owners: Tensor  # int32 [T]: place in the stack; -1: the weights alone
 
     def add_(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add each token's update of `layer` to y [T, out], given the layer's input x [T, in]; returns y."""
         update = self.stack.updates.get(layer)
-        if update is None:
-            return y
-        dtype = compute_dtype(x.dtype, x.device)
-        # Not by a product: another's numbers may have overflowed.
-        hidden = torch.mm(x.to(dtype), update.down).masked_fill_(self._mask(update), 0.0)
-        if dtype == y.dtype:
-            return y.addmm_(hidden, update.up)
-        return y.add_((hidden @ update.up).to(y.dtype))
-
-    def _mask(self, update: StackedUpdate) -> Tensor:
-        if update.widths not in self.masks:
-            self.masks[update.widths] = self.owners[:, None] != update.places
-        return self.masks[update.widths]
+        return y if update is None else grouped_lora_(y, x, update.down, update.up, update.starts, self.owners)

@@ -132,7 +132,7 @@ def _describe(context: Context) -> dict[str, Any]:
         "family": card.family,
         "device": ready.device if ready else None,
         "dtype": ready.dtype if ready else None,
-        "defaults": msgspec.to_builtins(card.defaults),
+        "defaults": {**msgspec.to_builtins(card.defaults), "step_cache": card.step_cache},
         "parameters": sorted(card.parameters),
         "adapter_targets": list(ready.targets) if ready else None,
         "memory": memory_view(context),

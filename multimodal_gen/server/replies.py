@@ -96,7 +96,7 @@ def answer(
         "model": form.model,
         "data": [
             {
-                "b64_json": _file(finished.outputs[i], form, maker.recipe(request, i, finished)),
+                "b64_json": _file(finished.outputs[i], form, maker.recipe(request, i, finished.merged)),
                 "seed": seed,
                 **form.prompts(request),
             }
@@ -117,7 +117,7 @@ def completed_event(
     """`image_generation.completed` for image `index`."""
     event: dict[str, Any] = {
         "type": "image_generation.completed",
-        "b64_json": _file(finished.outputs[index], form, maker.recipe(request, index, finished)),
+        "b64_json": _file(finished.outputs[index], form, maker.recipe(request, index, finished.merged)),
         "created_at": int(time.time()),
         **form.facts(request),
         "usage": form.usage(finished.prompt_tokens, 1),

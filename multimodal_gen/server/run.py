@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from multimodal_gen.config import ServerConfig, check_bind
-from multimodal_gen.errors import CapacityError, ConfigError, MmgenError, UserError
+from multimodal_gen.errors import ConfigError, MmgenError, UserError
 from multimodal_gen.observe.watchdog import stacks_after, watch_loop
-from multimodal_gen.server.app import create_app
-from multimodal_gen.server.errors import error_response
-from multimodal_gen.server.protocol import Limits, guarded
-from multimodal_gen.server.security import OPEN_PATHS, request_id
-from multimodal_gen.server.text_formats import Forms
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from multimodal_gen.engine.cards import Cards
     from multimodal_gen.engine.client import EngineClient
     from multimodal_gen.engine.job_runner import JobRunner
@@ -31,9 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("multimodal_gen.server")
 
-KEEP_ALIVE_S = 30
-# After the engine has drained, answers only have to be sent.
-FINISH_SENDING_S = 5
 SEND_BUFFER_BYTES = 256 * 1024
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -123,12 +113,13 @@ class _Server:
             file=sys.stderr,
             flush=True,
         )
-        front = _Front(self._uvicorn(engine, jobs, text))
-        serving = asyncio.create_task(front.serve(sockets=[self.listener]))
         watching = asyncio.create_task(watch_loop())
         code = 1
+        await engine.start()  # first: workers import torch while this process imports its HTTP side
         try:
-            await engine.start()
+            make = await asyncio.to_thread(_http)
+            front = make(self.config, engine, jobs, text)
+            serving = asyncio.create_task(front.serve(sockets=[self.listener]))
             code = await self._watch(engine, jobs, serving)
             front.should_exit = True
             front.force_exit = code > 128
@@ -196,26 +187,12 @@ class _Server:
         await asyncio.gather(draining, again, return_exceptions=True)
         return code
 
-    def _uvicorn(self, engine: EngineClient, jobs: JobRunner | None, text: TextFront | None) -> uvicorn.Config:
-        config = self.config
-        app = create_app(config, engine, jobs, text)
-        limits = Limits(
-            connections=config.max_connections,
-            read_timeout_s=config.body_timeout_s,
-            write_timeout_s=config.body_timeout_s,
-        )
-        return uvicorn.Config(
-            app,
-            http=guarded(limits, _overloaded(app, config)),
-            ws="none",
-            log_config=None,
-            log_level="warning",
-            access_log=False,  # the guard logs requests, with their ids
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=FINISH_SENDING_S,
-        )
+
+def _http() -> Callable[[ServerConfig, EngineClient, JobRunner | None, TextFront | None], uvicorn.Server]:
+    """What makes the HTTP side; importing it takes longest of all that the front does at its start."""
+    from multimodal_gen.server.front import front
+
+    return front
 
 
 def _served(engine: EngineClient, config: ServerConfig) -> str:
@@ -247,6 +224,7 @@ def _text_front(config: ServerConfig, engine: EngineClient) -> TextFront | None:
     if engine.cards.text is None:
         return None
     from multimodal_gen.llm.front import TextFront
+    from multimodal_gen.server.text_formats import Forms
 
     front = TextFront.open(engine.cards.text, config, config.grammar_timeout_s)
     try:
@@ -265,32 +243,6 @@ def _jobs(config: ServerConfig, engine: EngineClient) -> JobRunner | None:
     from multimodal_gen.engine.job_runner import JobRunner
 
     return JobRunner(config, engine)
-
-
-class _Front(uvicorn.Server):
-    """uvicorn without its signal handlers: a signal must drain the engine before the front stops."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _overloaded(app: ASGIApp, config: ServerConfig) -> ASGIApp:
-    """What connections beyond the limit get: health checks as ever, a 503 for everything else."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in OPEN_PATHS:
-            await app(scope, receive, send)
-            return
-        error = CapacityError(
-            f"The server has {config.max_connections} open connections, which is --max-connections.", retry_after=1.0
-        )
-        response = error_response(error)
-        response.headers["connection"] = "close"
-        response.headers["x-request-id"] = request_id(scope["headers"])
-        await response(scope, receive, send)
-
-    return answer
 
 
 def _complain(error: MmgenError) -> int:

@@ -116,7 +116,9 @@ class WeightTree:
         self.absent: frozenset[str] = frozenset()  # keys whose place has no memory of its own now; filled by residency
         self.uncached: frozenset[str] = frozenset()  # keys that are read around the page cache; filled by residency
         self.on_alter: Callable[[Set[str]], None] = lambda keys: None  # told of keys whose recipe is another
+        self.exact = True  # whether weights are computed with in all bits of their dtype; filled by residency
         self.forms: Mapping[Formed, Form] = {}  # of layers that hold their weight in another form; filled by residency
+        self.losses: dict[Formed, float] = {}  # what those in fewer bits lose, as `forms.loss`; filled by fill
         self._file_of: dict[str, TensorFile] = {}
         self._names: dict[str, str] = {}  # checkpoint key → the model's own name
         layers, names = dict(model.named_modules()), set(model.state_dict())
@@ -197,7 +199,7 @@ class WeightTree:
             self._fill(self._file_of[key], key, into(self.places[key].view()))
             on_key()
         for layer, own in formed.items():
-            with filled(layer, self.forms[layer]):
+            with filled(layer, self.forms[layer], self.losses):
                 for key in self._in_order(own):
                     self._fill(self._file_of[key], key, self.places[key].view())
                     on_key()
@@ -234,7 +236,8 @@ class WeightTree:
         """Make these tensors by their recipes and throw them away. Raises: as `fill`."""
         for key in keys:
             place = self.places[key]
-            self._fill(self._file_of[key], key, torch.empty(place.view().shape, dtype=place.tensor.dtype))
+            held = self.shapes[key] if place.cut is None else place.cut.share(self.shapes[key])
+            self._fill(self._file_of[key], key, torch.empty(held, dtype=place.tensor.dtype))
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         """Some rows of a tensor, in the order asked for, as `fill` would write them. Raises: as `fill`."""

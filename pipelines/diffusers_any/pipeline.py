@@ -92,12 +92,12 @@ class DiffusersPipeline:
             self._drive(row, row.step + 1)
             row.step += 1
 
-    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """The finished images, uint8 [height, width, 3].
+    def decode(self, row: Row) -> Iterator[np.ndarray | None]:
+        """The finished image, uint8 [height, width, 3].
 
         Raises: InvalidValue where the model has a safety checker and it struck; what diffusers raised.
         """
-        return [self._image(row) for row in rows]
+        yield self._image(row)
 
     def preview(self, row: Row) -> np.ndarray:
         """Never called: the card says that there are no previews."""

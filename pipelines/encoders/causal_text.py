@@ -7,12 +7,11 @@ changes nothing that is kept; and a layer whose output is not read is not loaded
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,36 @@ from torch import Tensor, nn
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.memory.layers import LayerList, Track
 from multimodal_gen.memory.residency import Memory
-from multimodal_gen.nn.foreign import ForeignLinear
-from multimodal_gen.nn.lowrank import Overlay, Update
+from multimodal_gen.nn.foreign import ForeignLinear, adopt
+from multimodal_gen.nn.lowrank import Overlay
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
-from multimodal_gen.weights.loading import Rename, WeightTree
+from multimodal_gen.pipelines.encoders import chat_tokens
+from multimodal_gen.pipelines.encoders.qwen3 import Qwen3Body, Qwen3Config
+from multimodal_gen.weights.checkpoint import read_json
+from multimodal_gen.weights.loading import Rename, WeightTree, construction
 
 log = logging.getLogger(__name__)
+
+
+Forward = Callable[[Tensor], Tensor]
+"""int64 [l] → states before the final norm, [l, D]"""
+
+
+class Shape(Protocol):
+    """What is asked of a decoder's configuration, ours or transformers'."""
+
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,7 @@ TRACK = Track("text_encoder", (LayerList("layers"),))
 
 
 class CausalTextEncoder:
-    """Tokenizer with chat template and a transformers decoder, cut after its second last layer."""
+    """Tokenizer with chat template and a decoder, cut after its second last layer."""
 
     def __init__(
         self,
@@ -69,21 +90,11 @@ class CausalTextEncoder:
 
         Raises: CorruptModel.
         """
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-
         self.device = device
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            config = AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
-            config.num_hidden_layers -= 1
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
-            # Half precision that the CPU only emulates would make the encoder ten times slower.
-            with init_empty_weights(include_buffers=False):
-                model = AutoModel.from_config(config, dtype=compute_dtype(dtype, device))
-        except (OSError, ValueError, KeyError) as error:
-            raise CorruptModel(f"{folder / 'text_encoder'} cannot be loaded: {error}") from None
-        model.norm = nn.Identity()  # the reference reads the state before the final norm
+        self.read = chat_tokens.load(folder / "tokenizer")
+        # Half precision that the CPU only emulates would make the encoder ten times slower.
+        model, config, self._forward = _body(folder / "text_encoder", compute_dtype(dtype, device))
+        adopt(model)
         if _divides(ranks.size, config):
             shard(model, SHARDING, ranks)
         else:
@@ -97,43 +108,61 @@ class CausalTextEncoder:
 
     def tokenize(self, prompt: str, max_length: int) -> Tokens:
         """The prompt in the chat template of one user turn, cut to `max_length` tokens."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        ids = self.tokenizer(text, truncation=True, max_length=max_length).input_ids
-        dropped = len(self.tokenizer(text).input_ids) - len(ids) if len(ids) == max_length else 0
+        ids = self.read(prompt, max_length)
+        dropped = len(self.read(prompt, None)) - len(ids) if len(ids) == max_length else 0
         return Tokens(torch.tensor(ids, dtype=torch.long, device=self.device), dropped)
 
     def encode(self, tokens: Tokens, overlay: Overlay | None = None) -> Tensor:
         """[l] tokens → hidden states [l, D], with unmerged adapters."""
         with self._here(), _hooked(overlay):
-            states: Tensor = self.model(input_ids=tokens.ids[None], use_cache=False).last_hidden_state
+            return self._forward(tokens.ids)
+
+
+def _body(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Shape, Forward]:
+    """The decoder without its last layer and its final norm, on the meta device. Raises: CorruptModel."""
+    config = Qwen3Config.read(read_json(folder, "config.json"))
+    if config is None:
+        return _foreign(folder, dtype)
+    with construction(torch.device("meta"), dtype):
+        model = Qwen3Body(replace(config, num_hidden_layers=config.num_hidden_layers - 1))
+    return model, model.config, model
+
+
+def _foreign(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Shape, Forward]:
+    """By transformers, for whatever is not written here; its buffers have memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.num_hidden_layers -= 1
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+        with init_empty_weights(include_buffers=False):
+            model = AutoModel.from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise CorruptModel(f"{folder} cannot be loaded: {error}") from None
+    model.norm = nn.Identity()
+
+    def forward(ids: Tensor) -> Tensor:
+        states: Tensor = model(input_ids=ids[None], use_cache=False).last_hidden_state
         return states[0]
 
+    return model, config, forward
 
-def _divides(size: int, config: Any) -> bool:
+
+def _divides(size: int, config: Shape) -> bool:
     shared = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
     return all(width % size == 0 for width in shared)
 
 
 @contextmanager
 def _hooked(overlay: Overlay | None) -> Iterator[None]:
-    """While inside, the layers of a model that is not ours add the overlay's updates."""
-    updates = overlay.updates if overlay is not None else {}
-    shared = [layer for layer in updates if isinstance(layer, ForeignLinear)]
-    plain = {layer: update for layer, update in updates.items() if not isinstance(layer, ForeignLinear)}
-    handles = [layer.register_forward_hook(partial(_add, update)) for layer, update in plain.items()]
-    for layer in shared:
+    """While inside, layers add the overlay's updates."""
+    layers = [layer for layer in (overlay.updates if overlay is not None else ()) if isinstance(layer, ForeignLinear)]
+    for layer in layers:
         layer.overlay = overlay
     try:
         yield
     finally:
-        for layer in shared:
+        for layer in layers:
             layer.overlay = None
-        for handle in handles:
-            handle.remove()
-
-
-def _add(update: Update, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    update.add_(inputs[0].flatten(0, -2), output.flatten(0, -2))  # views: both are contiguous
-    return output

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from multimodal_gen import step_cache
+from multimodal_gen.pipelines.stages.first_block import MOST_TOKENS
 from multimodal_gen.request import ModelCard
 
 OVERHEAD = 150_000_000  # scratch of matrix products, tables of positions, what allocators keep
@@ -18,6 +20,23 @@ VIDEO_VAE_PER_PIXEL = 7_500  # numbers for every pixel of a frame: four frames a
 def of_denoising(tokens: int, width: int, dtype: torch.dtype) -> int:
     """A step over so many tokens."""
     return OVERHEAD + tokens * width * dtype.itemsize * PER_TOKEN
+
+
+def of_step_cache(cache: str, tokens: int, width: int, patch: int, dtype: torch.dtype) -> int:
+    """What one row remembers under a step cache, and, between the halves of a forward, its tokens once more: a bound.
+
+    Args:
+        tokens: of all branches.
+        patch: numbers of the latents in a token.
+    """
+    wanted = step_cache.read(cache)
+    if wanted is None:
+        return 0
+    known = (wanted.order + 1) * tokens * patch * torch.float32.itemsize
+    if not isinstance(wanted, step_cache.FirstBlock):
+        return known
+    looked = min(tokens, 2 * MOST_TOKENS) * width * torch.float32.itemsize
+    return known + looked + tokens * width * dtype.itemsize
 
 
 def tokens_of(card: ModelCard, width: int, height: int, frames: int = 1) -> int:

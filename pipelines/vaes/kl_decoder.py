@@ -126,7 +126,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        groups, widths, layers = config["norm_num_groups"], config["block_out_channels"][::-1], config["layers_per_block"]
+        groups, widths, layers = (
+            config["norm_num_groups"],
+            config["block_out_channels"][::-1],
+            config["layers_per_block"],
+        )
         self.conv_in = Conv(config["latent_channels"], widths[0])
         self.mid_block = Middle(groups, widths[0], attention=config.get("mid_block_add_attention", True))
         self.up_blocks = nn.ModuleList(
@@ -152,13 +156,18 @@ class KLModel(nn.Module):
         """Raises: CorruptModel."""
         super().__init__()
         blocks = ["UpDecoderBlock2D"] * len(config["block_out_channels"])
-        expect(dict(config), act_fn="silu", up_block_types=blocks)
+        expect(config, act_fn="silu", up_block_types=blocks)
         latent = config["latent_channels"]
         self.post_quant_conv = Pointwise(latent, latent, 1, 1) if config.get("use_post_quant_conv", True) else None
         try:
             self.decoder = Decoder(config)
         except (KeyError, TypeError, IndexError) as error:
             raise CorruptModel(f"vae/config.json does not describe an AutoencoderKL ({error}).") from None
+
+    @property
+    def count(self) -> int:
+        """How many there are of `blocks`."""
+        return 1 + len(self.decoder.up_blocks)
 
     def blocks(self, z: Tensor) -> Iterator[Tensor]:
         """[C, h, w] → see `Decoder.blocks`."""

@@ -1,15 +1,20 @@
-"""What decoders of pictures and of videos have in common. Pixels are [F, H, W, C] or [H, W, C], channels last, contiguous.
+"""What decoders of pictures and of videos have in common. Pixels are [F, H, W, C], channels last, contiguous.
 
 Modules hold the checkpoint's tensors under its names and shapes; what computes are the kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal_gen.attention.native import wins
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.kernels.packed_attention import packed_attention
 
 
 class Filter(nn.Module):
@@ -34,10 +39,14 @@ class Pointwise(Filter):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head over all pixels of a frame: [F, pixels, C] each → [F, pixels, C]."""
+    if wins(q):
+        lengths = (q.shape[1],) * len(q)
+        flat_q, flat_k, flat_v = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+        return packed_attention(flat_q, flat_k, flat_v, lengths, lengths).view(q.shape)
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
-def expect(config: dict[str, object], **values: object) -> None:
+def expect(config: Mapping[str, Any], **values: object) -> None:
     """Refuse what this decoder does not compute. Raises: CorruptModel."""
     for name, value in values.items():
         if config.get(name, value) != value:

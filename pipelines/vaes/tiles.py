@@ -1,38 +1,44 @@
-"""Decoding by overlapping tiles: less memory, and ranks that share the work.
+"""Decoding pictures by overlapping tiles: less memory, and ranks that share the work.
 
-Tiled decoding is approximate: group norms and attention see one tile at a time. Which rank decodes a tile changes
-nothing: shared out or not, the picture is the same.
+It is approximate: group norms and attention see one tile at a time (tiles of videos are exact: `wan_tiles`). Which rank
+decodes a tile changes nothing: shared out or not, the picture is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from multimodal_gen.parallel.group import Group
 
+Piece = TypeVar("Piece")
 
-def decode_shared(tiles: Sequence[Tensor], decode: Callable[[Tensor], Tensor], group: Group) -> list[Tensor]:
+
+def decode_shared(
+    tiles: Sequence[Piece], decode: Callable[[Piece], Tensor], group: Group, like: Tensor
+) -> list[Tensor]:
     """Decode tiles, each on one rank of the group; every rank gets all of them, in order.
 
     Args:
         tiles: the same on every rank.
-        decode: one tile → its pixels, with as many dimensions.
+        decode: one tile → its pixels.
+        like: as the pixels in dtype, device and number of dimensions.
 
     Raises: PeerLost; what `decode` raised.
     """
     if group.size == 1:
         return [decode(tile) for tile in tiles]
     mine = {index: decode(tiles[index]) for index in range(group.rank, len(tiles), group.size)}
-    shapes = torch.zeros(len(tiles), tiles[0].dim(), dtype=torch.int64, device=tiles[0].device)
+    shapes = torch.zeros(len(tiles), like.dim(), dtype=torch.int64, device=like.device)
     for index, pixels in mine.items():
         shapes[index] = torch.tensor(pixels.shape)
     found = [torch.Size(shape) for shape in group.all_reduce_(shapes).tolist()]
     sizes = [sum(shape.numel() for shape in found[rank :: group.size]) for rank in range(group.size)]
-    flat = tiles[0].new_zeros(1, max(sizes))
+    flat = like.new_zeros(1, max(sizes))
     if mine:
         flat[0, : sizes[group.rank]] = torch.cat([pixels.flatten() for pixels in mine.values()])
     decoded: dict[int, Tensor] = {}
@@ -45,7 +51,7 @@ def decode_shared(tiles: Sequence[Tensor], decode: Callable[[Tensor], Tensor], g
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures, or all frames of a video alike, are cut, as diffusers cuts them."""
+    """How pictures are cut, as diffusers cuts them."""
 
     latent: int  # side of a tile, in latents
     sample: int  # the same in pixels
@@ -65,11 +71,20 @@ class Tiling:
         """Whether latents [..., h, w] are larger than one tile."""
         return max(z.shape[-2:]) > self.latent
 
-    def decode(self, z: Tensor, decode: Callable[[Tensor], Tensor], group: Group) -> Tensor:
-        """z [..., h, w] → [..., H, W]. Raises as `decode_shared`."""
+    def decode(self, z: Tensor, decode: Callable[[Tensor], Tensor], group: Group) -> Iterator[Tensor | None]:
+        """z [..., h, w] → [..., H, W] in the end; before that nothing, tile by tile, where no ranks share them.
+
+        Raises: as `decode_shared`.
+        """
         tops, lefts = range(0, z.shape[-2], self.stride), range(0, z.shape[-1], self.stride)
         tiles = [z[..., top : top + self.latent, left : left + self.latent] for top in tops for left in lefts]
-        decoded = decode_shared(tiles, decode, group)
+        decoded: list[Tensor] = []
+        if group.size > 1:
+            decoded = decode_shared(tiles, decode, group, z)
+        else:
+            for tile in tiles:
+                decoded.append(decode(tile))
+                yield None
         rows = [decoded[start : start + len(lefts)] for start in range(0, len(decoded), len(lefts))]
         kept = self.sample - self.blend
         lines = []
@@ -80,7 +95,7 @@ class Tiling:
                 if j > 0:
                     _fade_(row[j - 1], tile, -1, self.blend)
             lines.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=-1))
-        return torch.cat(lines, dim=-2)
+        yield torch.cat(lines, dim=-2)
 
 
 def _fade_(before: Tensor, after: Tensor, dim: int, extent: int) -> None:

@@ -1,4 +1,4 @@
-"""The blocks of Wan's VAE (Wan, 2025, section 4.1): convolutions that remember the frames before, in channels-last order.
+"""The blocks of Wan's VAE (Wan, 2025, section 4.1), in channels-last order: convolutions that remember frames.
 
 A video goes through frame by frame, or a few frames at a time; `Past` is what a convolution keeps of one video from one
 call to the next. Reference: diffusers' AutoencoderKLWan, whose names of weights these modules have.
@@ -134,14 +134,14 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out: int, *, time: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": Filter(channels, out, 3, 3)})
+        self.resample = Filter(channels, out, 3, 3)
         self.time_conv = OverTime(channels, 2 * channels) if time else None
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         """[F, H, W, in] → [F or 2F, 2H, 2W, out]."""
         if self.time_conv is not None:
             x = self._longer(self.time_conv, x, past)
-        conv = self.resample["1"]
+        conv = self.resample
         if past.again and conv not in past.filters:
             past.filters[conv] = make_filters(conv.weight[:, :, None])
         return conv3x3(x, conv.weight[:, :, None], conv.bias, double=True, filters=past.filters.get(conv))
@@ -164,12 +164,12 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, time: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": Filter(channels, channels, 3, 3)})
+        self.resample = Filter(channels, channels, 3, 3)
         self.time_conv = OverTime(channels, channels) if time else None
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         """[F, H, W, C] → [F or F/2, H/2, W/2, C]."""
-        conv = self.resample["1"]
+        conv = self.resample
         y = F.conv2d(F.pad(x.permute(0, 3, 1, 2), (0, 1, 0, 1)), conv.weight, conv.bias, stride=2)
         x = y.permute(0, 2, 3, 1).contiguous()
         if self.time_conv is None:

@@ -1,7 +1,8 @@
-"""AutoencoderKLWan in channels-last order, for videos that come piece by piece. Reference: diffusers' class of that name."""
+"""AutoencoderKLWan in channels-last order, for videos that come piece by piece. Reference: diffusers' class."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.parallel.group import Group
 from multimodal_gen.pipelines.vaes.layers import Pointwise, expect
 from multimodal_gen.pipelines.vaes.wan_layers import (
-    Attention,
     Conv,
     Downsample,
     Middle,
@@ -22,6 +23,11 @@ from multimodal_gen.pipelines.vaes.wan_layers import (
     average,
     repeat,
 )
+from multimodal_gen.pipelines.vaes.wan_tiles import SIDE, Tiled
+from multimodal_gen.weights.loading import Rename
+
+# The checkpoint counts these convolutions as the second of two layers.
+RENAMES = (Rename(r"(.*)\.resample\.1\.(\w+)", r"\1.resample.\2"),)
 
 
 class Up(nn.Module):
@@ -80,17 +86,20 @@ class ResidualDown(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent frames → frames."""
+    """Latent frames → frames, one latent frame at a time."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         residual, layers = config["is_residual"], config["num_res_blocks"] + 1
+        # Pixels around one that `wide` reads: two convolutions a residual block at half the size; those at the whole
+        # size, the way up and the last one.
+        self.rim = 2 * layers + layers + 1
         base = config["decoder_base_dim"] or config["base_dim"]
         times, factors = config["temperal_downsample"][::-1], config["dim_mult"][::-1]
         widths = [base * factor for factor in (factors[0], *factors)]
         self.conv_in, self.mid_block = Conv(config["z_dim"], widths[0]), Middle(widths[0])
         self.up_blocks = nn.ModuleList()
-        for i, (channels, out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (channels, out) in enumerate(itertools.pairwise(widths)):
             upsample = None
             if i + 1 < len(factors):
                 upsample = Upsample(out, out if residual else out // 2, time=times[i])
@@ -98,10 +107,16 @@ class Decoder(nn.Module):
             self.up_blocks.append((ResidualUp if residual else Up)(come, out, layers, upsample))
         self.norm_out, self.conv_out = Norm(widths[-1], 1, 1, 1), Conv(widths[-1], config["out_channels"])
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        """[1, h, w, C] → [1 or 4, H, W, 3]."""
+    def narrow(self, x: Tensor, past: Past) -> Tensor:
+        """[1, h, w, C] → what is before the last two blocks, a half as wide and high as the frames."""
         x = self.mid_block(self.conv_in(x, past), past)
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-2]:
+            x = block(x, past)
+        return x
+
+    def wide(self, x: Tensor, past: Past) -> Tensor:
+        """That → [1 or 4, H, W, 3]."""
+        for block in self.up_blocks[-2:]:
             x = block(x, past)
         return self.conv_out(x, past, self.norm_out)
 
@@ -115,7 +130,7 @@ class Encoder(nn.Module):
         widths = [config["base_dim"] * factor for factor in (1, *config["dim_mult"])]
         self.conv_in = Conv(config["in_channels"], widths[0])
         self.down_blocks = nn.ModuleList()
-        for i, (channels, out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (channels, out) in enumerate(itertools.pairwise(widths)):
             down = Downsample(out, time=times[i]) if i + 1 < len(config["dim_mult"]) else None
             if residual:
                 self.down_blocks.append(ResidualDown(channels, out, layers, down))
@@ -156,11 +171,22 @@ class WanModel(nn.Module):
         moments = torch.cat([self.encoder(patchify(piece, self.patch), past) for piece in pieces])
         return self.quant_conv(moments).chunk(2, dim=-1)[0]
 
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """[f, h, w, C] → for each latent frame one frame, or four after the first, [1 or 4, H, W, 3]; not clamped."""
-        past = Past(again=len(latents) > 1)
+    def decode(self, latents: Tensor, group: Group | None = None) -> Iterator[Tensor]:
+        """Frames of each latent frame: one, then four each.
+
+        Args:
+            latents: [f, h, w, C].
+            group: the ranks that share tiles of large frames, maybe one; None: no tiles.
+
+        Yields: [1 or 4, H, W, 3], not clamped.
+        """
+        past, decoder = Past(again=len(latents) > 1), self.decoder
+        tiled = None if group is None else Tiled(decoder.wide, decoder.rim, past, group)
         for z in latents.split(1):
-            yield unpatchify(self.decoder(self.post_quant_conv(z), past), self.patch)
+            x = decoder.narrow(self.post_quant_conv(z), past)
+            in_tiles = tiled is not None and max(x.shape[1:3]) > SIDE
+            pixels = tiled(x) if tiled is not None and in_tiles else decoder.wide(x, past)
+            yield unpatchify(pixels, self.patch)
 
 
 def patchify(x: Tensor, size: int) -> Tensor:

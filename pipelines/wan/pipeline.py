@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,18 +18,18 @@ from multimodal_gen.memory.residency import Memory, Working
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
-from multimodal_gen.parallel.sequence import choose_attention
 from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.clip_vision import ClipVisionEncoder
 from multimodal_gen.pipelines.encoders.umt5 import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
+from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.first_block import Halves, leave_early, looked_at
 from multimodal_gen.pipelines.stages.guidance import extrapolate
 from multimodal_gen.pipelines.stages.solvers import load_solver, state_of
 from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, watched
-from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
+from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, of_step_cache, tokens_of
 from multimodal_gen.pipelines.vaes.wan import WanVae
 from multimodal_gen.pipelines.wan.conditions import (
     Prompt,
@@ -70,7 +70,8 @@ class WanPipeline:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.experts = Experts.of(checkpoint)
-        self.backend = choose_attention(config.attention_backend, self.device, mesh)
+        self.regions = Regions(config, self.device)
+        self.backend = self.regions.attention(config.attention_backend, mesh)
         self.memory = memory = Memory(config, self.device, folder, mesh)
         self.trees: dict[str, WeightTree] = {}
         self.transformers: dict[str, WanTransformer] = {}
@@ -87,6 +88,8 @@ class WanPipeline:
         self.vae = WanVae(folder / "vae", files["vae"], self.device, memory, config.vae_tiling, mesh.world)
         memory.follow(TEXT.name, self.experts.names[0])
         memory.load(card, self.dtype, self._working)
+        blocks = [block for transformer in self.transformers.values() for block in transformer.blocks]
+        self.regions.apply(self.transformers, blocks, memory)
         self.solver = load_solver(folder / "scheduler")
         self.vae_scale = card.size_multiple // self.patch[1]
         self.latent_channels: int = len(self.vae.mean)
@@ -123,7 +126,9 @@ class WanPipeline:
 
     def _working(self, width: int, height: int, frames: int) -> Working:
         tokens = tokens_of(self.card, width, height, frames)
-        denoise = of_denoising(tokens, self.transformers[EXPERTS[0]].config.dim, self.dtype)
+        first = self.transformers[EXPERTS[0]]
+        denoise = of_denoising(tokens, first.config.dim, self.dtype)
+        denoise += of_step_cache(self.card.step_cache, tokens, first.config.dim, first.out_dim, self.dtype)
         decode = self.vae.working(width, height)
         starts = self.card.video is not None and self.card.video.image != "none"
         return {"encode": decode if starts else OVERHEAD, "denoise": denoise, "decode": decode}
@@ -338,10 +343,12 @@ class WanPipeline:
     # --- decode -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Final latents → uint8 [F, H, W, 3]."""
+    def decode(self, row: Row) -> Iterator[np.ndarray | None]:
+        """Final latents → uint8 [f, H, W, 3], a latent frame at a time."""
         self.memory.begin("decode")
-        return [self.vae.decode(_latents(row)) for row in rows]
+        for frames in self.vae.decode(_latents(row)):
+            yield frames
+            self.memory.begin("decode")
 
     def preview(self, row: Row) -> np.ndarray:
         """The card promises none."""
@@ -353,11 +360,13 @@ class WanPipeline:
     def forget(self) -> None:
         """Modulations; encoded prompts and pictures stay, within --condition-cache-mb."""
         self.times.clear()
+        self.regions.clear()
 
     def reset(self) -> None:
         """Encoded prompts and pictures, modulations, tables of positions, what the layers made of texts."""
         for cache in (self.prompts, self.starts, self.times, self.layouts):
             cache.clear()
+        self.regions.clear()
         for conditions in self.conditions.values():
             conditions.contexts.clear()
 

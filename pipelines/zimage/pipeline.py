@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +22,18 @@ from multimodal_gen.nn.lowrank import Overlay
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
-from multimodal_gen.parallel.sequence import choose_attention
 from multimodal_gen.parallel.tensor import shard
-from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row
+from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row, whole
 from multimodal_gen.pipelines.encoders.causal_text import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
+from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.first_block import Begun, Halves, leave_early, looked_at
 from multimodal_gen.pipelines.stages.flow_match import SCHEDULER_CLASS, FlowMatchEuler, FlowMatchState
 from multimodal_gen.pipelines.stages.guidance import guide
 from multimodal_gen.pipelines.stages.solvers import load_solver
 from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, watched
-from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, tokens_of
+from multimodal_gen.pipelines.stages.working import OVERHEAD, of_denoising, of_step_cache, tokens_of
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from multimodal_gen.pipelines.zimage.model import Modulation, ZImageConfig, ZImageTransformer
 from multimodal_gen.pipelines.zimage.packing import Layout, Rope, Shape, make_layout, pad_count, patchify, unpatchify
@@ -113,7 +113,8 @@ class ZImagePipeline:
         self.deterministic = config.deterministic
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        backend = choose_attention(config.attention_backend, self.device, mesh)
+        self.regions = Regions(config, self.device)
+        backend = self.regions.attention(config.attention_backend, mesh)
         settings = ZImageConfig.from_json(json.loads((folder / "transformer" / "config.json").read_text()))
         with construction(torch.device("meta"), self.dtype):
             self.transformer = ZImageTransformer(settings, backend, mesh.sp).eval()
@@ -130,6 +131,8 @@ class ZImagePipeline:
         memory.follow(TEXT.name, CAPTIONS.name)
         memory.follow(CAPTIONS.name, STEPS.name)
         memory.load(card, self.dtype, lambda width, height, _frames: self._working(width, height))
+        layers = (*self.transformer.noise_refiner, *self.transformer.layers)
+        self.regions.apply({"transformer": self.transformer}, layers, memory)
         self.scheduler = _scheduler(folder)
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
         self.vae_scale = card.size_multiple // settings.patch_size
@@ -147,7 +150,9 @@ class ZImagePipeline:
 
     def _working(self, width: int, height: int) -> Working:
         tokens = tokens_of(self.card, width, height)
-        denoise = of_denoising(tokens, self.transformer.config.dim, self.dtype)
+        config = self.transformer.config
+        denoise = of_denoising(tokens, config.dim, self.dtype)
+        denoise += of_step_cache(self.card.step_cache, tokens, config.dim, config.patch_dim, self.dtype)
         return {"encode": OVERHEAD, "denoise": denoise, "decode": self.vae.working(width, height)}
 
     @torch.inference_mode()
@@ -312,18 +317,22 @@ class ZImagePipeline:
         truncated = request.cfg_truncation is not None and time > request.cfg_truncation
         return request.guidance_scale > self.card.guidance_threshold and not truncated
 
-    @torch.inference_mode()
-    def decode(self, rows: Sequence[Row]) -> list[np.ndarray]:
+    def decode(self, row: Row) -> Iterator[np.ndarray | None]:
         """Final latents → uint8 [H, W, 3]."""
+        return self._pixels(_state(row)[1])
+
+    @torch.inference_mode()
+    def _pixels(self, latents: Tensor) -> Iterator[np.ndarray | None]:
         self.memory.begin("decode")
-        return [self.vae.decode(_state(row)[1]) for row in rows]
+        for piece in self.vae.decode(latents):
+            yield piece
+            self.memory.begin("decode")
 
     @torch.inference_mode()
     def preview(self, row: Row) -> np.ndarray:
         """The clean-image estimate → uint8 [H, W, 3]."""
         assert row.clean is not None, "previews are asked for before the first step"
-        self.memory.begin("decode")
-        return self.vae.decode(row.clean)
+        return whole(self._pixels(row.clean))
 
     def release(self, row: Row) -> None:
         """Rows hold nothing outside themselves."""
@@ -331,11 +340,13 @@ class ZImagePipeline:
     def forget(self) -> None:
         """Modulations; encoded prompts stay, within --condition-cache-mb."""
         self.times.clear()
+        self.regions.clear()
 
     def reset(self) -> None:
         """Encoded prompts, modulations, tables of positions."""
         for cache in (self.cache, self.times, self.layouts):
             cache.clear()
+        self.regions.clear()
 
 
 def _scheduler(folder: Path) -> FlowMatchEuler:

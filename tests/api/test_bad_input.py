@@ -61,6 +61,11 @@ INVALID: list[tuple[dict[str, Any], str, str | None]] = [
     ({"cfg_normalization": -1}, "invalid_value", "cfg_normalization"),
     ({"cfg_truncation": 1e300}, "invalid_value", "cfg_truncation"),
     ({"max_sequence_length": 10**6}, "invalid_value", "max_sequence_length"),
+    *(
+        ({"step_cache": c}, "invalid_value", "step_cache")
+        for c in ("", "tailor", "taylor:order=9", "taylor:" * 99, 2, {})
+    ),
+    ({"step_cache": "taylor"}, "invalid_value", "step_cache"),  # of 2 steps
     *(({"priority": p}, "invalid_value", "priority") for p in (10**6, 1, -101, "0")),
     ({"deadline_s": -1}, "invalid_value", "deadline_s"),
 ]

@@ -61,6 +61,19 @@ def test_openai_client_with_every_field(client: openai.OpenAI) -> None:
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens
 
 
+def test_steps_are_extrapolated_for_those_who_ask(server: Server) -> None:
+    cache = "first-block:threshold=10.0,order=0,warmup=2,most=1"
+    wish = {**QUICK, "num_inference_steps": 6, "n": 2}
+    plain, quick = (server.post({**wish, "step_cache": name}).json() for name in ("none", cache))
+    assert "step_cache" not in plain
+    assert plain["timings"]["cached_steps"] == 0
+    assert quick["step_cache"] == cache
+    assert quick["timings"]["cached_steps"] == 4  # the third and the fifth of both
+    recipes = [Recipe.from_json(picture(made["data"][1]["b64_json"]).info["mmgen"]) for made in (plain, quick)]
+    assert [recipe.step_cache for recipe in recipes] == [None, cache]
+    assert plain["data"] != quick["data"]
+
+
 def test_answer_has_seeds_timings_and_identity(server: Server) -> None:
     response = server.post({**QUICK, "n": 3, "seed": 40}, {"x-request-id": "my-request.1"})
     body = response.json()

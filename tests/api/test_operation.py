@@ -15,6 +15,7 @@ NAMES = {
     "mmgen_requests", "mmgen_queue_depth", "mmgen_running", "mmgen_queue_seconds", "mmgen_request_seconds",
     "mmgen_stage_seconds", "mmgen_step_seconds", "mmgen_worker_restarts", "mmgen_rejected", "mmgen_cancelled",
     "mmgen_condition_cache_bytes", "mmgen_condition_cache_hits", "mmgen_condition_cache_misses",
+    "mmgen_step_cache_bytes", "mmgen_cached_steps",
 }  # fmt: skip
 
 

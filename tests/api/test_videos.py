@@ -101,7 +101,9 @@ def test_a_remix_keeps_everything_but_what_it_says(image_video_server: Server) -
     import base64
 
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
-    first = create(image_video_server, input_reference={"image_url": url}, n=2, fps=4, negative_prompt="blurry")
+    first = create(image_video_server, input_reference={"image_url": url}, n=2, fps=4, negative_prompt="blurry",
+                   num_inference_steps=4, step_cache="taylor:warmup=1,order=0")  # fmt: skip
+    assert first["step_cache"] == "taylor:interval=2,order=0,warmup=1"
     wait(image_video_server, first["id"])
     path = f"/v1/videos/{first['id']}/remix"
     same = post(image_video_server, {"prompt": TINY["prompt"]}, path).json()
@@ -113,7 +115,8 @@ def test_a_remix_keeps_everything_but_what_it_says(image_video_server: Server) -
         files = [download(image_video_server, job["id"], f"?index={index}").content for job in (first, same)]
         assert files[0] == files[1], "the same prompt, picture, seeds and settings"
     other = post(image_video_server, {"prompt": "x", "n": 1, "num_frames": 9, "guidance_scale": 1.0,
-                                      "negative_prompt": ""}, path).json()  # fmt: skip
+                                      "negative_prompt": "", "num_inference_steps": 2}, path).json()  # fmt: skip
+    assert other["step_cache"] == "none", "two steps are too few for the cache of the first"
     assert (other["n"], other["seeds"], other["num_frames"], other["fps"]) == (1, [1], 9, 4)
     assert wait(image_video_server, other["id"])["status"] == "completed"
 

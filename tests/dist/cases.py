@@ -198,7 +198,7 @@ def branches(mesh: Mesh, counts: list[int]) -> dict[str, Tensor]:
 def tiles(mesh: Mesh, count: int) -> dict[str, Tensor]:
     """Tiles of several shapes, fewer and more than ranks."""
     latents = random_tensors(count, *[(1, 2, 3 + index % 3, 4) for index in range(count)])
-    decoded = decode_shared(latents, lambda tile: tile.repeat_interleave(2, dim=3) * 3, mesh.world)
+    decoded = decode_shared(latents, lambda tile: tile.repeat_interleave(2, dim=3) * 3, mesh.world, latents[0])
     assert len(decoded) == count
     for tile, pixels in zip(latents, decoded, strict=True):
         assert torch.equal(pixels, tile.repeat_interleave(2, dim=3) * 3)

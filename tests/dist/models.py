@@ -23,7 +23,7 @@ from multimodal_gen.lora.manager import LoraManager
 from multimodal_gen.parallel.agreement import agree
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
-from multimodal_gen.pipelines.contract import Pipeline, Row
+from multimodal_gen.pipelines.contract import Pipeline, Row, whole
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
 from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
 from multimodal_gen.pipelines.wan.pipeline import WanPipeline
@@ -31,6 +31,7 @@ from multimodal_gen.pipelines.zimage.pipeline import ZImagePipeline
 from multimodal_gen.request import AnyRequest, ModelCard, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
+from tests.support.weights import numbers_of
 
 IMAGES: list[dict[str, Any]] = [
     {"width": 64, "height": 80, "guidance_scale": 4.0, "seed": 1},
@@ -137,7 +138,7 @@ class Model:
         return {
             f"{tree}/{name}": x.double().sum()
             for tree, weights in self.pipeline.trees.items()
-            for name, x in weights.model.state_dict().items()
+            for name, x in numbers_of(weights.model).items()
         }
 
 
@@ -196,7 +197,7 @@ def under_offload(mesh: Mesh, folder: str, zoo: str, plain: str, **options: Any)
     row = Row(model.requests("pixels")[0], 0)
     model.pipeline.prepare(row)
     row.latents = found["base-0/0"]
-    found["pixels"] = torch.from_numpy(model.pipeline.decode([row])[0])
+    found["pixels"] = torch.from_numpy(whole(model.pipeline.decode(row)))
     found["held"] = torch.tensor(model.pipeline.memory.use.device_bytes)
     return found
 
@@ -235,7 +236,7 @@ def decoded(mesh: Mesh, folder: str) -> dict[str, Tensor]:
         # Tiles of the tiny VAEs have 8 latents for images, 32 or 16 for videos.
         sides = ((4, 4), (4, 40), (36, 5))[index] if frames else ((8, 8), (8, 30), (17, 12))[index]
         row.latents = torch.randn(channels, *frames, *sides, generator=torch.Generator().manual_seed(index))
-        pixels[str(index)] = torch.from_numpy(model.pipeline.decode([row])[0])
+        pixels[str(index)] = torch.from_numpy(whole(model.pipeline.decode(row)))
     return pixels
 
 
@@ -289,7 +290,7 @@ def with_caches(mesh: Mesh, folder: str, caches: list[str], **options: Any) -> d
     model = Model.load(mesh, folder, **options)
     requests = []
     for index, cache in enumerate(caches):
-        sizes = {side: (4 + index % 2) * model.pipeline.card.size_multiple for side in ("width", "height")}
+        sizes = dict.fromkeys(("width", "height"), (4 + index % 2) * model.pipeline.card.size_multiple)
         frames = {"num_frames": 5} if model.pipeline.card.video else {}
         guidance = (4.0, 1.0, 3.0)[index % 3] if frames or index % 3 != 1 else 0.0
         settings = {"num_inference_steps": 9, "guidance_scale": guidance, "step_cache": cache, "seed": index}

@@ -65,6 +65,6 @@ def test_a_disk_that_fails_for_one_rank_costs_the_request_and_no_more(
         "tests.dist.models:one_rank_cannot_read",
         folder=str(make_z_image(tmp_path, seed=11, layers=5)),
         guidance_scale=4.0,
-        cache="first-block:threshold=1.345",
+        cache="first-block:threshold=1.345,warmup=3",
         offload="layerwise",
     )

@@ -22,6 +22,7 @@ from tests.support.mmgen import Done, command, environment, mmgen
 pytestmark = [pytest.mark.e2e]
 
 QUICK = ("--steps", "2", "--size", "64x64", "--guidance-scale", "0")
+CACHE = "taylor:interval=2,order=0,warmup=1"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(place: Path) -> Done:
     """Two images in the default folder, one `mmgen generate` for all tests that only look at its result."""
-    return mmgen("generate", "a red apple on a blue background", *QUICK, "--seed", "7", "--seed", "3", folder=place)
+    cache = ("--steps", "4", "--step-cache", CACHE)  # of what replay must repeat
+    return mmgen(
+        "generate", "a red apple on a blue background", *QUICK, *cache, "--seed", "7", "--seed", "3", folder=place
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,10 @@ def test_generate_writes_pictures_and_says_where(place, made):
     assert made.code == 0, made.err
     *lines, timings = made.out.splitlines()
     assert [line.split("  seed ")[1] for line in lines] == ["7", "3"]
-    assert re.match(r"[\d.]+ s: text [\d.]+ s, 2 steps [\d.]+ s \([\d.]+ s/step\), decode [\d.]+ s; the model", timings)
+    assert re.match(
+        r"[\d.]+ s: text [\d.]+ s, 4 steps [\d.]+ s \([\d.]+ s/step, 2 extrapolated\), decode [\d.]+ s; the model",
+        timings,
+    )
     for path, seed in zip(_paths(place, made), (7, 3), strict=True):
         assert re.fullmatch(rf"\d{{8}}-\d{{6}}_{seed}_a-red-apple-on-a-blue-background\.png", path.name)
         with Image.open(path) as image:
@@ -95,7 +102,9 @@ def test_json_tells_all(replayed):
     assert replayed["images"][0]["seed"] == 3
     (request,) = replayed["requests"]
     assert request["seeds"] == [7, 3]
-    assert request["num_inference_steps"] == request["timings"]["steps"] == 2
+    assert request["num_inference_steps"] == request["timings"]["steps"] == 4
+    assert request["step_cache"] == CACHE
+    assert request["timings"]["cached_steps"] == 2  # one of each image
     assert 0 < request["timings"]["denoise"] <= request["timings"]["total"]
     assert replayed["load_seconds"] > 0
 

@@ -50,7 +50,8 @@ ENGINE_FOR_THE_SERVER = {
     for module in ("cards", "client", "ticket", "jobs", "job_files", "job_runner", "text_loras")
 }
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
-TORCH_ON_PURPOSE = {"multimodal_gen/cli/hardware.py"}  # `mmgen doctor` imports it when it runs
+# `mmgen doctor` and `mmgen bench --roofline` import them when they run.
+TORCH_ON_PURPOSE = {"multimodal_gen/cli/hardware.py", "multimodal_gen/cli/roofline_measured.py"}
 NO_TORCH = {"cli", "server", "generator", "llm_api", "media", "observe", *CONTRACT}
 
 

@@ -68,7 +68,7 @@ def cases_of(op: str) -> Cases:
 
 
 def digest(op: str) -> str:
-    """Of the code that decides what is compiled, comments left out: an op's launches and the Triton code they import."""
+    """Of the code that decides what is compiled, comments left out: launches and the Triton code they import."""
     seen: dict[str, str] = {}
     _gather(LAUNCHES / f"{op}.py", seen)
     return hashlib.sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:8]

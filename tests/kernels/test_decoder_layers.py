@@ -61,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_one_call_computes_what_the_layers_do(
     family: str, dtype: str, quantization: str, tolerance: float, folders: dict[str, Path]
 ) -> None:
-    model = open_model(folders[family], dtype, llm_quantization=quantization)
+    model = open_model(folders[family], dtype, llm_quantize=quantization)
     caches = [model.new_cache(PAGES, PAGE) for _ in range(2)]
     if bind(model.decoder.layers, caches[0]) is None:
         pytest.skip(f"this processor has no instructions for {dtype} or {quantization}")
@@ -85,5 +85,5 @@ def test_layers_are_bound_anew_to_another_cache_and_after_sleep(folders: dict[st
 
 
 def test_layers_in_another_form_are_not_bound(folders: dict[str, Path]) -> None:
-    model = open_model(folders["qwen3"], llm_quantization="int4-weights")
+    model = open_model(folders["qwen3"], llm_quantize="int4-weights")
     assert bind(model.decoder.layers, model.new_cache(PAGES, PAGE)) is None

@@ -189,14 +189,14 @@ def test_a_step_that_fails_leaves_what_rows_remember(folder: Path, monkeypatch: 
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("cache", ["taylor", "first-block:threshold=10"])
+@pytest.mark.parametrize("cache", ["taylor:warmup=3", "first-block:threshold=10,warmup=3"])
 def test_streamed_layers_give_the_same_bits_and_are_fetched_less_often(
     z_image_folder: Callable[..., Path], cache: str
 ) -> None:
     """Layers that were fetched ahead and are not needed after all do no harm."""
     loads, latents = [], []
     for text, offload in ((cache, "none"), (cache, "layerwise"), ("none", "layerwise")):
-        core = engine(z_image_folder(layers=3), offload=offload)
+        core = engine(z_image_folder(layers=6), offload=offload)
         found, _ = run(core, [(0, request(core, 0, name="x", step_cache=text))])
         loads.append(core.pipeline.memory.use.loads)
         latents.append(found["x"])

@@ -120,7 +120,7 @@ def test_a_long_prompt_computes_its_adapter_by_itself(llama: Setting):
 
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int4-weights")])
 def test_adapters_run_beside_weights_of_fewer_bits(llama: Setting, dtype: str, bits: str):
-    core = open_core(llama.folder, dtype, llm_quantization=bits)
+    core = open_core(llama.folder, dtype, llm_quantize=bits)
     for name in NAMES:
         load(core, name, llama.files[name])
     every = (None, *NAMES)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from multimodal_gen.nn.forms import Formed
 from multimodal_gen.weights.loading import Rename, WeightTree
 
 
@@ -18,3 +20,14 @@ def load_weights(
     tree.verify()
     tree.fill(tree.places)
     return tree
+
+
+def numbers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Name → what is computed with, also where a weight is held in another form: its product with the unit matrix."""
+    found = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if isinstance(layer, Formed) and layer.packed is not None:
+            unit = torch.eye(layer.weight.shape[1], dtype=layer.weight.dtype)
+            with torch.inference_mode():
+                found[f"{name}.weight"] = layer.packed(unit, None).T
+    return found

@@ -8,6 +8,7 @@ import torch
 from multimodal_gen.attention import registry
 from multimodal_gen.attention.segments import Segments
 from multimodal_gen.errors import ConfigError
+from multimodal_gen.kernels import native
 
 pytestmark = [pytest.mark.unit]
 
@@ -46,6 +47,13 @@ def test_an_unknown_backend_is_an_error_that_lists_the_available_ones():
         ConfigError, match=r"sdpaa.*Available: auto, (native, )?onednn, sdpa, naive.*Did you mean 'sdpa'"
     ):
         registry.choose("sdpaa", CPU)
+
+
+def test_none_of_our_kernels_is_taken_where_they_are_switched_off():
+    with native.torch_only():
+        assert registry.choose("auto", CPU).name in ("onednn", "sdpa")
+        with pytest.raises(ConfigError, match=r"native cannot run on cpu: it is switched off \(--kernels torch\)"):
+            registry.choose("native", CPU)
 
 
 @pytest.mark.parametrize("name", GIVE_LSE)

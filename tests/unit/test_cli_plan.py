@@ -93,7 +93,7 @@ def test_a_bare_prompt_takes_the_models_defaults():
 def test_every_flag_reaches_the_parameters():
     made = plan(
         *shlex.split(
-            "x --negative-prompt no --size 64x96 --steps 6 --step-cache taylor:interval=3 --guidance-scale 2.5 "
+            "x --negative-prompt no --size 64x96 --steps 6 --step-cache taylor:warmup=2 --guidance-scale 2.5 "
             "--seed 1 --seed 5 "
             "--cfg-normalization 2 --cfg-truncation none --max-sequence-length 9 --output-format webp "
             "--output-compression 80 --no-metadata --deterministic --threads 2 --dtype float32"
@@ -115,7 +115,7 @@ def test_every_flag_reaches_the_parameters():
         "cfg_normalization": 2.0,
         "cfg_truncation": None,
         "max_sequence_length": 9,
-        "step_cache": "taylor:interval=3,order=1,warmup=3",
+        "step_cache": "taylor:interval=2,order=1,warmup=2",
     }
     assert (made.output.format, made.output.compression, made.output.metadata) == ("webp", 80, False)
     assert (made.config.deterministic, made.config.threads, made.config.dtype) == (True, 2, "float32")

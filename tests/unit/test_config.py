@@ -58,8 +58,10 @@ def test_every_option_has_help_and_one_of_the_known_shapes():
     assert {option.name: option.choices for option in options(ServerConfig) if option.choices} == {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "executor": ("process", "ray"),
+        "kernels": ("auto", "torch"),
+        "quantize": ("none", "int8", "fp8", "int8-weights", "int4-weights"),
         "llm_dtype": ("auto", "float32", "bfloat16", "float16"),
-        "llm_quantization": ("none", "int8", "int8-weights", "int4-weights"),
+        "llm_quantize": ("none", "int8", "int8-weights", "int4-weights"),
         "offload": ("auto", "none", "layerwise", "component"),
         "schedule_policy": ("fcfs", "lpm", "routing-key", "priority"),
         "lora_merge_mode": ("auto", "merge", "dynamic"),

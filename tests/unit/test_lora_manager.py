@@ -31,6 +31,7 @@ from multimodal_gen.resolve import resolve
 from multimodal_gen.weights.header import read_header
 from tests.support.adapters import Shapes, only, peft_tensors, write_adapter
 from tests.support.checkpoints import PROMPT, make_z_image
+from tests.support.weights import numbers_of
 
 pytestmark = [pytest.mark.unit]
 
@@ -86,7 +87,7 @@ def checksum(gen: DiffGenerator) -> str:
     core = gen._engine.core
     digest = hashlib.sha256()
     for tree in core.pipeline.trees.values():
-        for parameter in tree.model.state_dict().values():
+        for parameter in numbers_of(tree.model).values():
             digest.update(parameter.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

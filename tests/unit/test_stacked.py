@@ -53,7 +53,8 @@ def test_a_stack_does_what_runs_do(seed: int):
     lengths = [rng.randint(1, 4) for _ in range(9)]
     chosen = [rng.choice([-1, 0, 1, 2]) for _ in lengths]
     runs = Routing.of(lengths, [None if place < 0 else overlays[place] for place in chosen])
-    owners = torch.tensor([place for place, count in zip(chosen, lengths, strict=True) for _ in range(count)])
+    places = [place for place, count in zip(chosen, lengths, strict=True) for _ in range(count)]
+    owners = torch.tensor(places, dtype=torch.int32)
     stacked = StackedRouting(stack, owners)
     x = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
     for layer in layers.values():
@@ -74,7 +75,7 @@ def test_an_overlay_that_overflows_harms_no_tokens_but_its_own():
     layer = Linear(WIDTH, 10)
     mild, wild = make({"out": layer}, 1, 3, ("out",)), make({"out": layer}, 2, 2, ("out",))
     wild.updates[layer].down.fill_(3e38)
-    owners, x = torch.tensor([-1, 0, 1]), torch.ones(3, WIDTH)
+    owners, x = torch.tensor([-1, 0, 1], dtype=torch.int32), torch.ones(3, WIDTH)
     found = StackedRouting(Stack.of([mild, wild]), owners).add_(layer, x, torch.zeros(3, 10))
     expected = mild.updates[layer]
     assert torch.equal(found[0], torch.zeros(10))

@@ -30,11 +30,20 @@ def test_guidance_and_its_norm_cap():
     torch.testing.assert_close(guide(positive, negative, 3.0, 100.0), free)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_the_schedule_and_steps_are_those_of_diffusers(dynamic):
+SCHEDULES = [
+    {"shift": 2.0},
+    {"use_dynamic_shifting": True},
+    {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    {"shift": 3.0, "use_karras_sigmas": True},
+    {"shift": 3.0, "shift_terminal": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=str)
+def test_the_schedule_and_steps_are_those_of_diffusers(options):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    reference = FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=dynamic)
+    reference = FlowMatchEulerDiscreteScheduler(**options)
     steps, tokens = 5, 640
     state = FlowMatchEuler(reference.config).start_linear(steps, tokens)
     mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)
@@ -49,6 +58,22 @@ def test_the_schedule_and_steps_are_those_of_diffusers(dynamic):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [(1, SCHEDULES[0]), *((steps, each) for steps in (2, 50) for each in (SCHEDULES[0], *SCHEDULES[3:]))],
+    ids=str,
+)
+def test_the_schedule_of_the_training_sigmas_is_that_of_diffusers(steps, options):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for shift in (None, 5.0):
+        reference = FlowMatchEulerDiscreteScheduler(**{**options, **({} if shift is None else {"shift": shift})})
+        state = FlowMatchEuler(FlowMatchEulerDiscreteScheduler(**options).config).start(steps, shift)
+        reference.set_timesteps(steps)
+        assert torch.equal(state.timesteps, reference.timesteps)
+        assert torch.equal(state.sigmas, reference.sigmas)
+
+
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
@@ -58,7 +83,7 @@ UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_sh
     [{}, {"solver_order": 1}, {"solver_order": 3}, {"disable_corrector": [0, 2]}],
     ids=str,
 )
-def test_unipc_takes_the_steps_of_diffusers(options, steps):
+def test_unipc_takes_the_steps_of_diffusers(steps, options):
     from diffusers import UniPCMultistepScheduler
 
     reference = UniPCMultistepScheduler(**UNIPC, **options)

@@ -22,6 +22,7 @@ from multimodal_gen.pipelines.history import History, Known
 from multimodal_gen.pipelines.stages.first_block import MOST_TOKENS, looked_at
 from multimodal_gen.pipelines.stages.flow_match import FlowMatchState
 from multimodal_gen.pipelines.stages.step_cache import Computed, advance, choose, similar
+from multimodal_gen.pipelines.stages.working import of_step_cache
 from multimodal_gen.request import SamplingParams
 from multimodal_gen.resolve import resolve
 from multimodal_gen.settings import load
@@ -58,9 +59,9 @@ def one_kind(row: Row, step: int) -> int:
     ("text", "normal"),
     [
         ("none", "none"),
-        ("taylor", "taylor:interval=2,order=1,warmup=3"),
-        (" taylor : order=2 , interval=4 ", "taylor:interval=4,order=2,warmup=3"),
-        ("first-block:threshold=0.123456789,most=9", "first-block:threshold=0.123456789,order=1,warmup=3,most=9"),
+        ("taylor", "taylor:interval=2,order=1,warmup=6"),
+        (" taylor : order=2 , interval=4 ", "taylor:interval=4,order=2,warmup=6"),
+        ("first-block:threshold=0.123456789,most=9", "first-block:threshold=0.123456789,order=1,warmup=6,most=9"),
     ],
 )
 def test_the_normal_form_says_every_value_and_means_the_same(text: str, normal: str) -> None:
@@ -147,11 +148,12 @@ def choices(text: str, kind: Any = one_kind) -> str:
     ("text", "steps"),
     [
         ("none", "cccccccccc"),
-        ("taylor", "cccscscscc"),  # the last step is computed, whatever its number
+        ("taylor:warmup=3", "cccscscscc"),  # the last step is computed, whatever its number
         ("taylor:interval=4,warmup=2", "ccssscsssc"),
         ("taylor:warmup=1,order=2", "cccscscscc"),  # three points for a parabola
         ("taylor:warmup=1,order=0", "cscscscscc"),
-        ("first-block", "cccaaaaaac"),
+        ("taylor", "ccccccscsc"),
+        ("first-block:warmup=3", "cccaaaaaac"),
     ],
 )
 def test_the_beginning_and_the_end_are_computed(text: str, steps: str) -> None:
@@ -160,11 +162,11 @@ def test_the_beginning_and_the_end_are_computed(text: str, steps: str) -> None:
 
 def test_a_new_kind_of_step_is_computed_until_its_curve_is_known() -> None:
     """The second expert of Wan2.2, or the end of guidance."""
-    assert choices("taylor:order=1", lambda row, step: step >= 5) == "cccscccscc"
+    assert choices("taylor:warmup=3", lambda row, step: step >= 5) == "cccscccscc"
 
 
 def test_no_more_steps_in_a_row_are_skipped_than_allowed() -> None:
-    row = make_row("first-block:most=2", step=5)
+    row = make_row("first-block:most=2,warmup=3", step=5)
     clean = torch.zeros(2, 3, 4)
     for last, choice in ((4, "ask"), (3, "ask"), (2, "compute")):
         row.history = History((Known(1, clean), Known(last, clean)), torch.ones(1, 1, 1))
@@ -191,7 +193,7 @@ def test_a_bounded_number_of_tokens_is_looked_at(tokens: int) -> None:
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_polynomials_of_the_order_are_continued_exactly(order: int) -> None:
     """Where the clean latents are a polynomial in log-SNR, a skipped step has the velocity of a computed one."""
-    row = make_row(f"taylor:interval=4,order={order}")
+    row = make_row(f"taylor:interval=4,order={order},warmup=3")
     assert isinstance(row.sampler, FlowMatchState)
     sigmas = row.sampler.sigmas
     coefficients = torch.randn(order + 1, 2, 3, 4)
@@ -255,3 +257,15 @@ def test_histories_are_replaced_and_never_changed() -> None:
     before = row.history
     advance(row, Computed(torch.ones(2, 3, 4)), one_kind)
     assert row.history is before == replace(before)
+
+
+@pytest.mark.parametrize("cache", ["none", "taylor", "taylor:order=2", "first-block"])
+def test_the_memory_of_a_row_is_within_what_the_plan_counts(cache: str) -> None:
+    tokens, width, patch = 2 * 600, 96, 64  # two branches of 600 tokens, and latents for one
+    clean = torch.zeros(600 * patch)
+    wanted = read(cache)
+    known = () if wanted is None else tuple(Known(step, clean) for step in range(wanted.order + 1))
+    head = torch.zeros(2, looked_at(600), width) if isinstance(wanted, FirstBlock) else None
+    counted = of_step_cache(cache, tokens, width, patch, torch.bfloat16)
+    assert (counted == 0) == (cache == "none")
+    assert History(known, head).nbytes <= counted

@@ -49,7 +49,7 @@ def closeness(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_sleep_gives_the_memory_back_and_wake_reads_the_same_weights(bits: str, folder: Path) -> None:
-    model = open_model(folder, llm_quantization=bits)
+    model = open_model(folder, llm_quantize=bits)
     before, held = logits(model), model.weights.nbytes
     assert 0 < held <= model.weights.needed
     model.sleep()
@@ -60,7 +60,7 @@ def test_sleep_gives_the_memory_back_and_wake_reads_the_same_weights(bits: str, 
 
 
 def test_fewer_bits_take_less_memory_and_say_nearly_the_same(folder: Path) -> None:
-    plain, eight, weights, four = (open_model(folder, llm_quantization=bits) for bits in BITS)
+    plain, eight, weights, four = (open_model(folder, llm_quantize=bits) for bits in BITS)
     wanted = logits(plain)
     assert closeness(logits(eight), wanted) > 0.99
     assert closeness(logits(weights), wanted) > 0.998
@@ -70,7 +70,7 @@ def test_fewer_bits_take_less_memory_and_say_nearly_the_same(folder: Path) -> No
 
 def test_four_bits_of_a_file_in_four_bits_lose_nothing_more(tmp_path: Path) -> None:
     path = write_gguf(make_model("llama", tmp_path / "model"), tmp_path / "model.gguf", "Q4_1")
-    plain, four = open_model(path), open_model(path, llm_quantization="int4-weights")
+    plain, four = open_model(path), open_model(path, llm_quantize="int4-weights")
     assert four.decoder.head is not None
     assert plain.decoder.head is not None
     four.decoder.head.packed = plain.decoder.head.packed  # it has 8 bits, and of 4 in the file they lose something
