@@ -228,6 +228,11 @@ class Memory:
 
     # --- use ----------------------------------------------------------------------------------------------------
 
+    @property
+    def alternates(self) -> bool:
+        """Whether stages may take turns piece by piece: weights of none leave when another one begins."""
+        return not any(component.parked for component in self._components.values())
+
     def begin(self, stage: str) -> None:
         """A verb of the pipeline begins; parked components of other stages leave.
 

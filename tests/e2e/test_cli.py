@@ -36,7 +36,16 @@ def made(place: Path) -> Done:
     """Two images in the default folder, one `mmgen generate` for all tests that only look at its result."""
     cache = ("--steps", "4", "--step-cache", CACHE)  # of what replay must repeat
     return mmgen(
-        "generate", "a red apple on a blue background", *QUICK, *cache, "--seed", "7", "--seed", "3", folder=place
+        "generate",
+        "a red apple on a blue background",
+        *QUICK,
+        *cache,
+        "--seed",
+        "7",
+        "--seed",
+        "3",
+        folder=place,
+        fresh=True,
     )
 
 
@@ -249,5 +258,5 @@ def test_doctor_plans_for_another_gpu_and_says_what_does_not_fit(place):
 
 
 def test_help_is_instant(place):
-    fastest = min(mmgen("--help", folder=place).seconds for _ in range(3))
+    fastest = min(mmgen("--help", folder=place, fresh=True).seconds for _ in range(3))
     assert fastest < 1.0  # 0.15 s on a quiet machine
