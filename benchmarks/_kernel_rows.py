@@ -26,9 +26,11 @@ from multimodal_gen.kernels.int8_product import Int8Weight
 from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift, rms_norm_scale
 from multimodal_gen.kernels.packed_attention import packed_attention
 from multimodal_gen.kernels.packed_linear import PackedWeight
+from multimodal_gen.kernels.paged_attention import Spans, paged_attention
 from multimodal_gen.kernels.qk_norm_rope import qk_norm_rope_
 from multimodal_gen.kernels.ring_merge import ring_merge_
 from multimodal_gen.kernels.rms_norm_silu import rms_norm_silu
+from multimodal_gen.kernels.sampling import Wishes, sample
 
 T, WIDTH, HEADS, HEAD, HIDDEN = 1056, 1536, 12, 128, 4096
 Call = Callable[[], object]
@@ -92,6 +94,7 @@ def rows(dtype: torch.dtype) -> Iterator[Row]:
 
     yield from _attention(new, dtype)
     yield from _products(new, native_row, dtype)
+    yield from _decoding(new, native_row)
     yield from _pictures(new, native_row)
 
 
@@ -141,6 +144,25 @@ def _products(new: Callable[..., Tensor], native_row: Callable[..., Row], dtype:
         plain = lambda x=x, w=w: F.linear(x, w)  # noqa: E731
         moved = x.nbytes + w.nbytes + rows_ * 49152 * dtype.itemsize
         yield Row("blocked_linear", shape, lambda x=x, b=blocked: blocked_linear(x, b), plain, moved)
+
+
+def _decoding(new: Callable[..., Tensor], native_row: Callable[..., Row]) -> Iterator[Row]:
+    texts, tokens, pages = 32, 192, 12  # of SmolLM2: 9 heads over 3 of keys, 64 wide
+    cache, q = new(2, texts * pages, 3, 16, 64), new(texts, 9, 64)
+    table = [[at, tokens - 1, 1, at * pages] for at in range(texts)]
+    spans = Spans(torch.tensor(table, dtype=torch.int32), torch.arange(texts * pages, dtype=torch.int32))
+    shape = f"{texts} of {tokens} tokens"
+    yield native_row("paged_attention", shape, lambda: paged_attention(q, cache, spans), cache.nbytes + 2 * q.nbytes)
+
+    logits = new(texts, 49152, like=torch.float32) * 3
+    wishes = Wishes(
+        temperature=torch.full((texts,), 0.8),
+        top_k=torch.full((texts,), 50, dtype=torch.int32),
+        top_p=torch.full((texts,), 0.9, dtype=torch.float64),
+        min_p=torch.zeros(texts),
+        uniform=torch.rand(texts, dtype=torch.float64),
+    )
+    yield native_row("sampling", f"[{texts}, 49152] top-k, top-p", lambda: sample(logits, wishes), logits.nbytes)
 
 
 def _pictures(new: Callable[..., Tensor], native_row: Callable[..., Row]) -> Iterator[Row]:
