@@ -81,8 +81,8 @@ def operations(records: Sequence[Record]) -> str:
     """What benchmarks/kernels.py found as a table in Markdown; empty without it."""
     found = [row for record in records if record["benchmark"] == "kernels" for row in record["rows"]]
     rows = [
-        f"| `{row['op']}` | {row['shape']} | {_seconds(row['reference_us'] / 1e6)} | {_seconds(row['ours_us'] / 1e6)} | "
-        f"{row['reference_us'] / row['ours_us']:.2f} | {100 * row['share']:.0f} % of {row['of']} |"
+        f"| `{row['op']}` | {row['shape']} | {_seconds(row['reference_us'] / 1e6)} | {_seconds(row['ours_us'] / 1e6)} "
+        f"| {row['reference_us'] / row['ours_us']:.2f} | {100 * row['share']:.0f} % of {row['of']} |"
         for row in found
     ]
     head = ["| op | shape | torch | ours | times faster | share |", "|---|---|---|---|---|---|"]
