@@ -26,9 +26,11 @@ from multimodal_gen.kernels.int8_product import Int8Weight
 from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift, rms_norm_scale
 from multimodal_gen.kernels.packed_attention import packed_attention
 from multimodal_gen.kernels.packed_linear import PackedWeight
+from multimodal_gen.kernels.paged_attention import Spans, paged_attention
 from multimodal_gen.kernels.qk_norm_rope import qk_norm_rope_
 from multimodal_gen.kernels.ring_merge import ring_merge_
 from multimodal_gen.kernels.rms_norm_silu import rms_norm_silu
+from multimodal_gen.kernels.sampling import Wishes, sample
 
 T, WIDTH, HEADS, HEAD, HIDDEN = 1056, 1536, 12, 128, 4096
 Call = Callable[[], object]
@@ -85,22 +87,35 @@ def rows(dtype: torch.dtype) -> Iterator[Row]:
     yield native_row("gated_product", f"[{T}, {HIDDEN}]", lambda: gated_product(gate, other), 3 * both.nbytes // 2)
     yield native_row("gelu_tanh_", f"[{T}, 8960]", lambda: gelu_tanh_(up), 2 * up.nbytes)
 
-    q, k, v = qkv.unbind(1)
-    yield Row(
-        "packed_attention",
-        f"[{T}, {HEADS}, {HEAD}], one segment",
-        lambda: packed_attention(q, k, v, (T,), (T,)),
-        lambda: F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in (q, k, v))),
-        4 * size,
-        4 * T * T * HEADS * HEAD,
-    )
     out, lse, more = new(T, HEADS, HEAD, like=torch.float32), new(T, HEADS, like=torch.float32), new(T, HEADS, HEAD)
     yield native_row(
         "ring_merge_", f"[{T}, {HEADS}, {HEAD}]", lambda: ring_merge_(out, lse, more, lse), 2 * out.nbytes + more.nbytes
     )
 
+    yield from _attention(new, dtype)
     yield from _products(new, native_row, dtype)
+    yield from _decoding(new, native_row)
     yield from _pictures(new, native_row)
+
+
+def _attention(new: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Row]:
+    """A picture of the 478 M model and one of 128 x 128, a prompt that Wan looks at, a VAE's one head."""
+    for queries, keys, heads, width in (
+        (T, T, HEADS, HEAD),
+        (96, 96, HEADS, HEAD),
+        (1560, 512, 12, 128),
+        (1024, 1024, 1, 512),
+    ):
+        q, k, v = new(queries, heads, width), new(keys, heads, width), new(keys, heads, width)
+        one = [part.transpose(0, 1)[None] for part in (q, k, v)]
+        yield Row(
+            "packed_attention",
+            f"[{queries}, {heads}, {width}] to {keys} keys",
+            lambda q=q, k=k, v=v: packed_attention(q, k, v, (len(q),), (len(k),)),
+            lambda one=one: F.scaled_dot_product_attention(*one),
+            2 * (queries + keys) * heads * width * dtype.itemsize,
+            4 * queries * keys * heads * width,
+        )
 
 
 def _products(new: Callable[..., Tensor], native_row: Callable[..., Row], dtype: torch.dtype) -> Iterator[Row]:
@@ -129,6 +144,25 @@ def _products(new: Callable[..., Tensor], native_row: Callable[..., Row], dtype:
         plain = lambda x=x, w=w: F.linear(x, w)  # noqa: E731
         moved = x.nbytes + w.nbytes + rows_ * 49152 * dtype.itemsize
         yield Row("blocked_linear", shape, lambda x=x, b=blocked: blocked_linear(x, b), plain, moved)
+
+
+def _decoding(new: Callable[..., Tensor], native_row: Callable[..., Row]) -> Iterator[Row]:
+    texts, tokens, pages = 32, 192, 12  # of SmolLM2: 9 heads over 3 of keys, 64 wide
+    cache, q = new(2, texts * pages, 3, 16, 64), new(texts, 9, 64)
+    table = [[at, tokens - 1, 1, at * pages] for at in range(texts)]
+    spans = Spans(torch.tensor(table, dtype=torch.int32), torch.arange(texts * pages, dtype=torch.int32))
+    shape = f"{texts} of {tokens} tokens"
+    yield native_row("paged_attention", shape, lambda: paged_attention(q, cache, spans), cache.nbytes + 2 * q.nbytes)
+
+    logits = new(texts, 49152, like=torch.float32) * 3
+    wishes = Wishes(
+        temperature=torch.full((texts,), 0.8),
+        top_k=torch.full((texts,), 50, dtype=torch.int32),
+        top_p=torch.full((texts,), 0.9, dtype=torch.float64),
+        min_p=torch.zeros(texts),
+        uniform=torch.rand(texts, dtype=torch.float64),
+    )
+    yield native_row("sampling", f"[{texts}, 49152] top-k, top-p", lambda: sample(logits, wishes), logits.nbytes)
 
 
 def _pictures(new: Callable[..., Tensor], native_row: Callable[..., Row]) -> Iterator[Row]:

@@ -21,7 +21,7 @@ FEW, MORE = 256, 4096
 # Sums over a vocabulary are sums of sums over so many neighbours. Usual vocabularies are multiples of it.
 BLOCK = 128
 
-_sampling = native.Function("sampling", "ppppppppiii", (torch.float32,))
+_sampling = native.Function("sampling", "ppppppppiiii", (torch.float32,))
 _best_logits = native.Function("best_logits", "pppii", (torch.float32,))
 
 
@@ -61,7 +61,7 @@ def sample(logits: Tensor, wishes: Wishes) -> Tensor:
     padded = -(-logits.shape[1] // BLOCK) * BLOCK
     memory = torch.empty(torch.get_num_threads(), 2, padded)
     asked = (wishes.temperature, wishes.top_k, wishes.top_p, wishes.min_p, wishes.uniform, ids, memory)
-    compute(logits.data_ptr(), *(tensor.data_ptr() for tensor in asked), *logits.shape, padded)
+    compute(logits.data_ptr(), *(tensor.data_ptr() for tensor in asked), len(memory), *logits.shape, padded)
     return ids
 
 

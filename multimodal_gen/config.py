@@ -72,7 +72,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="where ranks run: processes of this machine, or actors on the machines of a Ray cluster"),
     ] = "process"
     threads: Annotated[
-        AtLeastOne | None, Meta(description="CPU threads of each worker; default: the cores that it may use, shared out")
+        AtLeastOne | None,
+        Meta(description="CPU threads of each worker; default: the cores that it may use, shared out"),
     ] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     kernels: Annotated[

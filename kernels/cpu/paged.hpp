@@ -127,15 +127,13 @@ template <class T> struct Attend {
     void work(int64_t* taken) const {
         Desk desk;
         Line line{*this, taken};
-        Group now, then;
-        bool more = line.next(now);
-        Reader reader{*this, now, 0};
-        if (more)
-            for (int64_t t = 0; t < LEAD; t += WIDTH) reader.fetch(nullptr);
-        while (more) {
-            bool another = line.next(then);
-            compute(desk, now, reader, another ? &then : nullptr);
-            now = then, more = another;
+        Group now{}, then{};
+        if (!line.next(now)) return;
+        Reader reader(*this, now);
+        for (int64_t t = 0; t < LEAD; t++) reader.fetch(nullptr);
+        for (bool more = true; more; now = then) {
+            more = line.next(then);
+            compute(desk, now, reader, more ? &then : nullptr);
         }
     }
 
@@ -165,22 +163,22 @@ template <class T> struct Attend {
 
     // Where a token's key and value are; those of one page lie side by side, `left` of them from here on.
     struct Place {
-        const Attend& of;
+        const Attend* of;
         const int32_t* page;
         int64_t kv_head, left;
         const T *key, *value;
 
         Place(const Attend& of, const Group& group, int64_t token)
-            : of(of), page(of.pages + group.span->table + token / of.pool.size), kv_head(group.kv_head) {
+            : of(&of), page(of.pages + group.span->table + token / of.pool.size), kv_head(group.kv_head) {
             find(token % of.pool.size);
         }
         void find(int64_t offset) {
-            left = of.pool.size - offset;
-            key = of.pool.at(0, *page, kv_head, offset), value = of.pool.at(1, *page, kv_head, offset);
+            left = of->pool.size - offset;
+            key = of->pool.at(0, *page, kv_head, offset), value = of->pool.at(1, *page, kv_head, offset);
         }
-        void step() {
-            key += of.pool.dim, value += of.pool.dim;
-            if (--left == 0) page++, find(0);
+        void step() { key += of->pool.dim, value += of->pool.dim, left--; }
+        void arrive() {
+            if (left == 0) page++, find(0);
         }
     };
 
@@ -190,21 +188,21 @@ template <class T> struct Attend {
         const Attend& of;
         Group group;
         int64_t token;
+        Place at;
 
+        Reader(const Attend& of, const Group& group) : of(of), group(group), token(0), at(of, group, 0) {}
+
+        // One token. The processor has few places for what is on its way: fetches come in small portions.
         void fetch(const Group* then) {
-            if (token >= group.seen()) {
+            if (token == group.seen()) {
                 if (!then || (then->span == group.span && then->kv_head == group.kv_head)) return;
-                group = *then, token = 0;
+                group = *then, token = 0, at = Place(of, group, 0);
             }
-            int64_t last = token + WIDTH < group.seen() ? token + WIDTH : group.seen();
-            for (Place at(of, group, token); token < last;) {
-                int64_t count = at.left < last - token ? at.left : last - token;
-                const char *key = (const char*)at.key, *value = (const char*)at.value;
-                for (int64_t i = 0; i < count * of.pool.dim * int64_t(sizeof(T)); i += 64)
-                    __builtin_prefetch(key + i, 0, 2), __builtin_prefetch(value + i, 0, 2);
-                token += count;
-                if (token < last) at.page++, at.find(0);
-            }
+            at.arrive();
+            const char *key = (const char*)at.key, *value = (const char*)at.value;
+            for (int64_t i = 0; i < of.pool.dim * int64_t(sizeof(T)); i += 64)
+                __builtin_prefetch(key + i, 0, 2), __builtin_prefetch(value + i, 0, 2);
+            at.step(), token++;
         }
     };
 
@@ -213,8 +211,7 @@ template <class T> struct Attend {
         for (int64_t first = 0; first < group.seen(); first += PART) {
             int64_t tokens = group.seen() - first < PART ? group.seen() - first : PART;
             for (int64_t t = 0; t < tokens; t += WIDTH) {
-                reader.fetch(then);
-                look(desk, group, first, t, tokens);
+                look(desk, group, first, t, tokens, [&] { reader.fetch(then); });
             }
             for (int64_t i = 0; i < desk.queries; i++) soften(desk, i, first, tokens, pool.dim);
             for (int64_t i = 0; i < desk.queries; i += 4) switch (desk.queries - i) {
@@ -244,13 +241,16 @@ template <class T> struct Attend {
     }
 
     // Scores of sixteen tokens from `first + t`; behind the last one it is read again.
-    void look(Desk& desk, const Group& group, int64_t first, int64_t t, int64_t tokens) const {
+    template <class Fetch>
+    void look(Desk& desk, const Group& group, int64_t first, int64_t t, int64_t tokens, Fetch fetch) const {
         const word* rows[WIDTH];
         int64_t length = pool.dim * sizeof(T) / 4;
         Place at(*this, group, first + t);
         for (int64_t i = 0; i < WIDTH; i++) {
+            at.arrive();
             rows[i] = (const word*)at.key, desk.values[t + i] = at.value;
             if (t + i + 1 < tokens) at.step();
+            fetch();
         }
         for (int64_t k = 0; k < length; k += WIDTH) turn16(rows, k, desk.keys + k * 16);
         for (int64_t i = 0; i < desk.queries; i += 4) switch (desk.queries - i) {

@@ -100,11 +100,13 @@ static int64_t pick(float* weights, int64_t padded, float least, double uniform)
     return token;
 }
 
-// logits [rows, count]; `memory` [threads, 2, padded].
+// logits [rows, count]; `memory` [threads, 2, padded]: no more threads than it has room for.
 EXPORT void sampling_f32(
     const float* logits, const float* temperature, const int32_t* top_k, const double* top_p, const float* min_p,
-    const double* uniform, int64_t* ids, float* memory, int64_t rows, int64_t count, int64_t padded) {
+    const double* uniform, int64_t* ids, float* memory, int64_t threads, int64_t rows, int64_t count, int64_t padded) {
     together([&](Team team) {
+        if (team.own >= threads) return;
+        team.count = std::min(team.count, threads);
         float *weights = memory + team.own * 2 * padded, *sorted = weights + padded;
         for (int64_t row = team.first(rows); row < team.last(rows); row++) {
             Wish wish{temperature[row], min_p[row], top_k[row], top_p[row], uniform[row]};

@@ -1,8 +1,8 @@
 """`kernels/sampling.py` in Triton: a program per row, which reads its logits again and again from the second cache.
 
-Nothing is sorted. The weight that a candidate must reach is the largest one of which enough candidates stand at or above
-it, or enough of their sum; its bits are found by halving the range between two weights thirty times, since floats above
-zero are in the order of their bits. Sums of tiles are float32, sums over tiles float64.
+Nothing is sorted. The weight that a candidate must reach is the largest one of which enough candidates stand at or
+above it, or enough of their sum; its bits are found by halving the range between two weights thirty times, since floats
+above zero are in the order of their bits. Sums of tiles are float32, sums over tiles float64.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"

@@ -43,6 +43,10 @@ BENCHMARKS = {
     ),
     "lora": Benchmark("three adapters: switches, steps, memory", ("--repeats", "1", "--step-repeats", "1")),
     "llm_decode": Benchmark("writing text", ("--repeats", "1", "--batches", "1", "--without", "openvino-q4", "vllm")),
+    "quantize": Benchmark(
+        "fewer bits: speed and how far pictures are off", ("--repeats", "1", "--model", "emoji-image")
+    ),
+    "step_cache": Benchmark("step caches: speed and how far pictures are off", ("--repeats", "1", "--only", "emoji")),
     "interleave": Benchmark("chats and pictures on one server, alone and together"),
     "offload": Benchmark("models larger than the memory", ("--repeats", "1", "--only", "fits"), suite=False),
     "parallel": Benchmark("what ranks send one another", (), suite=False),

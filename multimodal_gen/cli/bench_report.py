@@ -16,6 +16,7 @@ from multimodal_gen.cli.text import as_json
 Record = dict[str, Any]
 
 WIDTH, ROW, TOP, LABELS, RIGHT = 960, 24, 56, 440, 130  # pixels
+MOST = 12.0  # times faster; longer bars are cut off there, their number is not
 COLOURS = {"met": "#2a9d5c", "missed": "#c8553d", "no goal": "#4a78b0"}
 
 
@@ -61,7 +62,7 @@ def comparisons(records: Sequence[Record]) -> Iterator[Comparison]:
 def write(folder: Path, records: Sequence[Record]) -> None:
     """bench.json, bench.md and bench.svg."""
     (folder / "bench.json").write_text(as_json({"records": list(records)}) + "\n")
-    (folder / "bench.md").write_text(table(records) + "\n")
+    (folder / "bench.md").write_text("\n\n".join([table(records), operations(records)]).strip() + "\n")
     (folder / "bench.svg").write_text(plot(records))
 
 
@@ -76,11 +77,23 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([*head, *rows]) if rows else ""
 
 
+def operations(records: Sequence[Record]) -> str:
+    """What benchmarks/kernels.py found as a table in Markdown; empty without it."""
+    found = [row for record in records if record["benchmark"] == "kernels" for row in record["rows"]]
+    rows = [
+        f"| `{row['op']}` | {row['shape']} | {_seconds(row['reference_us'] / 1e6)} | {_seconds(row['ours_us'] / 1e6)} "
+        f"| {row['reference_us'] / row['ours_us']:.2f} | {100 * row['share']:.0f} % of {row['of']} |"
+        for row in found
+    ]
+    head = ["| op | shape | torch | ours | times faster | share |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
 def plot(records: Sequence[Record]) -> str:
     """A bar for each comparison, with the extremes of its rounds and a tick at the goal."""
     found = list(comparisons(records))
     height = TOP + ROW * len(found) + 40
-    most = max([2.0, *(max(each.most, each.goal or 0.0) for each in found)])
+    most = min(MOST, max([2.0, *(max(each.most, each.goal or 0.0) for each in found)]))
     scale = (WIDTH - LABELS - RIGHT) / most
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
@@ -88,7 +101,7 @@ def plot(records: Sequence[Record]) -> str:
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<text x="12" y="22" font-size="15">times faster than the peer</text><text x="12" y="40" fill="#666">'
         f"{escape(_machine(records))}</text>",
-        *(_bar(each, TOP + ROW * at, scale) for at, each in enumerate(found)),
+        *(_bar(each, TOP + ROW * at, scale, most) for at, each in enumerate(found)),
         f'<line x1="{LABELS + scale:.1f}" x2="{LABELS + scale:.1f}" y1="{TOP - 4}" y2="{height - 32}" stroke="#999" '
         'stroke-dasharray="3 3"/>',
         f'<text x="12" y="{height - 12}" fill="#666">bar: ratio of the medians; line: extremes of the rounds; tick: '
@@ -98,19 +111,20 @@ def plot(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bar(each: Comparison, y: int, scale: float) -> str:
-    middle, end = y + ROW // 2, LABELS + each.times * scale
+def _bar(each: Comparison, y: int, scale: float, limit: float) -> str:
+    times, least, most = (min(limit, value) for value in (each.times, each.least, each.most))
+    middle = y + ROW // 2
     parts = [
         f'<text x="{LABELS - 8}" y="{middle + 4}" text-anchor="end">{escape(f"{each.name} / {each.peer}")}</text>',
-        f'<rect x="{LABELS}" y="{y + 4}" width="{each.times * scale:.1f}" height="{ROW - 8}" '
+        f'<rect x="{LABELS}" y="{y + 4}" width="{times * scale:.1f}" height="{ROW - 8}" '
         f'fill="{COLOURS[each.verdict]}"/>',
-        f'<line x1="{LABELS + each.least * scale:.1f}" x2="{LABELS + each.most * scale:.1f}" y1="{middle}" '
+        f'<line x1="{LABELS + least * scale:.1f}" x2="{LABELS + most * scale:.1f}" y1="{middle}" '
         f'y2="{middle}" stroke="black"/>',
-        f'<text x="{max(end, LABELS + each.most * scale) + 6:.1f}" y="{middle + 4}">{each.times:.2f} '
+        f'<text x="{LABELS + max(times, most) * scale + 6:.1f}" y="{middle + 4}">{each.times:.2f} '
         f"({_seconds(each.ours_s)})</text>",
     ]
     if each.goal is not None:
-        x = LABELS + each.goal * scale
+        x = LABELS + min(limit, each.goal) * scale
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y + 2}" y2="{y + ROW - 2}" stroke="black" stroke-width="2"/>'
         )

@@ -89,8 +89,15 @@ def run() -> dict[str, Any]:
     after, _ = roofline_measured.this_machine(known)
     # Others may be at work here, too: a limit is the best that was seen.
     limits = {name: max(before._asdict()[name], after._asdict()[name]) for name in ("flops", "bandwidth")}
-    here = before._replace(**limits)
-    print(f"Measured on {here.name}: {here.flops / 1e12:.2f} TFLOP/s, {here.bandwidth / 1e9:.1f} GB/s.\n")
+    rates = [
+        call.cost().flops / seconds[title][index]
+        for title, calls in steps.items()
+        for index, call in enumerate(calls)
+        if OPS[call.op].bound == "product"
+    ]
+    here = before._replace(bandwidth=limits["bandwidth"], flops=max(limits["flops"], *rates))
+    print(f"Measured on {here.name}: {here.flops / 1e12:.2f} TFLOP/s, {here.bandwidth / 1e9:.1f} GB/s (a copy).")
+    print("Tensors that stay in its caches from call to call come out above that bandwidth.\n")
     for title, calls in steps.items():
         print(f"{title}\n{columns(_measured_rows(calls, seconds[title], here), '  ')}\n")
     return {

@@ -29,6 +29,7 @@ from multimodal_gen.kernels.qk_norm_rope import qk_norm_rope_
 DTYPE = torch.bfloat16
 EPS = 1e-6
 SECONDS = 0.3  # that a call is repeated for
+LIMIT_SECONDS = 1.0  # the same of what finds a limit
 LEAST = 3  # times that it is made
 
 Work = Callable[[], object]
@@ -45,10 +46,10 @@ def this_machine(known: Callable[[str], Device | None]) -> tuple[Device, bool]:
     else:
         name = f"{cpu()['model']}, {torch.get_num_threads()} threads"
     side = 8192 if device.type == "cuda" else 2048
-    product = seconds(_linear(side, side, side))
+    product = seconds(_linear(side, side, side), LIMIT_SECONDS)
     x = torch.zeros((256 << 20) // 2, dtype=DTYPE, device=device)
     y = torch.empty_like(x)
-    copy = seconds(lambda: y.copy_(x))
+    copy = seconds(lambda: y.copy_(x), LIMIT_SECONDS)
     limits: dict[Bound, float] = {"product": 1.0, "attention": 1.0, "rows": 1.0}
     return Device(name, 2 * side**3 / product, 2 * x.nbytes / copy, limits), device.type == "cuda"
 
@@ -56,10 +57,10 @@ def this_machine(known: Callable[[str], Device | None]) -> tuple[Device, bool]:
 def measure(calls: Sequence[Call]) -> dict[int, float]:
     """Seconds of one of each."""
     with torch.inference_mode():
-        return {index: seconds(MAKERS[call.op](**call.sizes)) for index, call in enumerate(calls)}
+        return {index: seconds(MAKERS[call.op](**call.sizes), SECONDS) for index, call in enumerate(calls)}
 
 
-def seconds(work: Work) -> float:
+def seconds(work: Work, least: float) -> float:
     """The shortest of several runs on a CPU; on a GPU the mean of a queue of them, as they are queued in a step."""
     device = _device()
     work()
@@ -74,7 +75,7 @@ def seconds(work: Work) -> float:
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / count
     taken: list[float] = []
-    while len(taken) < LEAST or sum(taken) < SECONDS:
+    while len(taken) < LEAST or sum(taken) < least:
         start = time.perf_counter()
         work()
         taken.append(time.perf_counter() - start)

@@ -44,6 +44,10 @@ class RMSNorm(nn.Module):
         """x [T, D] → [T, D]."""
         return rms_norm_scale(x, self.weight[None], None, self.eps)
 
+    def as_norm(self) -> Norm:
+        """Itself, for a kernel that does something else with x, too."""
+        return Norm("rms", self.weight[None], None, None, self.eps)
+
 
 class ThinRMSNorm(RMSNorm):
     """The same by `rms_normalize_thin`."""

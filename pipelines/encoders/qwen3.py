@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.kernels.gated_product import gated_product
+from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
+from multimodal_gen.kernels.qk_norm_rope import qk_norm_rope_
 from multimodal_gen.nn.norm import RMSNorm
 
 MODEL_TYPE = "qwen3"
@@ -86,27 +89,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [l, D]; cos and sin [l, 1, head]."""
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """x [l, D]; turns float32 [l, 2, head / 2]."""
         q, k, v = (layer(x).unflatten(-1, (-1, self.dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (_turn(_per_head(n, x), cos, sin) for n, x in ((self.q_norm, q), (self.k_norm, k)))
+        for states, norm in ((q, self.q_norm), (k, self.k_norm)):
+            qk_norm_rope_(states[:, None], norm.weight[None], turns, norm.eps, pairs="halves")
         groups = q.shape[1] // k.shape[1]
         q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))  # [1, heads, l, head]
         k, v = (states.repeat_interleave(groups, 1) for states in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(mixed[0].transpose(0, 1).flatten(1))
-
-
-def _per_head(norm: RMSNorm, x: Tensor) -> Tensor:
-    """x [l, heads, head] → the same, each head normalised."""
-    normal: Tensor = norm(x.flatten(0, 1))
-    return normal.view_as(x)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al., 2021): the halves of a head turn."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class MLP(nn.Module):
@@ -120,7 +112,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
+        return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -133,9 +125,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """x [l, D] → [l, D], overwritten."""
+        h = self.self_attn(self.input_layernorm(x), turns)
+        h = gated_residual_norm_(x, h, None, None, None, self.post_attention_layernorm.as_norm())
+        return gated_residual_(x, self.mlp(h), None, None)
 
 
 class Qwen3Body(nn.Module):
@@ -144,21 +138,22 @@ class Qwen3Body(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn at random: on the meta device that alone imports torch's compiler, a second of every start.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [l] → [l, D]."""
         x = self.embed_tokens(ids)
-        cos, sin = self._rotation(len(ids), x)
+        turns = self._turns(len(ids), x.device)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, turns)
         return x
 
-    def _rotation(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _turns(self, length: int, device: torch.device) -> Tensor:
+        """float32 [length, 2, head / 2]: cosines and sines."""
         dim = self.config.head_dim
         steps = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        frequencies = (1.0 / (self.config.rope_theta**steps)).to(like.device)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=like.device), frequencies)
-        angles = torch.cat((angles, angles), -1)[:, None]
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        frequencies = (1.0 / (self.config.rope_theta**steps)).to(device)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+        return torch.stack((angles.cos(), angles.sin()), 1)

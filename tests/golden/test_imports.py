@@ -158,6 +158,18 @@ def test_what_runs_without_a_model_loads_no_torch(code: str) -> None:
     assert not loaded, f"this pulled in {loaded}; find the import with python -X importtime"
 
 
+def test_the_first_picture_waits_for_no_more_than_torch() -> None:
+    """What else its start once imported took longer than everything that it computed (decision 038)."""
+    code = (
+        "from multimodal_gen import DiffGenerator\n"
+        "gen = DiffGenerator.from_pretrained('emoji-image', device='cpu')\n"
+        "gen.generate('a red apple', width=32, height=32, num_inference_steps=1)\n"
+    )
+    slow = ("diffusers", "transformers", "accelerate", "peft", "sympy", "triton", "torch._dynamo", "torch._inductor")
+    loaded = run(f"{code}import sys\nprint(*[m for m in {slow!r} if m in sys.modules])").split()
+    assert not loaded, f"this pulled in {loaded}; find the import with python -X importtime"
+
+
 def test_importing_the_package_is_cheap() -> None:
     code = "import time; t = time.perf_counter(); import multimodal_gen; print(time.perf_counter() - t)"
     best = min(float(run(code)) for _ in range(5))

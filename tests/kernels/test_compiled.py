@@ -26,12 +26,17 @@ def test_every_file_with_a_triton_kernel_has_launches_that_are_compiled() -> Non
     assert jitted == set(ahead.ops()), "each has a file of launches: tests/kernels/launches/NAME.py"
 
 
-def _launches(tree: ast.AST) -> bool:
-    """Whether kernel[grid](...) is in there."""
-    return any(
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.slice, ast.Tuple)
-        for node in ast.walk(tree)
-    )
+def _launches(tree: ast.Module) -> bool:
+    """Whether one of its own kernels is launched in there: kernel[grid](...)."""
+    kernels = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(mark) == "triton.jit" for mark in node.decorator_list)
+    }
+    subscripts = [
+        node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    return any(isinstance(called.value, ast.Name) and called.value.id in kernels for called in subscripts)
 
 
 def test_only_one_place_chooses_triton() -> None:

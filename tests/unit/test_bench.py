@@ -121,6 +121,13 @@ def test_the_plot_has_a_bar_as_long_as_each_ratio() -> None:
     assert "A <fast> one" in "".join(root.itertext())
 
 
+def test_operations_are_told_with_their_share_of_what_the_machine_can_do() -> None:
+    row = {"op": "norm", "shape": "[2, 3]", "reference_us": 30.0, "ours_us": 10.0, "share": 0.8, "of": "copy"}
+    lines = bench_report.operations([{"benchmark": "kernels", "rows": [row]}, record(1.0)]).splitlines()
+    assert lines[2:] == ["| `norm` | [2, 3] | 0.03 ms | 0.01 ms | 3.00 | 80 % of copy |"]
+    assert bench_report.operations([record(1.0)]) == ""
+
+
 def test_a_run_without_figures_still_writes_its_files(tmp_path: Path) -> None:
     bench_report.write(tmp_path, [{"benchmark": "parallel", "environment": ENVIRONMENT}])
     assert bench_report.table([]) == ""

@@ -31,7 +31,7 @@ from tests.support.tape import PlayedBack
 pytestmark = [pytest.mark.unit]
 
 CPU = torch.device("cpu")
-Step = Callable[[int, int], list[Tensor]]  # (size, seed) → velocities
+Step = Callable[..., list[Tensor]]  # (size, seed) and maybe an adapter → velocities
 
 
 @pytest.fixture(autouse=True)
@@ -130,16 +130,10 @@ def test_graphs_of_a_gpu_compute_what_it_computes_without_them(name: str) -> Non
 
 def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
     model, step = pictures()
-    overlay = Overlay(
-        {
-            model.layers[0].attention.out: Update(
-                torch.ones(48, 1), (Piece(slice(0, 48), slice(0, 1), torch.ones(1, 48)),)
-            )
-        }
-    )
+    overlay = overlay_of(model)
     plain = step(2, 1)
     model.graphs = Graphs(PlayedBack())
-    with_adapter = [step(2, 1, overlay) for _ in range(3)]  # type: ignore[call-arg]
+    with_adapter = [step(2, 1, overlay) for _ in range(3)]
     assert model.graphs.replayed == 0
     assert not torch.allclose(with_adapter[0][0], plain[0])
     assert torch.equal(with_adapter[0][0], with_adapter[2][0])
@@ -209,6 +203,23 @@ def test_compiled_layers_compute_the_same() -> None:
     plain = step(2, 1)
     compiled.compile_layers(model.layers)
     assert_close(step(2, 1), plain)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_traced_layers_take_adapters_beside_them() -> None:
+    model, step = pictures(1)
+    overlay = overlay_of(model)
+    plain, with_adapter = step(2, 1), step(2, 1, overlay)
+    compiled.compile_layers(layers_of(model), "aot_eager")
+    assert_close(step(2, 1), plain)
+    assert_close(step(2, 1, overlay), with_adapter)
+    assert_close(step(2, 1), plain)
+
+
+def overlay_of(model: ZImageTransformer) -> Overlay:
+    """An adapter of one layer, large enough to be seen."""
+    piece = Piece(slice(0, 48), slice(0, 1), torch.ones(1, 48))
+    return Overlay({model.layers[0].attention.out: Update(torch.ones(48, 1), (piece,))})
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
