@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal_gen.kernels import native
+from multimodal_gen.kernels.eager import eager_break
 
 BLOCK = 32  # outputs that lie together
 LARGEST = 127
@@ -112,6 +113,7 @@ class BlockedWeight:
         """[out, in] as before, in the dtype that it is held in."""
         return from_blocks(self.words, self.halves)
 
+    @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         return blocked_linear(x, self, bias)

@@ -46,7 +46,7 @@ def gated_norm(
     Returns: [T, D].
     """
     _check(x, gate, weight, bias, groups)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import gated_norm
 
         return gated_norm.gated_norm(x, gate, weight, bias, eps, kind=kind, groups=groups, order=order)

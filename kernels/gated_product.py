@@ -32,7 +32,7 @@ def gated_product(gate: Tensor, up: Tensor, activation: Activation = "silu") -> 
     assert gate.shape == up.shape, (gate.shape, up.shape)
     assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
     assert gate.device == up.device, (gate.device, up.device)
-    if gate.is_cuda:
+    if native.by_triton(gate):
         from multimodal_gen.kernels.gpu import gated_product
 
         return gated_product.gated_product(gate, up, activation)
@@ -55,7 +55,7 @@ def gelu_tanh_(x: Tensor, bias: Tensor | None = None) -> Tensor:
         assert bias.dtype == x.dtype, (bias.dtype, x.dtype)
         assert bias.device == x.device, (bias.device, x.device)
         assert bias.is_contiguous(), bias.stride()
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import gated_product
 
         return gated_product.gelu_tanh_(x, bias)

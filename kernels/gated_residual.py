@@ -38,7 +38,7 @@ def gated_residual_(
         eps: of the mean square of y; None: y is taken as it is.
     """
     _check(x, y, gate, index)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import gated_residual
 
         return gated_residual.gated_residual_(x, y, gate, index, eps)
@@ -61,7 +61,7 @@ def gated_residual_norm_(
     check_rows(x, norm.scale, norm.index)
     check_alike(norm.scale, norm.shift)
     assert norm.kind == "layer" or norm.shift is None, "RMS norms have no shift"
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import gated_residual
 
         return gated_residual.gated_residual_norm_(x, y, gate, index, eps, norm)

@@ -39,7 +39,7 @@ def group_norm_silu(
     """
     _check(x, weight, bias, groups, out)
     out = torch.empty_like(x) if out is None else out
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import group_norm_silu as gpu
 
         return gpu.group_norm_silu(x, weight, bias, groups, eps, silu, out)

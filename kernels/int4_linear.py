@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal_gen.kernels.eager import eager_break
+
 GROUP = 32  # neighbours in a row that share a scale
 LEVELS = 16
 ROWS = 16  # the kernel takes outputs in multiples of it
@@ -29,6 +31,7 @@ class Int4Weight:
         """Bytes held."""
         return self._packed.nbytes + self._scales.nbytes
 
+    @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         assert x.dtype == self._scales.dtype, (x.dtype, self._scales.dtype)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal_gen.kernels.eager import eager_break
+
 NARROW = 8  # rows up to which torch's kernel is the faster way (Zen 5: equal at about 16)
 VECTOR = 16  # numbers that torch's kernel reads at a time; it would read beyond the end of a row of another length
 LARGEST = 127
@@ -27,6 +29,7 @@ class Int8Weight:
         """Bytes held."""
         return self._numbers.nbytes + self._scales.nbytes
 
+    @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         y = int8_linear(x, self._numbers, self._scales)

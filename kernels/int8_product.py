@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.kernels.native import Function
 
 LARGEST = 127
@@ -51,6 +52,7 @@ class Int8Weight:
         self._numbers = numbers.T.contiguous() if weight.is_cpu else numbers.T
         self.nbytes = numbers.nbytes + self._scales.nbytes
 
+    @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         numbers, scales = quantize(x)

@@ -73,11 +73,12 @@ def switched_off() -> bool:
 
 def by_triton(x: Tensor) -> bool:
     """Whether the Triton kernel computes on tensors like x."""
-    return x.is_cuda and _Choice.native and _has_triton()
+    return x.is_cuda and _Choice.native and has_triton() and not torch.compiler.is_compiling()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -97,7 +98,7 @@ class Function:
 
     def of(self, x: Tensor) -> CFunction | None:
         """The variant for tensors like x, or None: then torch computes."""
-        if not (x.is_cpu and _Choice.native):
+        if not (x.is_cpu and _Choice.native) or torch.compiler.is_compiling():
             return None
         if self._bound is None:
             self._bound = self._bind()

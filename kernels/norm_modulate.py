@@ -49,7 +49,7 @@ def rms_norm_scale(x: Tensor, scale: Tensor, index: Tensor | None, eps: float) -
     Returns: [T, D].
     """
     check_rows(x, scale, index)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import norm_modulate
 
         return norm_modulate.rms_norm_scale(x, scale, index, eps)
@@ -76,7 +76,7 @@ def layer_norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor | None, index
     """
     check_rows(x, scale, index)
     check_alike(scale, shift)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import norm_modulate
 
         return norm_modulate.layer_norm_scale_shift(x, scale, shift, index, eps)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal_gen.kernels.eager import eager_break
+
 PACKED_FOR = 32  # rows that the order is chosen for; measured equal from 1 to 256
 
 
@@ -42,6 +44,7 @@ class PackedWeight:
         self._packed = pack(weight)
         self.nbytes = weight.nbytes
 
+    @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         return packed_linear(x, self._packed, bias)

@@ -41,7 +41,7 @@ def qk_norm_rope_(
         mean_square: float32 [T, N] over all heads, where other ranks hold some of them; None: made here.
     """
     _check(x, weight, turns, mean_square)
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import qk_norm_rope
 
         return qk_norm_rope.qk_norm_rope_(x, weight, turns, eps, pairs=pairs, mean_square=mean_square)
@@ -118,5 +118,8 @@ def turn(x: Tensor, turns: Tensor, pairs: Pairs) -> Tensor:
     if pairs == "halves":
         a, b = x.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    if torch.compiler.is_compiling():  # it makes no code for complex numbers
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
     return torch.view_as_real(turned).flatten(-2)

@@ -30,7 +30,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, *, silu: bool = True, out: Tensor |
     """
     _check(x, weight, out)
     out = torch.empty_like(x) if out is None else out
-    if x.is_cuda:
+    if native.by_triton(x):
         from multimodal_gen.kernels.gpu import rms_norm_silu as gpu
 
         return gpu.rms_norm_silu(x, weight, silu, out)

@@ -8,7 +8,6 @@ number, not one per candidate as with Gumbel noise, and says the same again.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,9 +50,7 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
 def sample(logits: Tensor, wishes: Wishes) -> Tensor:
     """int64 [R]: a token for each row of float32 [R, V], none of whose maxima is infinite or no number."""
     _check(logits, wishes)
-    if logits.is_cuda:
-        if importlib.util.find_spec("triton") is None:
-            return reference(logits, wishes)
+    if native.by_triton(logits):
         from multimodal_gen.kernels.gpu import sampling
 
         return sampling.sample(logits, wishes)

@@ -11,13 +11,15 @@ import math
 import torch
 from torch import Tensor
 
+from multimodal_gen.kernels import native
+
 
 def timestep_embedding(values: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """values float32 [N] → float32 [N, dim]: cosines in the first half, sines in the second; dim is even."""
     assert values.dim() == 1, values.shape
     assert values.dtype == torch.float32, values.dtype
     assert dim % 2 == 0, dim
-    if values.is_cuda:
+    if native.by_triton(values):
         from multimodal_gen.kernels.gpu import timestep_embedding
 
         return timestep_embedding.timestep_embedding(values, dim, max_period)

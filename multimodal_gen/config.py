@@ -72,13 +72,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="where ranks run: processes of this machine, or actors on the machines of a Ray cluster"),
     ] = "process"
     threads: Annotated[
-        AtLeastOne | None, Meta(description="CPU threads of each worker; default: all cores, shared out")
+        AtLeastOne | None,
+        Meta(description="CPU threads of each worker; default: the cores that it may use, shared out"),
     ] = None
     attention_backend: Annotated[str, Meta(description="auto or a name from `mmgen doctor`")] = "auto"
     kernels: Annotated[
         Literal["auto", "torch"],
         Meta(description="fused operations: auto = ours where they can be had and win, torch = none of ours"),
     ] = "auto"
+    compile: Annotated[
+        bool,
+        Meta(description="compile the repeated layers of picture and video models (torch.compile) at their first step"),
+    ] = False
+    cuda_graphs: Annotated[
+        bool,
+        Meta(description="record those layers once per batch shape and replay them, on CUDA; weights must stay there"),
+    ] = False
     deterministic: Annotated[
         bool, Meta(description="bit-equal results whoever shares the batch: every output gets its own forward")
     ] = False

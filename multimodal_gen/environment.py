@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import msgspec
 
 from multimodal_gen.config import EngineConfig, engine_part
+from multimodal_gen.cores import usable_cores
 from multimodal_gen.settings import ENV_PREFIX
 
 # An idle OpenMP thread spins before it sleeps, by default for milliseconds: with one other busy process on the machine
@@ -39,8 +39,12 @@ def worker_threads(config: EngineConfig, workers: int) -> EngineConfig:
     part = engine_part(config)
     if config.threads is not None or workers == 1:
         return part
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return msgspec.structs.replace(part, threads=max(1, cores // workers))
+    return msgspec.structs.replace(part, threads=max(1, usable_cores() // workers))
+
+
+def default_threads() -> int | None:
+    """Threads of a process that has the machine for itself; None where the user has told OpenMP."""
+    return None if os.environ.get("OMP_NUM_THREADS") else usable_cores()
 
 
 def cache_folder() -> Path:

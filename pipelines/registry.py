@@ -70,8 +70,24 @@ def describe(config: EngineConfig) -> ModelCard:
             f"{name} is a {checkpoint.pipeline_class}. Leave it out.",
             param="quantize",
         )
+    _check_regions(config, spec, name, checkpoint.pipeline_class)
     card: ModelCard = _import(spec.describe)(name, folder)
     return with_step_cache(card, config)
+
+
+def _check_regions(config: EngineConfig, spec: Spec, name: str, pipeline_class: str) -> None:
+    """Raises: ConfigError for --compile and --cuda-graphs where they would do nothing."""
+    for param, wanted in (("compile", config.compile), ("cuda_graphs", config.cuda_graphs)):
+        flag = "--" + param.replace("_", "-")
+        if wanted and spec is fallback():
+            why = f"{flag}: {name} runs through diffusers ({pipeline_class}), whose layers are left as they are."
+            raise ConfigError(f"{why} Leave it out.", param=param)
+    if config.compile and config.deterministic:
+        raise ConfigError(
+            "--compile and --deterministic exclude one another: code is compiled anew as other shapes come, and rounds "
+            "otherwise then.",
+            param="compile",
+        )
 
 
 def with_step_cache(card: ModelCard, config: EngineConfig) -> ModelCard:

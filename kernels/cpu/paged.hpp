@@ -163,6 +163,27 @@ template <class T> struct Attend {
         }
     };
 
+    // Where a token's key and value are; those of one page lie side by side, `left` of them from here on.
+    struct Place {
+        const Attend& of;
+        const int32_t* page;
+        int64_t kv_head, left;
+        const T *key, *value;
+
+        Place(const Attend& of, const Group& group, int64_t token)
+            : of(of), page(of.pages + group.span->table + token / of.pool.size), kv_head(group.kv_head) {
+            find(token % of.pool.size);
+        }
+        void find(int64_t offset) {
+            left = of.pool.size - offset;
+            key = of.pool.at(0, *page, kv_head, offset), value = of.pool.at(1, *page, kv_head, offset);
+        }
+        void step() {
+            key += of.pool.dim, value += of.pool.dim;
+            if (--left == 0) page++, find(0);
+        }
+    };
+
     // Fetches keys and values into the second cache, LEAD tokens before they are read: they lie in pages, and no
     // processor guesses which is the next.
     struct Reader {
@@ -175,13 +196,15 @@ template <class T> struct Attend {
                 if (!then || (then->span == group.span && then->kv_head == group.kv_head)) return;
                 group = *then, token = 0;
             }
-            const int32_t* table = of.pages + group.span->table;
-            for (int64_t last = token + WIDTH; token < last && token < group.seen(); token++)
-                for (int64_t side = 0; side < 2; side++) {
-                    int64_t page = table[token / of.pool.size];
-                    const char* from = (const char*)of.pool.at(side, page, group.kv_head, token % of.pool.size);
-                    for (int64_t i = 0; i < of.pool.dim * int64_t(sizeof(T)); i += 64) __builtin_prefetch(from + i, 0, 2);
-                }
+            int64_t last = token + WIDTH < group.seen() ? token + WIDTH : group.seen();
+            for (Place at(of, group, token); token < last;) {
+                int64_t count = at.left < last - token ? at.left : last - token;
+                const char *key = (const char*)at.key, *value = (const char*)at.value;
+                for (int64_t i = 0; i < count * of.pool.dim * int64_t(sizeof(T)); i += 64)
+                    __builtin_prefetch(key + i, 0, 2), __builtin_prefetch(value + i, 0, 2);
+                token += count;
+                if (token < last) at.page++, at.find(0);
+            }
         }
     };
 
@@ -224,11 +247,10 @@ template <class T> struct Attend {
     void look(Desk& desk, const Group& group, int64_t first, int64_t t, int64_t tokens) const {
         const word* rows[WIDTH];
         int64_t length = pool.dim * sizeof(T) / 4;
+        Place at(*this, group, first + t);
         for (int64_t i = 0; i < WIDTH; i++) {
-            int64_t token = first + (t + i < tokens ? t + i : tokens - 1);
-            int64_t page = pages[group.span->table + token / pool.size], offset = token % pool.size;
-            rows[i] = (const word*)pool.at(0, page, group.kv_head, offset);
-            desk.values[t + i] = pool.at(1, page, group.kv_head, offset);
+            rows[i] = (const word*)at.key, desk.values[t + i] = at.value;
+            if (t + i + 1 < tokens) at.step();
         }
         for (int64_t k = 0; k < length; k += WIDTH) turn16(rows, k, desk.keys + k * 16);
         for (int64_t i = 0; i < desk.queries; i += 4) switch (desk.queries - i) {

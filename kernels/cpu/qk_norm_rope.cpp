@@ -77,6 +77,7 @@ static void qk_norm_rope(
         alignas(64) float cos[MAX_DIM], sin[MAX_DIM];
         Turns own{turns ? cos : nullptr, sin, halves};
         for (int64_t token = first; token < last; token++) {
+            fetch(x + (token + 1) * s.stride, s.parts * width);
             if (turns) widen_turns(turns + token * s.dim, s.dim / 2, halves, cos, sin);
             for (int64_t part = 0; part < s.parts; part++) {
                 T* p = x + token * s.stride + part * width;

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal_gen.attention.native import wins
+from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.kernels.packed_attention import packed_attention
 
 
@@ -33,6 +34,7 @@ class Keys:
         return self.k.nbytes + self.v.nbytes
 
 
+@eager_break
 def cross_attend(q: Tensor, lengths: Sequence[int], keys: Sequence[Keys]) -> Tensor:
     """q [T, H, D], packed sequences of these lengths, each with its keys → [T, H, D]; scale 1/√D."""
     if wins(q):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal_gen.kernels.eager import eager_break
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,6 +68,7 @@ class Segments:
             first += length
         return found
 
+    @eager_break(again=False)
     def index(self, device: torch.device) -> Tensor:
         """int32 [T]: the segment of each token."""
         found = self._indices.get(device)

@@ -33,6 +33,7 @@ BENCHMARKS = {
         "one picture at a time: ours, diffusers, diffusers compiled, OpenVINO",
         ("--repeats", "1", "--only", "emoji", "--steps", "3", "--without", "compiled", "openvino"),
     ),
+    "kernels": Benchmark("every kernel against torch, and its share of what the processor can do"),
     "image_throughput": Benchmark(
         "eight mixed requests at once over HTTP",
         ("--repeats", "1", "--steps", "3", "--overhead-requests", "5", "--skip-deterministic"),

@@ -35,6 +35,12 @@ def describe(config: EngineConfig) -> Cards:
             "language model.",
             param="lora",
         )
+    elif config.compile or config.cuda_graphs:
+        param = "compile" if config.compile else "cuda_graphs"
+        raise ConfigError(
+            f"--{param.replace('_', '-')} is for layers of pictures and videos, and no such model is loaded.",
+            param=param,
+        )
     if config.llm_path is not None:
         from multimodal_gen.llm.card import describe as describe_text
 

@@ -145,12 +145,8 @@ class Memory:
                 self._bring(component)
             component.weights.on_alter = partial(_altered, weakref.ref(self), component.name)
             if component.weights.losses:
-                log.info(
-                    "%s in %s: %s",
-                    component.name,
-                    self._config.quantize,
-                    losses_in_words(component.model, component.weights.losses),
-                )
+                words = losses_in_words(component.model, component.weights.losses)
+                log.info("%s in %s: %s", component.name, self._config.quantize, words)
 
     def _planned(self) -> MemoryPlan:
         wishes, (free, host) = Wishes.of(self._config), self._free()

@@ -1,4 +1,4 @@
-"""Layers of models that are not ours (transformers'), in a form that ranks can share."""
+"""Layers of models that are not ours (transformers'), so that ranks can share them and weights can have forms."""
 
 from __future__ import annotations
 
@@ -22,8 +22,17 @@ class ForeignLinear(Linear):
 
     def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
         tokens = x.flatten(0, -2)
-        y = super().forward(tokens, routing or Routing.of([len(tokens)], [self.overlay]))
-        return y.unflatten(0, x.shape[:-1])
+        if routing is None and self.overlay is not None:
+            routing = Routing.of([len(tokens)], [self.overlay])
+        return super().forward(tokens, routing).unflatten(0, x.shape[:-1])
+
+
+def adopt(model: nn.Module) -> None:
+    """Every nn.Linear of a model on the meta device becomes a `ForeignLinear`."""
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear):
+            assert layer.weight.is_meta, "layers are adopted before they have memory"
+            model.set_submodule(name, ForeignLinear(layer))
 
 
 class ForeignEmbedding(Slotted):

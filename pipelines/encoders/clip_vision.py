@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.memory.layers import LayerList, Track
 from multimodal_gen.memory.residency import Memory
+from multimodal_gen.nn.foreign import adopt
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.weights.loading import Rename, WeightTree
 
@@ -45,6 +46,7 @@ class ClipVisionEncoder:
         except (OSError, ValueError, KeyError) as error:
             raise CorruptModel(f"{folder / 'image_encoder'} cannot be loaded: {error}") from None
         model.post_layernorm = nn.Identity()  # the reference reads the state before it
+        adopt(model)
         self.model = model.eval()
         # The last layer, the final norm and the projection are in the file, and nothing here reads them.
         unread = (

@@ -20,6 +20,7 @@ from torch import Tensor
 from multimodal_gen.errors import CorruptModel
 from multimodal_gen.memory.layers import LayerList, Track
 from multimodal_gen.memory.residency import Memory
+from multimodal_gen.nn.foreign import adopt
 from multimodal_gen.nn.precision import compute_dtype
 from multimodal_gen.parallel.group import SOLO, Group
 from multimodal_gen.parallel.tensor import COLUMN, ROW, Rule, shard
@@ -88,6 +89,7 @@ class UMT5Encoder:
         if compute_dtype(dtype, device) == torch.float16:
             for block in model.block:  # its sums are beyond what float16 can hold
                 block.layer[1].DenseReluDense.wo.float()
+        adopt(model)
         if all(width % ranks.size == 0 for width in (config.num_heads, config.d_ff, config.vocab_size)):
             shard(model, SHARDING, ranks)
             for block in model.block:

@@ -168,8 +168,10 @@ class WanModel(nn.Module):
     @property
     def kept_bytes(self) -> int:
         """What decoding makes of weights and keeps while a video is under way."""
-        weights = [layer.weight for layer in self.decoder.modules() if isinstance(layer, Conv)]
-        weights += [layer.resample.weight[:, :, None] for layer in self.decoder.modules() if isinstance(layer, Upsample)]
+        weights: list[Tensor] = [layer.weight for layer in self.decoder.modules() if isinstance(layer, Conv)]
+        weights += [
+            layer.resample.weight[:, :, None] for layer in self.decoder.modules() if isinstance(layer, Upsample)
+        ]
         return sum(map(filters_bytes, weights))
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from multimodal_gen.attention.base import AttentionBackend
 from multimodal_gen.attention.cross import Keys, cross_attend
+from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.kernels.gated_product import gelu_tanh_
 from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
 from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift
 from multimodal_gen.kernels.timestep_embedding import timestep_embedding
+from multimodal_gen.nn.graphs import Graphs
 from multimodal_gen.nn.linear import FusedLinear, Linear, PatchEmbedding
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.nn.mlp import GeluMLP
@@ -170,10 +172,14 @@ class Block(nn.Module):
         index, eps = slice_.times.index(x.device), self.eps
         h = self.attn1(layer_norm_scale_shift(x, scale, shift, index, eps), slice_, routing)
         h = gated_residual_norm_(x, h, gate, index, None, self.norm2.as_norm())
-        seen = [context.at(self.index, self.attn2) for context in contexts]
-        h = self.attn2(h, seen, slice_.segments.lengths, routing)
+        h = self.attn2(h, self.look(contexts), slice_.segments.lengths, routing)
         h = gated_residual_norm_(x, h, None, None, None, Norm("layer", ffn_scale, ffn_shift, index, eps))
         return gated_residual_(x, self.ffn(h, routing), ffn_gate, index)
+
+    @eager_break(again=False)
+    def look(self, contexts: Sequence[Context]) -> list[Seen]:
+        """What this layer makes of prompts, made once where it is kept."""
+        return [context.at(self.index, self.attn2) for context in contexts]
 
 
 class ImageEmbedder(nn.Module):
@@ -198,6 +204,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.sequence = sequence
+        self.graphs: Graphs | None = None  # that hold the blocks; filled by the pipeline with --cuda-graphs
         dim, single = config.dim, torch.float32
         self.patch_embedding = PatchEmbedding(config.in_channels, config.patch_size, dim)
         self.time_in = Linear(config.freq_dim, dim, bias=True, dtype=single)
@@ -316,9 +323,15 @@ class WanTransformer(nn.Module):
     def through(self, x: Tensor, work: Work, begin: int, end: int) -> Tensor:
         """x [T, D] through some of the blocks, overwritten."""
         folded = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [blocks, 6, S, D]
-        for index in range(begin, end):
-            x = self.blocks[index](x, folded[index - begin], work.contexts, work.slice, work.routing)
-        return x
+
+        def compute(x: Tensor, folded: Tensor) -> Tensor:
+            for index in range(begin, end):
+                x = self.blocks[index](x, folded[index - begin], work.contexts, work.slice, work.routing)
+            return x
+
+        if self.graphs is None or work.routing is not None:
+            return compute(x, folded)
+        return self.graphs.run(compute, (x, folded), (begin, end), (work.layout, *work.contexts))
 
     def predict(self, x: Tensor, work: Work) -> list[Tensor]:
         """x [T, D] after the last block → per sequence [l, patch · C], of all ranks."""

@@ -18,12 +18,12 @@ from multimodal_gen.memory.residency import Memory, Working
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
-from multimodal_gen.parallel.sequence import choose_attention
 from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, PipelineInfo, Row
 from multimodal_gen.pipelines.encoders.clip_vision import ClipVisionEncoder
 from multimodal_gen.pipelines.encoders.umt5 import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.umt5 import UMT5Encoder
+from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.first_block import Halves, leave_early, looked_at
 from multimodal_gen.pipelines.stages.guidance import extrapolate
@@ -70,7 +70,8 @@ class WanPipeline:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.experts = Experts.of(checkpoint)
-        self.backend = choose_attention(config.attention_backend, self.device, mesh)
+        self.regions = Regions(config, self.device)
+        self.backend = self.regions.attention(config.attention_backend, mesh)
         self.memory = memory = Memory(config, self.device, folder, mesh)
         self.trees: dict[str, WeightTree] = {}
         self.transformers: dict[str, WanTransformer] = {}
@@ -87,6 +88,8 @@ class WanPipeline:
         self.vae = WanVae(folder / "vae", files["vae"], self.device, memory, config.vae_tiling, mesh.world)
         memory.follow(TEXT.name, self.experts.names[0])
         memory.load(card, self.dtype, self._working)
+        blocks = [block for transformer in self.transformers.values() for block in transformer.blocks]
+        self.regions.apply(self.transformers, blocks, memory)
         self.solver = load_solver(folder / "scheduler")
         self.vae_scale = card.size_multiple // self.patch[1]
         self.latent_channels: int = len(self.vae.mean)
@@ -357,11 +360,13 @@ class WanPipeline:
     def forget(self) -> None:
         """Modulations; encoded prompts and pictures stay, within --condition-cache-mb."""
         self.times.clear()
+        self.regions.clear()
 
     def reset(self) -> None:
         """Encoded prompts and pictures, modulations, tables of positions, what the layers made of texts."""
         for cache in (self.prompts, self.starts, self.times, self.layouts):
             cache.clear()
+        self.regions.clear()
         for conditions in self.conditions.values():
             conditions.contexts.clear()
 

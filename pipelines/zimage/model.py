@@ -24,6 +24,7 @@ from multimodal_gen.errors import CorruptModel
 from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
 from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift, rms_norm_scale
 from multimodal_gen.kernels.timestep_embedding import timestep_embedding
+from multimodal_gen.nn.graphs import Graphs
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.nn.mlp import SwiGLU
@@ -202,6 +203,7 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.sequence = sequence
+        self.graphs: Graphs | None = None  # that hold the joint layers; filled by the pipeline with --cuda-graphs
         dim = config.dim
         self.image_embedder = Linear(config.patch_dim, dim, bias=True)
         self.caption_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
@@ -327,10 +329,16 @@ class ZImageTransformer(nn.Module):
 
     def through(self, x: Tensor, work: Work, begin: int, end: int) -> Tensor:
         """Image and caption tokens of this rank [T, D] through some of the joint layers, overwritten."""
-        layers = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [n, 4, S, D]
-        for index in range(begin, end):
-            x = self.layers[index](x, work.turns, work.segments, work.routing, layers[index - begin])
-        return x
+        folded = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [n, 4, S, D]
+
+        def compute(x: Tensor, folded: Tensor) -> Tensor:
+            for index in range(begin, end):
+                x = self.layers[index](x, work.turns, work.segments, work.routing, folded[index - begin])
+            return x
+
+        if self.graphs is None or work.routing is not None:
+            return compute(x, folded)
+        return self.graphs.run(compute, (x, folded), (begin, end), (work.layout,))
 
     def predict(self, x: Tensor, work: Work) -> list[Tensor]:
         """x [T, D] after the last layer → per joint sequence, of all ranks, [l, patch_dim]."""

@@ -22,11 +22,11 @@ from multimodal_gen.nn.lowrank import Overlay
 from multimodal_gen.nn.precision import resolve_device, resolve_dtype
 from multimodal_gen.parallel.branches import BranchShare, Pair
 from multimodal_gen.parallel.mesh import Mesh
-from multimodal_gen.parallel.sequence import choose_attention
 from multimodal_gen.parallel.tensor import shard
 from multimodal_gen.pipelines.contract import CacheUse, Conditions, PipelineInfo, Row, whole
 from multimodal_gen.pipelines.encoders.causal_text import TRACK as TEXT
 from multimodal_gen.pipelines.encoders.causal_text import CausalTextEncoder
+from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.stages.byte_cache import ByteCache
 from multimodal_gen.pipelines.stages.first_block import Begun, Halves, leave_early, looked_at
 from multimodal_gen.pipelines.stages.flow_match import SCHEDULER_CLASS, FlowMatchEuler, FlowMatchState
@@ -113,7 +113,8 @@ class ZImagePipeline:
         self.deterministic = config.deterministic
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        backend = choose_attention(config.attention_backend, self.device, mesh)
+        self.regions = Regions(config, self.device)
+        backend = self.regions.attention(config.attention_backend, mesh)
         settings = ZImageConfig.from_json(json.loads((folder / "transformer" / "config.json").read_text()))
         with construction(torch.device("meta"), self.dtype):
             self.transformer = ZImageTransformer(settings, backend, mesh.sp).eval()
@@ -130,6 +131,8 @@ class ZImagePipeline:
         memory.follow(TEXT.name, CAPTIONS.name)
         memory.follow(CAPTIONS.name, STEPS.name)
         memory.load(card, self.dtype, lambda width, height, _frames: self._working(width, height))
+        layers = (*self.transformer.noise_refiner, *self.transformer.layers)
+        self.regions.apply({"transformer": self.transformer}, layers, memory)
         self.scheduler = _scheduler(folder)
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
         self.vae_scale = card.size_multiple // settings.patch_size
@@ -337,11 +340,13 @@ class ZImagePipeline:
     def forget(self) -> None:
         """Modulations; encoded prompts stay, within --condition-cache-mb."""
         self.times.clear()
+        self.regions.clear()
 
     def reset(self) -> None:
         """Encoded prompts, modulations, tables of positions."""
         for cache in (self.cache, self.times, self.layouts):
             cache.clear()
+        self.regions.clear()
 
 
 def _scheduler(folder: Path) -> FlowMatchEuler:

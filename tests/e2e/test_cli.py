@@ -36,7 +36,16 @@ def made(place: Path) -> Done:
     """Two images in the default folder, one `mmgen generate` for all tests that only look at its result."""
     cache = ("--steps", "4", "--step-cache", CACHE)  # of what replay must repeat
     return mmgen(
-        "generate", "a red apple on a blue background", *QUICK, *cache, "--seed", "7", "--seed", "3", folder=place
+        "generate",
+        "a red apple on a blue background",
+        *QUICK,
+        *cache,
+        "--seed",
+        "7",
+        "--seed",
+        "3",
+        folder=place,
+        fresh=True,
     )
 
 
@@ -72,21 +81,22 @@ def test_generate_writes_pictures_and_says_where(place, made):
 
 
 def test_progress_is_shown_on_stderr(made):
-    assert "step 4/4" in made.err  # two images, two steps
+    assert "step 8/8" in made.err  # two images, four steps
     assert re.search(r"[\d.]+s/step\]", made.err)
 
 
 def test_pictures_carry_their_recipe(place, made):
     recipe = read_recipe(_paths(place, made)[1])
     assert (recipe.prompt, recipe.seeds, recipe.index) == ("a red apple on a blue background", (7, 3), 1)
-    assert (recipe.width, recipe.height, recipe.num_inference_steps, recipe.guidance_scale) == (64, 64, 2, 0.0)
+    assert (recipe.width, recipe.height, recipe.num_inference_steps, recipe.guidance_scale) == (64, 64, 4, 0.0)
+    assert recipe.step_cache == CACHE
     assert recipe.model == "emoji-image"
     assert recipe.attention_backend in ("native", "onednn", "sdpa")  # the better one for this processor
     assert (recipe.repository, recipe.revision, recipe.max_batch_tokens) == (None, None, None)
     assert recipe.threads is not None
     assert recipe.threads >= 1
     with Image.open(_paths(place, made)[1]) as image:
-        assert image.info["parameters"].startswith("a red apple on a blue background\nSteps: 2, ")
+        assert image.info["parameters"].startswith("a red apple on a blue background\nSteps: 4, ")
 
 
 def test_replay_gives_the_same_bytes_in_a_new_file(place, made, replayed):
@@ -249,5 +259,5 @@ def test_doctor_plans_for_another_gpu_and_says_what_does_not_fit(place):
 
 
 def test_help_is_instant(place):
-    fastest = min(mmgen("--help", folder=place).seconds for _ in range(3))
+    fastest = min(mmgen("--help", folder=place, fresh=True).seconds for _ in range(3))
     assert fastest < 1.0  # 0.15 s on a quiet machine

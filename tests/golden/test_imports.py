@@ -16,8 +16,19 @@ LINKED = ("kernels", "lora", "pipelines")  # rooms at the root of the repository
 
 pytestmark = [pytest.mark.golden]
 
-CONTRACT = {"adapters", "config", "environment", "errors", "messages", "offload", "request", "resolve", "settings"}
-CONTRACT |= {"step_cache", "text", "units", "version"}
+CONTRACT = {
+    "adapters",
+    "config",
+    "cores",
+    "environment",
+    "errors",
+    "messages",
+    "offload",
+    "request",
+    "resolve",
+    "settings",
+}
+CONTRACT |= {"cores", "step_cache", "text", "units", "version"}
 _LAYERS = {"attention", "nn", "parallel", "weights"}
 _MODELS = {"llm", "lora", "memory", "pipelines"} | _LAYERS | {"kernels"}
 # Room → the rooms it may import besides itself and the contract modules.

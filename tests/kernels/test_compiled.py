@@ -34,6 +34,14 @@ def _launches(tree: ast.AST) -> bool:
     )
 
 
+def test_only_one_place_chooses_triton() -> None:
+    """So that --kernels torch, a missing Triton and --compile mean the same for every operation."""
+    folder = ahead.ROOT / "kernels"
+    gpu = {file.stem: file for file in (folder / "gpu").glob("*.py") if (folder / file.name).exists()}
+    choosing = {name for name in gpu if "by_triton(" in (folder / f"{name}.py").read_text()}
+    assert choosing == set(gpu)
+
+
 def test_the_table_has_all_launches_as_they_are_now() -> None:
     written = {(row.op, row.case, row.digest) for row in ROWS}
     assert written == {(op, case, ahead.digest(op)) for op in ahead.ops() for case in ahead.cases_of(op)}, AGAIN

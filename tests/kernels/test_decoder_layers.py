@@ -85,5 +85,5 @@ def test_layers_are_bound_anew_to_another_cache_and_after_sleep(folders: dict[st
 
 
 def test_layers_in_another_form_are_not_bound(folders: dict[str, Path]) -> None:
-    model = open_model(folders["qwen3"], llm_quantize="int4")
+    model = open_model(folders["qwen3"], llm_quantize="int4-weights")
     assert bind(model.decoder.layers, model.new_cache(PAGES, PAGE)) is None

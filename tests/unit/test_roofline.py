@@ -40,9 +40,8 @@ def counted(forward: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("branches", [1, 2])
-def test_a_step_of_z_image_costs_what_the_model_computes(branches: int) -> None:
-    sizes, width, height, caption = zimage_work.SIX_BILLION, 1024, 768, 64
+def test_a_step_of_z_image_costs_what_the_model_computes() -> None:
+    branches, sizes, width, height, caption = 2, zimage_work.SIX_BILLION, 1024, 768, 64
     config = ZImageConfig(
         16, sizes.dim, sizes.layers, sizes.refiners, sizes.heads, 1e-5, 2560, 256.0, 1000.0, (32, 48, 48), 2
     )
@@ -104,6 +103,17 @@ def test_a_step_is_as_long_as_its_longer_side() -> None:
 def test_every_operation_can_be_measured_and_is_in_some_step() -> None:
     assert set(roofline_measured.MAKERS) == set(OPS)
     assert {call.op for workload in WORKLOADS for call in workload.step()} == set(OPS)
+
+
+def test_the_page_has_the_totals_of_the_steps() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    a100, h100 = roofline.DEVICES[:2]
+    for workload in WORKLOADS[:2]:
+        on_a100, on_h100 = (roofline.total(workload.step(), device) for device in (a100, h100))
+        cells = [f"{on_a100.flops / 1e12:.1f}", f"{on_a100.bytes / 1e9:.1f}"]
+        for of in (on_a100, on_h100):
+            cells += [f"{1e3 * of.floor_s:.0f} / {1e3 * of.expected_s:.0f} ms", f"{100 * of.share_of_peak:.0f} %"]
+        assert f"| {' | '.join(cells)} |" in page, workload.title
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the large steps are measured")

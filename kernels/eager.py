@@ -1,0 +1,77 @@
+"""`@eager_break`: calls that a compiler does not look into and that no graph of a GPU holds.
+
+Collectives, adapters that differ per token, code of our own compiler, and whatever looks at numbers. Nothing else
+breaks a compiled or recorded region: tests count the breaks. Without either, a call costs one more Python call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Interrupted(Protocol):
+    """Something that records work and lets calls happen between two pieces of it (`nn.graphs.Recording`)."""
+
+    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
+        """Call now, outside of what is recorded, and, with `again`, at every replay."""
+
+
+class _Point:
+    """One decorated function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = f"{function.__module__}.{function.__qualname__}"
+        self.function = function  # as `tell_compiler` left it
+
+
+class _State:
+    """Of this process; computing is done in one thread."""
+
+    recording: Interrupted | None = None
+    points: list[_Point] = []  # noqa: RUF012
+
+
+def recording(what: Interrupted | None) -> None:
+    """From now on calls interrupt this recording; None: there is none."""
+    assert what is None or _State.recording is None, "one recording at a time"
+    _State.recording = what
+
+
+@overload
+def eager_break(function: Callable[P, R]) -> Callable[P, R]: ...
+@overload
+def eager_break(*, again: bool) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def eager_break(function: Callable[P, R] | None = None, *, again: bool = True) -> Any:
+    """Decorates functions and methods.
+
+    Args:
+        again: False: its result is the same thing for the same arguments, so a replayed graph does not call it again.
+    """
+    if function is None:
+        return functools.partial(eager_break, again=again)
+    point = _Point(function)
+    _State.points.append(point)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _State.recording is None:
+            return cast("R", point.function(*args, **kwargs))
+        return cast("R", _State.recording.apart(point.function, args, kwargs, again))
+
+    return call
+
+
+def tell_compiler() -> None:
+    """Have torch.compile leave alone what is decorated, as far as it is imported; imports the compiler.
+
+    Not at decoration: torch's compiler takes seconds to import, and most processes never compile.
+    """
+    for point in _State.points:
+        point.function = torch.compiler.disable(point.function, reason=f"@eager_break {point.name}")

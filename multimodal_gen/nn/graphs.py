@@ -1,0 +1,177 @@
+"""Regions of a forward pass that are recorded once and replayed (CUDA graphs), in segments between `@eager_break`s.
+
+A region is a function of tensors whose work is the same at every call: what else it depends on is named by the caller,
+and a graph is found again by the identity of it. Tensors are copied into the graph's own at every replay, so their
+addresses are stable; what an `@eager_break` call returns is copied to where the next segment looks for it.
+
+At the first call of a region everything runs as always: kernels are compiled, buffers and handles of libraries made.
+The second records it, all others replay. Least recently used graphs leave.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from multimodal_gen.kernels import eager
+
+MAX_GRAPHS = 16
+
+Replay = Callable[[], None]
+Compute = Callable[..., Tensor]
+
+
+class Tape(Protocol):
+    """What a device records; `CudaTape`, and in tests a CPU that plays back the operations of torch."""
+
+    def begin(self) -> None:
+        """What is computed from now on is recorded; whether it also happens now is the device's matter."""
+
+    def end(self) -> Replay:
+        """The segment since `begin`."""
+
+    def lend(self, x: Tensor) -> Tensor:
+        """x for later, without keeping its memory from being used by the segments that follow."""
+
+
+class CudaTape:
+    """CUDA graphs that share one pool of memory. Has not met a GPU yet: tests play back torch's operations instead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._graph: Any = None
+        self._inside: Any = None
+
+    def begin(self) -> None:
+        # torch.cuda.graph would collect garbage and empty the allocator's cache at every segment.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._graph, self._inside = torch.cuda.CUDAGraph(), torch.cuda.stream(self._stream)
+        self._inside.__enter__()
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> Replay:
+        self._graph.capture_end()
+        self._inside.__exit__(None, None, None)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph, self._graph, self._inside = self._graph, None, None
+        return graph.replay
+
+    def lend(self, x: Tensor) -> Tensor:
+        flat = torch.as_tensor(_Bytes(x), device=x.device).view(x.dtype)
+        return flat.as_strided(x.shape, x.stride())
+
+
+class _Bytes:
+    """The memory of a tensor as bytes that nobody owns (the protocol that torch reads: numba's)."""
+
+    def __init__(self, x: Tensor) -> None:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        extent = last + 1 if x.numel() else 0
+        self.__cuda_array_interface__ = {
+            "shape": (extent * x.itemsize,),
+            "typestr": "|u1",
+            "data": (x.data_ptr(), False),
+            "version": 3,
+        }
+
+
+class Recording:
+    """One region's segments and the calls between them."""
+
+    def __init__(self, tape: Tape, compute: Compute, inputs: Sequence[Tensor]) -> None:
+        """Records `compute` of tensors like `inputs`. Nothing is left of a recording that fails."""
+        self._tape = tape
+        self._compute = compute  # holds what graphs read besides the inputs
+        self._steps: list[Replay] = []
+        self._inputs = [x.clone() for x in inputs]
+        tape.begin()
+        eager.recording(self)
+        try:
+            self._output = compute(*self._inputs)
+        finally:
+            eager.recording(None)
+            self._steps.append(tape.end())
+
+    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
+        """An `@eager_break` call: the end of a segment, the call itself, the next segment."""
+        self._steps.append(self._tape.end())
+        eager.recording(None)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._tape.begin()
+            eager.recording(self)
+        if not again:
+            return result
+        lent = [self._lend(arg) for arg in args]
+        lent_by_name = {name: self._lend(arg) for name, arg in kwargs.items()}
+        if not isinstance(result, Tensor) or any(result is arg for arg in (*args, *kwargs.values())):  # in place
+            self._steps.append(lambda: function(*lent, **lent_by_name))
+            return result
+        place = torch.empty_like(result)
+        there = self._tape.lend(place)
+
+        def call_again() -> None:
+            there.copy_(function(*lent, **lent_by_name))
+
+        self._steps.append(call_again)
+        return place
+
+    def _lend(self, arg: Any) -> Any:
+        return self._tape.lend(arg) if isinstance(arg, Tensor) else arg
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The region's result for these tensors, in memory that the next replay overwrites."""
+        for own, x in zip(self._inputs, inputs, strict=True):
+            own.copy_(x)
+        for step in self._steps:
+            step()
+        return self._output
+
+
+@dataclass
+class _Entry:
+    fixed: tuple[object, ...]  # held, so that no other object gets their identity
+    recording: Recording | None = None  # filled at the second call
+
+
+@dataclass
+class Graphs:
+    """The recorded regions of one model."""
+
+    tape: Tape  # of all of them: they are never replayed at the same time, so they share its memory
+    entries: OrderedDict[tuple[object, ...], _Entry] = field(default_factory=OrderedDict)
+    replayed: int = 0
+
+    def run(
+        self, compute: Compute, inputs: Sequence[Tensor], place: tuple[int, ...], fixed: Sequence[object]
+    ) -> Tensor:
+        """compute(*inputs), which overwrites the first and returns it.
+
+        Args:
+            place: which region of the model it is.
+            fixed: everything else that `compute` depends on; graphs hold it, and find it by identity.
+        """
+        shapes = tuple((x.shape, x.dtype) for x in inputs)
+        key = (place, shapes, tuple(map(id, fixed)))
+        entry = self.entries.get(key)
+        if entry is None:
+            self.entries[key] = _Entry(tuple(fixed))
+            while len(self.entries) > MAX_GRAPHS:
+                self.entries.popitem(last=False)
+            return compute(*inputs)
+        self.entries.move_to_end(key)
+        if entry.recording is None:
+            entry.recording = Recording(self.tape, compute, inputs)
+        self.replayed += 1
+        return inputs[0].copy_(entry.recording.replay(inputs))
+
+    def clear(self) -> None:
+        """Forget all: addresses of weights are others from now on, or memory is wanted."""
+        self.entries.clear()
