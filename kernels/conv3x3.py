@@ -1,7 +1,7 @@
 """3x3 convolutions over frames in channels-last order, one frame or several that follow one another: for VAEs.
 
 On a CPU by Winograd's minimal filtering F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016): a quarter of the products,
-all in float32, whatever the pixels are kept in. On Zen 5 that is 2 to 4 times as fast as oneDNN's direct convolutions in
+in float32, whatever the pixels are kept in. On Zen 5 that is 2 to 4 times as fast as oneDNN's direct convolutions in
 float32, and 1.1 to 1.2 times as fast as those in bfloat16. Rounding: some eight times that of a direct float32 sum,
 a few parts in a million.
 

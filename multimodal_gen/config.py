@@ -116,7 +116,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="keep what cross-attention makes of a request's text between steps; off saves its memory"),
     ] = True
     vae_tiling: Annotated[
-        bool, Meta(description="decode large pictures by overlapping tiles, which ranks share; slightly approximate")
+        bool, Meta(description="decode large pictures and frames by tiles, which ranks share; approximate for pictures")
     ] = False
     offload: Annotated[
         Literal["auto", "none", "layerwise", "component"],

@@ -37,8 +37,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, silu: bool, out: Tensor) -> Tensor:
     if pixels:
         width = width_of(channels)
         rows = max(1, NUMBERS // width)
-        grid = (triton.cdiv(pixels, rows),)
-        _rms_norm_silu[grid](
+        _rms_norm_silu[(triton.cdiv(pixels, rows),)](
             x, weight.contiguous(), out, pixels, channels, channels**0.5, rows=rows, width=width, silu=silu,
             num_warps=warps_of(rows * width),
         )  # fmt: skip

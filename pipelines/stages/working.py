@@ -14,7 +14,7 @@ from multimodal_gen.request import ModelCard
 OVERHEAD = 150_000_000  # scratch of matrix products, tables of positions, what allocators keep
 PER_TOKEN = 56  # numbers for each one of the width of a transformer: queries, keys, values, hidden units, copies
 IMAGE_VAE_PER_PIXEL = 700  # numbers, at the widest layer of a decoder that ends in full size
-VIDEO_VAE_PER_PIXEL = 7_500  # numbers for every pixel of a frame: four frames at a time, and what convolutions remember
+VIDEO_VAE_PER_PIXEL = 5_300  # numbers for every pixel of a frame: four frames at a time, and what convolutions remember
 
 
 def of_denoising(tokens: int, width: int, dtype: torch.dtype) -> int:

@@ -41,8 +41,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head over all pixels of a frame: [F, pixels, C] each → [F, pixels, C]."""
     if wins(q):
         lengths = (q.shape[1],) * len(q)
-        flat_q, flat_k, flat_v = (x.flatten(0, 1)[:, None] for x in (q, k, v))
-        return packed_attention(flat_q, flat_k, flat_v, lengths, lengths).view(q.shape)
+        queries, keys, values = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+        return packed_attention(queries, keys, values, lengths, lengths).view(q.shape)
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 

@@ -59,7 +59,7 @@ class WanVae:
 
     def working(self, width: int, height: int) -> int:
         """Bytes that a video with frames of this size needs beside the weights."""
-        return OVERHEAD + width * height * VIDEO_VAE_PER_PIXEL * torch.float32.itemsize
+        return OVERHEAD + self.vae.kept_bytes + width * height * VIDEO_VAE_PER_PIXEL * torch.float32.itemsize
 
     def encode(self, pixels: Tensor) -> Tensor:
         """float32 [3, F, H, W] in -1 … 1 → the most likely latents [C, f, h, w], normalised."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
+from multimodal_gen.kernels.conv3x3 import filters_bytes
 from multimodal_gen.parallel.group import Group
 from multimodal_gen.pipelines.vaes.layers import Pointwise, expect
 from multimodal_gen.pipelines.vaes.wan_layers import (
@@ -163,6 +164,15 @@ class WanModel(nn.Module):
             raise CorruptModel(f"vae/config.json does not describe an AutoencoderKLWan ({error}).") from None
         self.quant_conv = Pointwise(2 * latent, 2 * latent, 1, 1, 1)
         self.post_quant_conv = Pointwise(latent, latent, 1, 1, 1)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What decoding makes of weights and keeps while a video is under way."""
+        weights: list[Tensor] = [layer.weight for layer in self.decoder.modules() if isinstance(layer, Conv)]
+        weights += [
+            layer.resample.weight[:, :, None] for layer in self.decoder.modules() if isinstance(layer, Upsample)
+        ]
+        return sum(map(filters_bytes, weights))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[F, H, W, 3] in -1 … 1, F = 4n + 1 → the most likely latents, [n + 1, h, w, C]."""

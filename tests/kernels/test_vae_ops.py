@@ -1,4 +1,4 @@
-"""What decoders of pictures and videos compute with, against torch: convolutions by minimal filtering, norms with SiLU."""
+"""What decoders of pictures and videos compute with, against torch: convolutions, norms with SiLU."""
 
 from __future__ import annotations
 
