@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def _answer(gen: Any, request: dict[str, Any]) -> dict[str, Any]:
     output = gen.generate(**request, on_step=lambda _: ends.append(time.perf_counter()))
     if save:
         np.save(save, np.asarray(output.images[0] if output.latents is None else output.latents, dtype=np.float32))
-    between = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    between = [later - earlier for earlier, later in pairwise(ends)]
     # The first step stands behind the encoder; the engine reports the last one after decoding.
     return {"step_seconds": between[:-1]}
 

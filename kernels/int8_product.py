@@ -98,7 +98,7 @@ def quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def finish(
     sums: Tensor, tokens: Tensor, outputs: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """sums int32 [T, out] · scales of tokens [T] · scales of outputs [out] + bias [out] → [T, out], maybe into `out`."""
+    """sums int32 [T, out] · scales of tokens [T] · of outputs [out] + bias [out] → [T, out], maybe into `out`."""
     y = torch.empty(sums.shape, dtype=dtype, device=sums.device) if out is None else out
     assert sums.is_contiguous(), sums.stride()
     assert y.is_contiguous(), y.stride()

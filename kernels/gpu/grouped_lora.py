@@ -1,4 +1,4 @@
-"""`kernels/grouped_lora.py` in Triton: two kernels, to the hidden numbers and back, a token's ranks or outputs at a time."""
+"""`kernels/grouped_lora.py` in Triton: two kernels, to the hidden numbers and back, a token's share at a time."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"
 

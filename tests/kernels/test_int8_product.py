@@ -1,4 +1,4 @@
-"""Products of 8-bit numbers: exact sums of what is rounded, by C++ and by torch, and how far rounding is from the truth."""
+"""Products of 8-bit numbers: exact sums of what is rounded, by C++ and by torch, and how far from the truth."""
 
 from __future__ import annotations
 
