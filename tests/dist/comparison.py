@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.weights.header import read_header
-from multimodal_gen.weights.loading import Place
+from multimodal_gen.weights.loading import WeightTree
 from tests.support.adapters import Shapes, peft_tensors, write_adapter
 from tests.support.zoo import zoo_tensors
 
@@ -80,6 +81,10 @@ def assert_no_worse(found: Mapping[str, Tensor], one: Mapping[str, Tensor], exac
         assert error < 1.5 * usual, f"{name} {list(latents.shape)}: {error:.1e} on ranks, {usual:.1e} on one"
 
 
-def bytes_of(places: Mapping[str, Place], *parts: str) -> int:
-    """Bytes of the weights whose names hold one of `parts`."""
-    return sum(place.view().nbytes for key, place in places.items() if any(part in key for part in parts))
+def bytes_of(weights: WeightTree, *parts: str) -> int:
+    """Bytes of the weights whose names hold one of `parts`, as the checkpoint has them, in the model's dtype."""
+    return sum(
+        math.prod(weights.shapes[key]) * place.tensor.itemsize
+        for key, place in weights.places.items()
+        if any(part in key for part in parts)
+    )

@@ -75,14 +75,16 @@ def test_bits_are_the_same_wherever_weights_are(family: Family, way: str) -> Non
 def test_each_rank_streams_its_share(ranks: Ranks, family: Family, way: str) -> None:
     function = "tests.dist.models:under_offload"
     expected = ranks.run(Degrees(tp=2), function, **family.arguments, offload="none")
-    for found, resident in zip(ranks.run(Degrees(tp=2), function, **family.arguments, **WAYS[way]), expected, strict=True):
+    streamed = ranks.run(Degrees(tp=2), function, **family.arguments, **WAYS[way])
+    for found, resident in zip(streamed, expected, strict=True):
         assert_equal(found, resident)
 
 
 def test_ranks_that_share_a_sequence_stream_all_of_it(ranks: Ranks, family: Family) -> None:
     function, degrees = "tests.dist.models:under_offload", Degrees(tp=2, ulysses=2)
     expected = ranks.run(degrees, function, **family.arguments, offload="none")
-    for found, resident in zip(ranks.run(degrees, function, **family.arguments, **WAYS["streamed"]), expected, strict=True):
+    streamed = ranks.run(degrees, function, **family.arguments, **WAYS["streamed"])
+    for found, resident in zip(streamed, expected, strict=True):
         assert_equal(found, resident)
 
 

@@ -70,7 +70,8 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
 
 
 def test_a_rank_that_is_gone_is_an_error_of_the_others_at_once() -> None:
-    with Ranks(3) as own, pytest.raises(AssertionError, match="rank [012]: it died"):  # they end themselves when content
+    # They end themselves when content.
+    with Ranks(3) as own, pytest.raises(AssertionError, match=r"rank [012]: it died"):
         own.run(Degrees(tp=3), "tests.dist.cases:lost")
 
 

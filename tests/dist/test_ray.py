@@ -90,9 +90,10 @@ def test_an_actor_that_stops_is_found_and_ended(pair: Running, alone: np.ndarray
 
 
 def test_more_ranks_than_the_cluster_has_cores_are_refused(folder: Path, cluster: None) -> None:
-    with running(model_path=str(folder), tp_size=2, ulysses_degree=2, executor="ray") as engine:
-        with pytest.raises(ConfigError, match="4 ranks need 4 CPU and the Ray cluster has 2"):
-            engine.do(engine.client.wait_ready())
+    too_many = running(model_path=str(folder), tp_size=2, ulysses_degree=2, executor="ray")
+    refused = pytest.raises(ConfigError, match="4 ranks need 4 CPU and the Ray cluster has 2")
+    with too_many as engine, refused:
+        engine.do(engine.client.wait_ready())
 
 
 def test_without_ray_the_error_says_how_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,8 @@ def test_a_change_that_one_replica_refuses_is_taken_back_in_the_other(two: Runni
     two.start_again("adapter:raise:1")
     with pytest.raises(MmgenError):
         two.change(set_to(adapters[0]))
-    assert [(replica.adapters.pictures.loaded, replica.adapters.pictures.active) for replica in two.client.replicas] == [((), ())] * 2
+    pictures = [replica.adapters.pictures for replica in two.client.replicas]
+    assert [(each.loaded, each.active) for each in pictures] == [((), ())] * 2
     assert np.array_equal(from_both(two), base)
     assert two.change(set_to(adapters[0])).changed
 

@@ -57,7 +57,7 @@ class Core:
         left = list(turns)
 
         def recorded() -> object:
-            self.plans.append((slots := plan()))
+            self.plans.append(slots := plan())
             return slots
 
         self.engine.scheduler.plan = recorded  # type: ignore[method-assign, assignment]

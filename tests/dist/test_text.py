@@ -66,7 +66,9 @@ def test_ranks_share_adapters_as_they_share_the_weights(heads: int, ranks: Ranks
             torch.testing.assert_close(found[f"logits_{index}"], logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "message"), [(4, "6 attention heads .* 4 ranks"), (3, "2 of keys .* 3 ranks"), (6, "width 224 .* 6 ranks")])
+@pytest.mark.parametrize(
+    ("size", "message"), [(4, "6 attention heads .* 4 ranks"), (3, "2 of keys .* 3 ranks"), (6, "width 224 .* 6 ranks")]
+)
 def test_heads_that_cannot_be_shared_out_are_refused_with_both_numbers(size: int, message: str, tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path / "model")
     with pytest.raises(ConfigError, match=message) as raised:

@@ -13,7 +13,15 @@ import pytest
 from multimodal_gen.config import ServerConfig
 from multimodal_gen.engine.client import EngineClient
 from multimodal_gen.engine.ticket import TextTicket
-from multimodal_gen.errors import Asleep, Cancelled, MmgenError, OutOfMemory, QueueFull, UnsupportedEndpoint, WorkerCrashed
+from multimodal_gen.errors import (
+    Asleep,
+    Cancelled,
+    MmgenError,
+    OutOfMemory,
+    QueueFull,
+    UnsupportedEndpoint,
+    WorkerCrashed,
+)
 from multimodal_gen.llm.answers import Answers
 from multimodal_gen.messages import Progress, Started, TextDelta, TextFinished
 from multimodal_gen.text import TextOutput
@@ -201,7 +209,7 @@ def test_both_sides_sleep_and_wake_together(both: Running) -> None:
     with pytest.raises(Asleep):
         texts.submit()
     both.do(rest(True))
-    assert texts.outputs(texts.submit()) [0].token_ids == before[0].token_ids
+    assert texts.outputs(texts.submit())[0].token_ids == before[0].token_ids
     assert (both.make() == picture).all()
 
 
@@ -269,9 +277,7 @@ def test_ranks_that_share_a_text_model_write_the_same(folder: Path, monkeypatch:
         assert ids == tuple(answer(core, ask("r", tuple(range(3, 30 + at)), 16)).ids("r"))
 
 
-def test_ranks_take_the_same_turns_of_both_sides(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_take_the_same_turns_of_both_sides(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which side is next follows from measured times: ranks that measured for themselves would come apart."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     core, pictures = open_core(folder), make_z_image(tmp_path / "z")

@@ -81,21 +81,19 @@ def test_what_is_compared_differs_where_it_should(
 
 @pytest.mark.parametrize("variant", ["t2v", "i2v"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_rank_holds_its_share_and_what_every_rank_has(
-    ranks: Ranks, tmp_path: Path, variant: str, size: int
-) -> None:
+def test_a_rank_holds_its_share_and_what_every_rank_has(ranks: Ranks, tmp_path: Path, variant: str, size: int) -> None:
     folder = str(make_wan(tmp_path, variant))
     model = models.Model.load(Mesh.solo(), folder)
-    text, places = encoder_of(model).weights, model.pipeline.trees["transformer"].places
-    shared = bytes_of(places, ".attn1.", ".attn2.", ".ffn.")
+    text, transformer = encoder_of(model).weights, model.pipeline.trees["transformer"]
+    shared = bytes_of(transformer, ".attn1.", ".attn2.", ".ffn.")
     # What is added to all-reduced sums is every rank's own.
-    shared -= bytes_of(places, ".to_out.0.bias", ".ffn.net.2.bias")
+    shared -= bytes_of(transformer, ".to_out.0.bias", ".ffn.net.2.bias")
     whole = models.held(model)["transformer"]
     assert shared > whole // 2
-    norms = bytes_of(text.places, "layer_norm")
+    norms = bytes_of(text, "layer_norm")
     for found in ranks.run(Degrees(tp=size), "tests.dist.models:loaded", folder=folder):
         assert found["transformer"] == whole - shared + shared // size
-        assert found["text_encoder"] == norms + (bytes_of(text.places, "") - norms) // size
+        assert found["text_encoder"] == norms + (bytes_of(text, "") - norms) // size
 
 
 @pytest.mark.parametrize("variant", ["t2v", "ti2v_5b"])

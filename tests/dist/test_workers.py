@@ -221,7 +221,7 @@ class StopsOne:
 def test_a_rank_that_stops_before_it_is_ready_is_found(pair: Running, alone: dict[str, np.ndarray]) -> None:
     replica = pair.client.replicas[0]
     place = replica.place
-    stops = replica.place = StopsOne(pair)
+    replica.place = StopsOne(pair)
     before = pair.client.restarts
     pair.signal(signal.SIGKILL)
     wait_for(lambda: pair.client.restarts >= before + 2, 60, "the second restart")

@@ -78,8 +78,8 @@ def test_a_rank_holds_its_share_and_what_every_rank_has(ranks: Ranks, size: int,
     model = models.Model.load(Mesh.solo(), str(folder))
     trees = model.pipeline.trees
     shared = {
-        "transformer": bytes_of(trees["transformer"].places, "to_q", "to_k", "to_v", "to_out", "feed_forward"),
-        "text_encoder": bytes_of(trees["text_encoder"].places, "_proj", "embed_tokens"),
+        "transformer": bytes_of(trees["transformer"], "to_q", "to_k", "to_v", "to_out", "feed_forward"),
+        "text_encoder": bytes_of(trees["text_encoder"], "_proj", "embed_tokens"),
     }
     results = ranks.run(Degrees(tp=size), "tests.dist.models:loaded", folder=str(folder))
     for tree, whole in models.held(model).items():

@@ -97,7 +97,6 @@ def sleeps(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     return found
 
 
-
 def grammars(mesh: Mesh, folder: str) -> dict[str, Tensor]:
     """Answers to a grammar, some of them drawn."""
     core = open_shared(mesh, folder)
