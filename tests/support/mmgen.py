@@ -98,10 +98,11 @@ def _fork(
 
 @functools.cache
 def _forker() -> subprocess.Popen[str]:
-    """One for all tests; it ends with them, when its stdin does."""
+    """One for all tests; it ends with them, when its stdin does. numpy's BLAS would start threads at its import."""
+    calm = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "20000"), "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("forker.py"))],
-        env=environment(GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "20000")),
+        env=environment(**calm),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
