@@ -49,8 +49,10 @@ def unavailable(shape: Sequence[int], dtype: torch.dtype, rows: torch.dtype) -> 
         return f"weights are {dtype} and rows {rows}"
     if outputs % BLOCK or inputs % BLOCK:
         return f"{outputs} outputs and {inputs} inputs are not multiples of {BLOCK}"
-    if _plain.of(torch.empty(0, dtype=rows)) is None:
+    if _plain.of(torch.empty(0, dtype=rows, device="cpu")) is None:
         return native.unavailable() or f"there is no kernel for {rows}"
+    if dtype is not torch.float32 and torch.cpu._is_amx_tile_supported():
+        return "oneDNN multiplies by tiles (AMX) here, which this kernel does not"
     if not _kinds() & _KIND[dtype]:
         return f"this processor has no AVX-512 for {dtype}"
     return ""
@@ -154,7 +156,7 @@ def blocked_linear(x: Tensor, weight: BlockedWeight, bias: Tensor | None = None)
     if compute is None:
         return reference(x, weight, bias)
     x = x.contiguous()
-    y = torch.empty(len(x), weight.outputs, dtype=x.dtype)
+    y = torch.empty(len(x), weight.outputs, dtype=x.dtype, device=x.device)
     numbers, scales = int8_rows(len(x), weight.inputs) if weight.is_int8 else (None, None)
     compute(
         x.data_ptr(),
@@ -170,7 +172,8 @@ def blocked_linear(x: Tensor, weight: BlockedWeight, bias: Tensor | None = None)
 
 def int8_rows(rows: int, width: int) -> tuple[Tensor, Tensor]:
     """Memory for rows in int8 and their scales."""
-    return torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows)
+    numbers = torch.empty(rows, width, dtype=torch.uint8, device="cpu")
+    return numbers, torch.empty(rows, dtype=torch.float32, device="cpu")
 
 
 def reference(x: Tensor, weight: BlockedWeight, bias: Tensor | None) -> Tensor:

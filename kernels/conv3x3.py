@@ -67,7 +67,7 @@ def conv3x3(
     tiles, threads = -(-height // 4) * -(-width // 4), torch.get_num_threads()
     block, copies = _blocks(tiles, frames, threads)
     rows = ((history + frames) * block + SLACK) * _wide(channels) + (frames * block + SLACK) * _wide(out)
-    scratch = torch.empty(copies * POINTS * (rows + 2 * WIDTH))
+    scratch = torch.empty(copies * POINTS * (rows + 2 * WIDTH), dtype=torch.float32, device=x.device)
     compute(
         x.data_ptr(), filters.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
         y.data_ptr(), scratch.data_ptr(), frames, history, taps, height, width, channels, out, double, block, threads,
@@ -81,7 +81,7 @@ def make_filters(weight: Tensor) -> Tensor | None:
     if make is None:
         return None
     out, channels, taps, _, _ = weight.shape
-    filters = torch.empty(filters_bytes(weight) // 4)
+    filters = torch.empty(filters_bytes(weight) // 4, dtype=torch.float32, device=weight.device)
     make(weight.contiguous().data_ptr(), filters.data_ptr(), out, channels, taps)
     return filters
 

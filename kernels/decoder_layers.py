@@ -117,9 +117,9 @@ class DecoderLayers:
         assert compute is not None, "native kernels were there when the layers were bound"
         mixed = self._heads * self._dim
         states = mixed + 2 * self._kv_heads * self._dim
-        memory = [torch.empty(len(x), width, dtype=x.dtype) for width in (self._width, states, mixed, self._hidden)]
+        memory = [x.new_empty(len(x), width) for width in (self._width, states, mixed, self._hidden)]
         memory += int8_rows(len(x), max(self._width, mixed, self._hidden)) if first.qkv.is_int8 else ()
-        taken = torch.zeros(len(self._held), dtype=torch.long)
+        taken = torch.zeros(len(self._held), dtype=torch.long, device="cpu")
         tensors = [x, rows.cos, rows.sin, rows.slots, rows.spans.table, rows.spans.pages, *memory]
         pointers = [tensor.data_ptr() for tensor in tensors] + ([] if first.qkv.is_int8 else [None, None])
         forward = CForward(*pointers, taken.data_ptr(), len(x), len(rows.spans.table))

@@ -49,8 +49,8 @@ def group_norm_silu(
     pixels, channels = x.shape[0] * x.shape[1], x.shape[2]
     slices = min(SLICES, -(-pixels // SLICE))
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    factors = torch.empty(3 * channels)
-    room = torch.empty(slices * 2 * channels, dtype=torch.float64)
+    factors = torch.empty(3 * channels, dtype=torch.float32, device=x.device)
+    room = torch.empty(slices * 2 * channels, dtype=torch.float64, device=x.device)
     compute(
         x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), factors.data_ptr(), room.data_ptr(),
         pixels, channels, groups, slices, eps, silu,

@@ -59,9 +59,9 @@ class Int8Weight:
         if not x.is_cpu:
             return finish(_sums_on_cuda(numbers, self._numbers), scales, self._scales, bias, x.dtype)
         tokens, outputs = len(numbers), len(self._scales)
-        y = torch.empty(tokens, outputs, dtype=x.dtype)
+        y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
         step = max(1, SUMS_BYTES // (4 * outputs))
-        sums = torch.empty(min(step, tokens), outputs, dtype=torch.int32)
+        sums = torch.empty(min(step, tokens), outputs, dtype=torch.int32, device=x.device)
         for start in range(0, tokens, step):
             some = slice(start, min(start + step, tokens))
             made = torch._int_mm(numbers[some], self._numbers, out=sums[: some.stop - start])
@@ -82,8 +82,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     function = _quantize_rows.of(x)
     if function is None:
         return quantize_reference(x)
-    numbers = torch.empty(x.shape, dtype=torch.int8)
-    scales = torch.empty(len(x), dtype=torch.float32)
+    numbers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
     function(x.data_ptr(), numbers.data_ptr(), scales.data_ptr(), *x.shape)
     return numbers, scales
 

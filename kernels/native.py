@@ -18,6 +18,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal_gen.cores import usable_cores
 from multimodal_gen.environment import cache_folder, compiler_of_choice
 
 SOURCES = Path(__file__).with_name("cpu")
@@ -35,6 +37,16 @@ SOURCES = Path(__file__).with_name("cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden")
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# What any of the sources needs of OpenMP.
+PROBE = """
+#include <omp.h>
+extern "C" int probe() {
+    int total = 0;
+#pragma omp parallel reduction(+ : total)
+    total += omp_get_num_threads();
+    return total;
+}
+"""
 BUILD_SECONDS = 120  # a compiler that takes longer hangs
 
 CFunction = Callable[..., None]
@@ -131,11 +143,16 @@ def unavailable() -> str:
 @functools.cache
 def _load() -> ctypes.CDLL | Unavailable:
     try:
-        return ctypes.CDLL(str(build()))
+        target = build()
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:  # a file that a full disk or a power cut left: once more
+            target.unlink(missing_ok=True)
+            return ctypes.CDLL(str(build()))
     except Unavailable as why:
         return why
-    except OSError as error:
-        return Unavailable(f"the compiled kernels cannot be loaded: {error}")
+    except (OSError, subprocess.SubprocessError, ValueError) as error:  # whatever a compiler does, torch computes
+        return Unavailable(f"the kernels cannot be compiled or loaded: {error}")
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -152,7 +169,10 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=folder) as work:
-                os.replace(_compile(compiler, Path(work)), target)
+                made = _compile(compiler, Path(work))
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(made, target)
     return target
 
 
@@ -160,7 +180,7 @@ def _compile(compiler: str, work: Path) -> Path:
     """All sources at once, one compiler each, then linked. Raises: Unavailable."""
     sources = sorted(SOURCES.glob("*.cpp"))
     objects = [work / f"{source.stem}.o" for source in sources]
-    openmp = ("-fopenmp",) if _takes(compiler, "-fopenmp", work) else ()
+    openmp = _openmp(compiler, work)
     _run([[compiler, *FLAGS, *openmp, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)])
     made = work / "kernels.so"
     # Not linked with an OpenMP runtime: torch's is loaded, and its symbols are everybody's.
@@ -172,10 +192,8 @@ def _run(commands: list[list[str]]) -> None:
     """Side by side, as many as there are cores. Raises: Unavailable with the compiler's first words."""
     waiting, running = list(reversed(commands)), list[subprocess.Popen[str]]()
     while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
-            running.append(
-                subprocess.Popen(waiting.pop(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            )
+        while waiting and len(running) < usable_cores():
+            running.append(_begin(waiting.pop()))
         process = running.pop(0)
         try:
             _, words = process.communicate(timeout=BUILD_SECONDS)
@@ -188,9 +206,35 @@ def _run(commands: list[list[str]]) -> None:
             raise Unavailable(f"{commands[0][0]} failed: {' '.join(words.split())[:500]}")
 
 
-def _takes(compiler: str, flag: str, work: Path) -> bool:
-    command = [compiler, flag, "-x", "c++", "-c", os.devnull, "-o", str(work / "probe.o")]
-    return subprocess.run(command, capture_output=True, timeout=BUILD_SECONDS).returncode == 0
+def _begin(command: list[str]) -> subprocess.Popen[str]:
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=subprocess.PIPE, text=True, errors="replace")
+
+
+def _openmp(compiler: str, work: Path) -> tuple[str, ...]:
+    """The flag for code that runs in torch's threads. Raises: Unavailable where there is none for several cores."""
+    probe, made = work / "probe.cpp", work / "probe.so"
+    probe.write_text(PROBE)
+    done = _ask([compiler, "-fopenmp", "-fPIC", "-c", str(probe), "-o", str(work / "probe.o")])
+    if done.returncode == 0 and _ask([compiler, "-shared", str(work / "probe.o"), "-o", str(made)]).returncode == 0:
+        try:
+            ctypes.CDLL(str(made), mode=os.RTLD_NOW)
+        except OSError as error:  # calls of another runtime than torch's
+            words = str(error)
+        else:
+            return ("-fopenmp",)
+    else:
+        words = done.stderr
+    if usable_cores() > 1:
+        raise Unavailable(f"{compiler} compiles nothing for torch's threads: {' '.join(words.split())[:300]}")
+    return ()
+
+
+def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler to its end. Raises: subprocess.TimeoutExpired, OSError."""
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS
+    )
 
 
 def _compiler() -> str:
@@ -205,7 +249,7 @@ def _compiler() -> str:
 
 def _fingerprint(compiler: str) -> str:
     """Of all that decides about the machine code."""
-    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS).stdout
+    told = _ask([compiler, "--version"]).stdout
     digest = hashlib.sha256("\0".join((told, *FLAGS, _processor())).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -222,14 +266,21 @@ def _processor() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
+def _own_folder() -> Path:
+    return cache_folder() / "kernels"
+
+
 def _folder() -> Path:
     """A folder that nobody else can write: what lies in it is executed. Raises: Unavailable."""
-    for folder in (cache_folder() / "kernels", Path(tempfile.gettempdir()) / f"mmgen-kernels-{os.getuid()}"):
+    shared = Path(tempfile.gettempdir()) / f"mmgen-kernels-{os.getuid()}"
+    for place in (_own_folder, lambda: shared):
         try:
+            folder = place()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = folder.stat()
-        except OSError:
+            found = folder.lstat() if folder == shared else folder.stat()  # in a shared folder a link may be anybody's
+        except (OSError, RuntimeError):  # RuntimeError: nobody knows our home
             continue
-        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
+        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if own and os.access(folder, os.W_OK):
             return folder
-    raise Unavailable(f"no folder of ours can be written: tried {cache_folder()} and {tempfile.gettempdir()}")
+    raise Unavailable(f"no folder of ours can be written: neither in the user's cache folder nor in {shared.parent}")

@@ -79,7 +79,7 @@ def unavailable(dtype: torch.dtype) -> str:
         return "it is switched off (--kernels torch)"
     if reason := native.unavailable():
         return reason
-    if _packed_attention.of(torch.empty(0, dtype=dtype)) is None:
+    if _packed_attention.of(torch.empty(0, dtype=dtype, device="cpu")) is None:
         return f"it has no variant for {dtype}"
     return "" if _has_instructions(dtype) else f"this processor lacks the AVX-512 instructions for {dtype}"
 
@@ -91,7 +91,7 @@ def takes(q: Tensor) -> bool:
 
 @functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    compute, nothing = _packed_attention.of(torch.empty(0, dtype=dtype)), _Call()
+    compute, nothing = _packed_attention.of(torch.empty(0, dtype=dtype, device="cpu")), _Call()
     assert compute is not None
     compute(ctypes.byref(nothing))
     return nothing.status == _DONE

@@ -55,7 +55,7 @@ def unavailable(head_dim: int, dtype: torch.dtype) -> str:
     """Why heads of this width cannot be computed natively, or an empty string."""
     if head_dim % MULTIPLE or head_dim > MOST_DIM:
         return f"heads are {head_dim} wide, not a multiple of {MULTIPLE} up to {MOST_DIM}"
-    if _paged_attention.of(torch.empty(0, dtype=dtype)) is None:
+    if _paged_attention.of(torch.empty(0, dtype=dtype, device="cpu")) is None:
         return native.unavailable() or f"there is no kernel for {dtype}"
     return ""
 
@@ -74,7 +74,7 @@ def paged_attention(q: Tensor, cache: Tensor, spans: Spans) -> Tensor:
     compute = _paged_attention.of(q)
     if compute is None or unavailable(q.shape[2], q.dtype):
         return reference(q, cache, spans)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     compute(
         cache.data_ptr(),
         q.data_ptr(),

@@ -52,7 +52,7 @@ def qk_norm_rope_(
     turns = None if turns is None else turns.contiguous()
     mean_square = None if mean_square is None else mean_square.contiguous()
     tokens, _, heads, dim = x.shape
-    across = weight.shape[1] != dim
+    across = mean_square is not None or weight.shape[1] != dim
     compute(
         x.data_ptr(),
         weight.data_ptr(),
@@ -102,11 +102,11 @@ def reference_(
 ) -> Tensor:
     """The same in float32 steps, rounded once."""
     own = x[:, : len(weight)]  # [T, N, H, D]
-    if weight.shape[1] == x.shape[3]:
+    if mean_square is None and weight.shape[1] == x.shape[3]:
         y = over_rms(own, eps).mul_(weight[:, None])
     elif mean_square is None:
         y = over_rms(own.flatten(2), eps).mul_(weight).view(own.shape)
-    else:
+    else:  # maybe of one head alone: others have other heads
         y = (own.flatten(2) * (mean_square + eps).rsqrt()[..., None]).mul_(weight).view(own.shape)
     own.copy_(y if turns is None else turn(y, turns, pairs))
     return x

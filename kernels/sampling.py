@@ -42,7 +42,8 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     if compute is None or not logits.is_contiguous():
         ids = logits.argmax(-1)
         return logits.gather(1, ids[:, None])[:, 0], ids
-    values, ids = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.long)
+    values = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     compute(logits.data_ptr(), values.data_ptr(), ids.data_ptr(), *logits.shape)
     return values, ids
 
@@ -57,9 +58,9 @@ def sample(logits: Tensor, wishes: Wishes) -> Tensor:
     compute = _sampling.of(logits)
     if compute is None:
         return reference(logits, wishes)
-    logits, ids = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
+    logits, ids = logits.contiguous(), torch.empty(len(logits), dtype=torch.long, device=logits.device)
     padded = -(-logits.shape[1] // BLOCK) * BLOCK
-    memory = torch.empty(torch.get_num_threads(), 2, padded)
+    memory = torch.empty(torch.get_num_threads(), 2, padded, dtype=torch.float32, device=logits.device)
     asked = (wishes.temperature, wishes.top_k, wishes.top_p, wishes.min_p, wishes.uniform, ids, memory)
     compute(logits.data_ptr(), *(tensor.data_ptr() for tensor in asked), len(memory), *logits.shape, padded)
     return ids

@@ -37,7 +37,7 @@ def worker_environment() -> dict[str, str]:
 def worker_threads(config: EngineConfig, workers: int) -> EngineConfig:
     """The engine's share of the settings with the cores of this machine shared out among so many workers."""
     part = engine_part(config)
-    if config.threads is not None or workers == 1:
+    if config.threads is not None or workers == 1 or os.environ.get("OMP_NUM_THREADS"):
         return part
     return msgspec.structs.replace(part, threads=max(1, usable_cores() // workers))
 

@@ -99,7 +99,7 @@ def qk_norm_rope_(
         heads,
         eps,
         dim=dim,
-        across=weight.shape[1] != dim,
+        across=mean_square is not None or weight.shape[1] != dim,
         halves=pairs == "halves",
         rows=rows,
         half=half,

@@ -45,7 +45,7 @@ def cross_attend(q: Tensor, lengths: Sequence[int], keys: Sequence[Keys]) -> Ten
 
 def _by_kernel(q: Tensor, lengths: Sequence[int], keys: Sequence[Keys]) -> Tensor:
     """Sequence by sequence, too: their keys lie apart, and each is enough for all threads."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for part, to, seen in zip(q.split(list(lengths)), out.split(list(lengths)), keys, strict=True):
         packed_attention(part, seen.k, seen.v, (len(part),), (len(seen.k),), counts=(seen.last,), out=to)
     return out

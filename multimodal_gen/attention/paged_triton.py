@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.attention.paged import Attend, PagedBatch, PagedSpan, paged_attention
+from multimodal_gen.kernels import native
 from multimodal_gen.kernels.paged_decode import paged_decode, splits_for
 
 
@@ -41,8 +42,8 @@ class TritonPaged:
 
     @staticmethod
     def fits(head_dim: int, dtype: torch.dtype) -> bool:
-        """All."""
-        return True
+        """All, unless kernels of ours are switched off."""
+        return not native.switched_off()
 
     def plan(self, batch: PagedBatch, cache: Sequence[Tensor]) -> Attend:
         """Only single tokens at the front of the batch go through the kernel."""

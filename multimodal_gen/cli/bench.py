@@ -117,9 +117,14 @@ def measure(name: str, flags: list[str]) -> dict[str, Any] | None:
     """Run one benchmark in a process of its own; its record, or None where it failed."""
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.splitlines()
+    try:
+        record: dict[str, Any] = json.loads(lines[-1] if lines else "")
+    except ValueError:  # --help, or a script that ended in the middle
+        print(done.stdout, end="")
+        return None
     if done.returncode:
         return None
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {
         "command": " ".join(["mmgen", "bench", name, *([f"--flags={shlex.join(flags)!r}"] if flags else [])]),
         **record,

@@ -264,7 +264,7 @@ class JobRunner:
     async def _write(self, writer: JobWriter, frames: Frames, ticket: Ticket) -> None:
         try:
             await writer.take(frames)
-        except MmgenError:  # nobody needs the other frames
+        except BaseException:  # nobody needs the other frames
             ticket.cancel()
             raise
 

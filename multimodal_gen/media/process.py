@@ -101,7 +101,7 @@ class VideoWriter:
         try:
             return await asyncio.wait_for(work, limit)
         except (HelperDied, asyncio.TimeoutError) as error:
-            log.error("a video was not encoded: %s", error or f"the encoder was stuck for {limit:.0f} s")
+            log.error("a video was not encoded: %s", str(error) or f"the encoder was stuck for {limit:.0f} s")
             raise GenerationFailed("The video could not be encoded: the encoder died or took too long.") from None
         finally:
             self.seconds += time.monotonic() - began
