@@ -56,8 +56,8 @@ class Core:
         plan, leads = self.engine.scheduler.plan, self.engine.ranks.leads
         left = list(turns)
 
-        def recorded() -> object:
-            self.plans.append(slots := plan())
+        def recorded(most_tokens: int | None) -> object:
+            self.plans.append(slots := plan(most_tokens))
             return slots
 
         self.engine.scheduler.plan = recorded  # type: ignore[method-assign, assignment]
