@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from multimodal_gen.adapters import Pin
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.lora.sources import parse_flag
 from multimodal_gen.media.recipe import Recipe, read_recipe
@@ -47,6 +50,24 @@ class Replay:
             "lora": self._adapters(loras),
             "lora_merge_mode": "merge" if recipe.merged else "dynamic",
         }
+
+    def settle(self, config: EngineConfig, given: Mapping[str, Any]) -> tuple[EngineConfig, list[str]]:
+        """The settings as this machine can have them, and notes on what it cannot repeat.
+
+        What the user asked for (`given`) stays: loading refuses it by name where it cannot be had.
+        """
+        from multimodal_gen.attention.registry import available
+        from multimodal_gen.nn.precision import resolve_device
+
+        name = config.attention_backend
+        if "attention_backend" in given or name == "auto":
+            return config, []
+        device = resolve_device(config.device)
+        why = available(device).get(name, "there is no backend of that name")
+        if not why:
+            return config, []
+        note = f"the original's attention backend, {name[:40]!a}, cannot run on {device} ({why}): pixels may differ."
+        return msgspec.structs.replace(config, attention_backend="auto"), [note]
 
     def _adapters(self, given: Sequence[str]) -> list[str]:
         """`--lora` flags with the strengths and targets of the original; a recipe names files, not where they are.

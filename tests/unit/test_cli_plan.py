@@ -305,6 +305,18 @@ def test_replay_restores_what_shapes_the_forwards(tmp_path):
     assert "--threads cannot be 0" in refused("--replay", str(image_file(tmp_path, threads=0)))
 
 
+@pytest.mark.parametrize("backend", ["triton", "from-the-future"])
+def test_replay_takes_another_attention_backend_where_the_originals_cannot_run(tmp_path, backend):
+    path = str(image_file(tmp_path, attention_backend=backend))
+    made = plan("--replay", path)
+    assert made.config.attention_backend == "auto"
+    (note,) = made.notes
+    assert f"{backend!r}, cannot run on cpu" in note
+    assert note.endswith("pixels may differ.")
+    asked = plan("--replay", path, "--attention-backend", backend)
+    assert (asked.config.attention_backend, asked.notes) == (backend, []), "refused by name when it is loaded"
+
+
 def test_replay_never_downloads_the_model_that_a_file_names(tmp_path):
     message = refused("--replay", str(image_file(tmp_path, model="someone/some-model")))
     assert "--no-local-files-only" in message
