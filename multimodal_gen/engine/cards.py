@@ -11,7 +11,7 @@ from multimodal_gen.step_cache import NONE
 from multimodal_gen.text import TextCard
 
 # Settings of models of pictures and videos alone; their value where nobody set them; what to do without such a model.
-_OF_PICTURES = (
+_OF_PICTURES: tuple[tuple[str, object, str], ...] = (
     ("lora", [], "--lora-paths names adapters of the language model"),
     ("quantize", "none", "--llm-quantize stores the language model's weights in fewer bits"),
     ("step_cache", NONE, "a language model has no denoising steps; leave it out"),
