@@ -50,15 +50,17 @@ class LLM:
         Raises: ModelNotFound, CorruptModel, RemoteCodeRefused, ConfigError.
         """
         calm_openmp()
+        from multimodal_gen.engine.cards import refuse_settings_of_pictures
         from multimodal_gen.engine.local_text import LocalTextEngine, RemoteTextEngine
         from multimodal_gen.llm.card import describe
         from multimodal_gen.parallel.plan import plan
 
         if isinstance(model_path, EngineConfig):
             assert not options, "settled settings are whole"
-            self.config = msgspec.structs.replace(model_path, model_path=NO_MODEL, lora=[])
+            self.config = msgspec.structs.replace(model_path, model_path=NO_MODEL)
         else:
             self.config = settings.load(EngineConfig, _named(str(model_path), options))
+        refuse_settings_of_pictures(self.config)
         self.card: TextCard = describe(self.config)
         apart = plan(self.config, None, text=self.card).workers > 1 or self.config.executor == "ray"
         self.front = TextFront.open(self.card, self.config)

@@ -77,8 +77,6 @@ def run(arguments: Arguments) -> int:
 def _load(config: EngineConfig) -> LLM:
     from multimodal_gen.llm_api import LLM
 
-    if config.lora:
-        raise ConfigError("--lora names adapters of pictures; --lora-paths names those of text.", param="lora")
     return LLM(msgspec.structs.replace(config, llm_path=config.llm_path or DEFAULT_LLM))
 
 

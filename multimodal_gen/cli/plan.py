@@ -84,6 +84,9 @@ def make_plan(arguments: Arguments) -> Plan:
     prompts = _prompts(arguments, replay)
     notes = [*replay.notes, *replay.check_image(wanted.get("image"))] if replay else []
     config, card = _model(arguments, replay)
+    if replay is not None:
+        config, unlike = replay.settle(config, given_settings(arguments))
+        notes += unlike
     if "step_cache" in given_settings(arguments):  # a wish, which is refused where it has no effect
         wanted["step_cache"] = config.step_cache
     only = replay.recipe.index if replay and not wanted.keys() & {"seed", "num_outputs_per_prompt"} else None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from multimodal_gen.adapters import Pin
+from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.lora.sources import parse_flag
 from multimodal_gen.media.recipe import Recipe, read_recipe
@@ -16,6 +20,9 @@ from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ModelCard
 from multimodal_gen.step_cache import NONE
 from multimodal_gen.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,33 @@ class Replay:
             "dtype": recipe.dtype,
             "deterministic": recipe.deterministic,
             "attention_backend": recipe.attention_backend,
+            "quantize": recipe.quantize,
+            "kernels": recipe.kernels,
+            "compile": recipe.compiled,
+            "vae_tiling": recipe.vae_tiling,
             "max_batch_tokens": recipe.max_batch_tokens,
             "step_cache": recipe.step_cache or NONE,
             "threads": recipe.threads if on_cpu and not _too_many(recipe) else None,
             "lora": self._adapters(loras),
             "lora_merge_mode": "merge" if recipe.merged else "dynamic",
         }
+
+    def settle(self, config: EngineConfig, given: Mapping[str, Any]) -> tuple[EngineConfig, list[str]]:
+        """The settings as this machine can have them, and notes on what it cannot repeat.
+
+        What the user asked for (`given`) stays: loading refuses it by name where it cannot be had.
+        """
+        from multimodal_gen.nn.precision import resolve_device
+
+        device = resolve_device(config.device)
+        taken: dict[str, str | bool] = {}
+        notes = []
+        for name, value, instead, why in _cannot(config, device):
+            if name not in given:
+                taken[name] = instead
+                flag = f"--{name.replace('_', '-')}" + (f" {value[:40]!a}" if value else "")
+                notes.append(f"the original's {flag} cannot be had on {device} ({why}): pixels may differ.")
+        return msgspec.structs.replace(config, **taken), notes
 
     def _adapters(self, given: Sequence[str]) -> list[str]:
         """`--lora` flags with the strengths and targets of the original; a recipe names files, not where they are.
@@ -123,6 +151,26 @@ class Replay:
 
 def _options(pin: Pin) -> str:
     return (f":alpha={pin.alpha!r}" if pin.alpha is not None else "") + (":partial" if pin.allow_partial else "")
+
+
+def _cannot(config: EngineConfig, device: torch.device) -> Iterator[tuple[str, str, str | bool, str]]:
+    """(setting, its value unless it is a switch, what to take instead, why `device` cannot have it)."""
+    from multimodal_gen.attention.registry import available
+    from multimodal_gen.kernels import native
+    from multimodal_gen.nn import compiled
+    from multimodal_gen.nn.quantize import KINDS
+
+    with native.torch_only() if config.kernels == "torch" else contextlib.nullcontext():
+        reasons = {"auto": "", **available(device)}
+    if why := reasons.get(config.attention_backend, "there is no backend of that name"):
+        yield "attention_backend", config.attention_backend, "auto", why
+    if config.quantize != "none" and (why := KINDS[config.quantize].unavailable(device)):
+        yield "quantize", config.quantize, "none", why
+    if config.compile:
+        try:
+            compiled.check(device)
+        except ConfigError as error:
+            yield "compile", "", False, error.message.rstrip(".")
 
 
 def read_replay(path: str) -> Replay:

@@ -7,7 +7,17 @@ import msgspec
 from multimodal_gen.config import NO_MODEL, EngineConfig
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.request import ModelCard
+from multimodal_gen.step_cache import NONE
 from multimodal_gen.text import TextCard
+
+# Settings of models of pictures and videos alone; their value where nobody set them; what to do without such a model.
+_OF_PICTURES: tuple[tuple[str, object, str], ...] = (
+    ("lora", [], "--lora-paths names adapters of the language model"),
+    ("quantize", "none", "--llm-quantize stores the language model's weights in fewer bits"),
+    ("step_cache", NONE, "a language model has no denoising steps; leave it out"),
+    ("compile", False, "leave it out"),
+    ("cuda_graphs", False, "leave it out"),
+)
 
 
 class Cards(msgspec.Struct, frozen=True):
@@ -29,18 +39,8 @@ def describe(config: EngineConfig) -> Cards:
         from multimodal_gen.pipelines import registry
 
         pictures = registry.describe(config)
-    elif config.lora:
-        raise ConfigError(
-            "--lora names adapters of a model of pictures, and none is loaded; --lora-paths names those of the "
-            "language model.",
-            param="lora",
-        )
-    elif config.compile or config.cuda_graphs:
-        param = "compile" if config.compile else "cuda_graphs"
-        raise ConfigError(
-            f"--{param.replace('_', '-')} is for layers of pictures and videos, and no such model is loaded.",
-            param=param,
-        )
+    else:
+        refuse_settings_of_pictures(config)
     if config.llm_path is not None:
         from multimodal_gen.llm.card import describe as describe_text
 
@@ -56,3 +56,14 @@ def describe(config: EngineConfig) -> Cards:
             "There is nothing to load: --model-path is none, and --llm-path is not given.", param="model_path"
         )
     return Cards(pictures, text)
+
+
+def refuse_settings_of_pictures(config: EngineConfig) -> None:
+    """For an engine without a model of pictures. Raises: ConfigError for a setting that would do nothing there."""
+    given = msgspec.structs.asdict(config)
+    for name, unset, advice in _OF_PICTURES:
+        if given[name] != unset:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for pictures and videos, and no such model is loaded: {advice}.",
+                param=name,
+            )

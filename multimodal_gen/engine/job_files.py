@@ -71,9 +71,10 @@ class JobFiles:
         os.close(self._lock)
 
     def begin(self, job_id: str) -> None:
-        """Make the job's folder. Raises: StorageFull."""
+        """Make the job's folder, or clear it of what the run before this one half wrote. Raises: StorageFull."""
         try:
             self._of(job_id).mkdir(exist_ok=True)
+            self._discard_parts(job_id)
             _sync(self._videos)
         except OSError as error:
             raise storage_error(error) from None
@@ -116,9 +117,15 @@ class JobFiles:
         return [states[index] for index in sorted(states)]
 
     def discard_checkpoints(self, job_id: str) -> None:
-        """Remove the checkpoints of a job that has ended."""
+        """Remove the checkpoints of a job that has ended, and what it half wrote."""
+        self._discard_parts(job_id)
         for index, step in self._checkpoints(job_id):
             (self._of(job_id) / f"row-{index}-step-{step}.safetensors").unlink(missing_ok=True)
+
+    def _discard_parts(self, job_id: str) -> None:
+        """The job's own helpers have ended: nobody will give these files their names."""
+        for part in self._of(job_id).glob("*.part"):
+            part.unlink(missing_ok=True)
 
     def _checkpoints(self, job_id: str) -> list[tuple[int, int]]:
         try:
@@ -178,8 +185,8 @@ class JobFiles:
                 continue
             if known[folder.name]:
                 self.discard_checkpoints(folder.name)
-            for part in folder.glob("*.part"):
-                part.unlink(missing_ok=True)
+            else:
+                self._discard_parts(folder.name)
 
     def _of(self, job_id: str) -> Path:
         assert "/" not in job_id, job_id

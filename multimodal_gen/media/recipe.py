@@ -76,6 +76,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     deterministic: bool
     attention_backend: str
+    quantize: str = "none"
+    """as set, as the next three"""
+    kernels: str = "auto"
+    compiled: bool = False
+    vae_tiling: bool = False
     repository: str | None = None
     """hub repository id; None for bundled models and local folders, whose paths are nobody's business"""
     revision: str | None = None
@@ -103,6 +108,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         device: str,
         attention_backend: str,
         deterministic: bool,
+        quantize: str = "none",
+        kernels: str = "auto",
+        compiled: bool = False,
+        vae_tiling: bool = False,
         repository: str | None = None,
         revision: str | None = None,
         max_batch_tokens: int | None = None,
@@ -130,6 +139,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             device=device,
             deterministic=deterministic,
             attention_backend=attention_backend,
+            quantize=quantize,
+            kernels=kernels,
+            compiled=compiled,
+            vae_tiling=vae_tiling,
             repository=repository,
             revision=revision,
             max_batch_tokens=max_batch_tokens,

@@ -19,10 +19,14 @@ from multimodal_gen.cli.flags import Parser
 from multimodal_gen.cli.generate import add_arguments
 from multimodal_gen.cli.main import COMMANDS, main
 from multimodal_gen.cli.plan import Plan, make_plan
+from multimodal_gen.cli.replay import Replay
 from multimodal_gen.config import EngineConfig, ServerConfig
 from multimodal_gen.errors import UserError
 from multimodal_gen.media.encode import encode_image
+from multimodal_gen.media.maker import Maker
 from multimodal_gen.media.recipe import Recipe
+from multimodal_gen.messages import Ready
+from multimodal_gen.pipelines import registry
 from multimodal_gen.request import OF_VIDEOS, ImageRequest
 from multimodal_gen.settings import options
 from multimodal_gen.version import __version__
@@ -30,6 +34,21 @@ from multimodal_gen.weights.hub import ASSETS
 from tests.support.mmgen import environment
 
 pytestmark = [pytest.mark.unit]
+
+REQUEST = ImageRequest(
+    id="x",
+    model="emoji-image",
+    prompt="a cat",
+    negative_prompt="blurry",
+    width=64,
+    height=96,
+    num_inference_steps=9,
+    guidance_scale=4.5,
+    seeds=(7, 11, 3),
+    cfg_normalization=1.0,
+    cfg_truncation=None,
+    max_sequence_length=64,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,21 +71,7 @@ def refused(*arguments: str) -> str:
 
 
 def image_file(folder: Path, output_format: str = "png", compression: int = 100, **changes: Any) -> Path:
-    request = ImageRequest(
-        id="x",
-        model="emoji-image",
-        prompt="a cat",
-        negative_prompt="blurry",
-        width=64,
-        height=96,
-        num_inference_steps=9,
-        guidance_scale=4.5,
-        seeds=(7, 11, 3),
-        cfg_normalization=1.0,
-        cfg_truncation=None,
-        max_sequence_length=64,
-    )
-    recipe = Recipe.of(request, 1, dtype="float32", device="cpu", attention_backend="sdpa", deterministic=True)
+    recipe = Recipe.of(REQUEST, 1, dtype="float32", device="cpu", attention_backend="sdpa", deterministic=True)
     recipe = msgspec.structs.replace(recipe, **changes)
     path = folder / f"original.{output_format}"
     pixels = np.zeros((8, 8, 3), np.uint8)
@@ -303,6 +308,44 @@ def test_replay_restores_what_shapes_the_forwards(tmp_path):
     on_gpu = plan("--replay", str(image_file(tmp_path, threads=cores, device="cuda:0")))
     assert (on_gpu.config.threads, on_gpu.notes) == (None, [])
     assert "--threads cannot be 0" in refused("--replay", str(image_file(tmp_path, threads=0)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "from-the-future"])
+def test_replay_takes_another_attention_backend_where_the_originals_cannot_run(tmp_path, backend):
+    path = str(image_file(tmp_path, attention_backend=backend))
+    made = plan("--replay", path)
+    assert made.config.attention_backend == "auto"
+    (note,) = made.notes
+    assert f"--attention-backend {backend!r} cannot be had on cpu" in note
+    assert note.endswith("pixels may differ.")
+    asked = plan("--replay", path, "--attention-backend", backend)
+    assert (asked.config.attention_backend, asked.notes) == (backend, []), "refused by name when it is loaded"
+
+
+def test_replay_restores_the_form_of_weights_and_the_kernels(tmp_path, monkeypatch):
+    wanted = {"quantize": "int8-weights", "kernels": "torch", "vae_tiling": True, "compile": True}
+    config = EngineConfig(**wanted)
+    ready = Ready(device="cpu", dtype="float32", attention_backend="sdpa", parameters=1, load_seconds=0.0)
+    recipe = Maker(ready, config, registry.describe(config)).recipe(REQUEST, 1, ())
+    own = Replay(Recipe.from_json(recipe.to_json()), []).settings(())
+    assert {name: own[name] for name in wanted} == wanted
+    monkeypatch.setenv("MMGEN_QUANTIZE", "int8")
+    made = plan("--replay", str(image_file(tmp_path, quantize="int8-weights")))
+    assert (made.config.quantize, made.notes) == ("int8-weights", [])
+    assert plan("--replay", str(image_file(tmp_path))).config.quantize == "none", "whatever the environment says"
+
+
+def test_replay_notes_what_this_machine_cannot_have(tmp_path):
+    path = str(image_file(tmp_path, quantize="fp8"))
+    made = plan("--replay", path)
+    assert made.config.quantize == "none"
+    (note,) = made.notes
+    assert "--quantize 'fp8' cannot be had on cpu" in note
+    assert note.endswith("pixels may differ.")
+    asked = plan("--replay", path, "--quantize", "fp8")
+    assert (asked.config.quantize, asked.notes) == ("fp8", []), "refused by name when it is loaded"
+    no_kernels = plan("--replay", str(image_file(tmp_path, attention_backend="native")), "--kernels", "torch")
+    assert no_kernels.config.attention_backend == "auto", "native attention is one of those kernels"
 
 
 def test_replay_never_downloads_the_model_that_a_file_names(tmp_path):

@@ -243,6 +243,17 @@ def test_a_checkpoint_under_another_name_is_not_believed(tmp_path: Path, files: 
     assert files.resume("v") == []
 
 
+@pytest.mark.parametrize("next_call", ["begin", "discard_checkpoints"])
+def test_half_written_files_leave_with_the_next_try_and_with_the_end(
+    tmp_path: Path, files: JobFiles, next_call: str
+) -> None:
+    folder = tmp_path / "videos" / "v"
+    for name in ("0.mp4", "1.mp4.0a1b2c3d.part", "1.webp.0a1b2c3d.part", "row-0-step-5.part"):
+        (folder / name).write_bytes(b"x")
+    {"begin": files.begin, "discard_checkpoints": files.discard_checkpoints}[next_call]("v")
+    assert os.listdir(folder) == ["0.mp4"]
+
+
 def test_sweeping_removes_what_belongs_to_nobody(tmp_path: Path, files: JobFiles) -> None:
     for name in ("running", "done"):
         files.begin(name)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from multimodal_gen import LLM, DiffGenerator, TextOutput, TextParams
+from multimodal_gen.config import EngineConfig
+from multimodal_gen.engine.cards import describe
 from multimodal_gen.engine.local_text import LocalTextEngine, RemoteTextEngine
 from multimodal_gen.errors import (
     AdapterNotFound,
@@ -208,6 +210,26 @@ def test_several_ranks_write_what_one_does(llm: LLM, folder: Path, monkeypatch: 
         assert shared_out.generate("a", max_tokens=2, **GREEDY)
         with pytest.raises(InvalidValue):
             shared_out.generate("a", n=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"quantize": "int8"}, "--quantize .*--llm-quantize"),
+        ({"step_cache": "taylor"}, "--step-cache "),
+        ({"compile": True}, "--compile "),
+        ({"cuda_graphs": True}, "--cuda-graphs "),
+        ({"lora": ["a=b.safetensors"]}, "--lora .*--lora-paths"),
+    ],
+)
+def test_settings_of_pictures_are_refused_where_there_is_text_alone(setting: dict[str, Any], message: str) -> None:
+    config = EngineConfig(model_path="none", llm_path="smollm2", **setting)
+    for refuses in (describe, LLM):
+        with pytest.raises(ConfigError, match=message):
+            refuses(config)
+    if "lora" not in setting:
+        with pytest.raises(ConfigError, match=message):
+            LLM("smollm2", **setting)
 
 
 def test_settings_are_the_engines_with_short_names(folder: Path) -> None:
