@@ -79,7 +79,8 @@ class Model:
 
     @classmethod
     def load(cls, mesh: Mesh, folder: str, **options: Any) -> Model:
-        config = EngineConfig(model_path=folder, device="cpu", **{"dtype": "float32", **options})
+        # Resident, unless a test says otherwise: `auto` depends on what else runs on the machine.
+        config = EngineConfig(model_path=folder, device="cpu", **{"dtype": "float32", "offload": "none", **options})
         card = registry.describe(config)
         pipeline = registry.load(card, config, mesh)
         targets = registry.find(card.pipeline_class).adapters
