@@ -12,7 +12,7 @@ from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.core import EngineCore
 from multimodal_gen.engine.decoding import Decode, Decoding
 from multimodal_gen.media.arrays import to_numpy
-from multimodal_gen.messages import Event, Failed, Finished, Frames, Progress
+from multimodal_gen.messages import Event, Failed, Finished, Frames, Gauges, Progress
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Row
 from multimodal_gen.request import ImageRequest, SamplingParams, VideoRequest
@@ -92,6 +92,16 @@ def test_with_nothing_else_to_do_pieces_follow_one_another(core: EngineCore, mon
     done = slow(core, monkeypatch, step_s=0.1, piece_s=5.0, pieces=6)
     run(core, request("only", 2))
     assert done == ["step", "step", *["piece"] * 6]
+
+
+def test_every_piece_is_told_of_though_it_leaves_nothing(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = slow(core, monkeypatch, step_s=0.1, piece_s=5.0, pieces=6)
+    core.add(request("only", 1))
+    while not core.idle:
+        before = len(done)
+        gauges = [event for event in core.step() if isinstance(event, Gauges)]
+        assert len(gauges) == len(done) - before == 1
+        assert gauges[0].step_rows == (done[-1] == "step")
 
 
 def test_a_cancelled_row_stops_between_two_pieces(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
