@@ -323,6 +323,7 @@ class EngineCore:
 
     def _to_pixels(self, active: Active, row: Row) -> list[Event]:
         """The steps of a row are done."""
+        row.history = row.history.counted()
         if row.request.output == "latent":
             assert row.latents is not None, "prepare() fills row.latents"
             return self._finish(active, row, from_numpy(row.latents.float().cpu().numpy()))
