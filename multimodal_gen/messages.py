@@ -302,12 +302,13 @@ class MemoryChanged(Message, frozen=True):
 
 
 class Gauges(Message, frozen=True):
-    """The worker's state, sent when it changes by a step; feeds /metrics and the stall watchdog."""
+    """The worker's state, sent when it changes by a step or a piece of decoding; feeds /metrics and the watchdog."""
 
     running_rows: int
     waiting_rows: int
     step_seconds: float
     step_rows: int
+    """0 after a piece of decoding, which has no figures of a step"""
     step_tokens: int
     cache_bytes: int
     cache_hits: int

@@ -35,6 +35,10 @@ class History:
         """Bytes held."""
         return sum(known.clean.nbytes for known in self.known) + (0 if self.head is None else self.head.nbytes)
 
+    def counted(self) -> History:
+        """What is left of it when the steps are done: nothing but the number."""
+        return History(skipped=self.skipped)
+
     def tensors(self) -> dict[str, Tensor]:
         """What `of` needs; all names begin with `PREFIX`."""
         if not self.known:

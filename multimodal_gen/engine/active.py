@@ -64,7 +64,8 @@ def preview_steps(steps: int, previews: int) -> list[int]:
 
 
 def gauges_of(active: Iterable[Active], scheduler: Scheduler, cache: CacheUse, **step: Any) -> Gauges:
-    """The engine's state after a step, with what is known of the step itself."""
+    """The engine's state after a step, with what is known of the step itself; nothing after a piece of decoding."""
+    figures = {"step_seconds": 0.0, "step_rows": 0, "step_tokens": 0, **step}
     return Gauges(
         running_rows=scheduler.running_rows,
         waiting_rows=scheduler.waiting_rows,
@@ -72,5 +73,5 @@ def gauges_of(active: Iterable[Active], scheduler: Scheduler, cache: CacheUse, *
         cache_hits=cache.hits,
         cache_misses=cache.misses,
         step_cache_bytes=sum(row.history.nbytes for each in active for row in each.rows.values()),
-        **step,
+        **figures,
     )

@@ -2,10 +2,11 @@
 
 A step cannot be interrupted, and a denoising step may take as long as a hundred tokens. Text therefore saves up: each
 of its steps that takes less than the budget for a token leaves the rest of it to pictures, and a denoising step runs
-once what it will take has been saved. Over any stretch of time a token then takes the budget at most on average, and
-pictures get all that text can spare. Where text can spare nothing, because its own steps are longer than the budget,
-pictures still get a share of the time: after `PATIENCE` times what their own step takes. While text is written, a
-denoising step has as many rows as a budget has time for, at least one.
+once what it will take has been saved. A piece of decoding needs as much saved, and takes only its own time. Over any
+stretch of time a token then takes the budget at most on average, and pictures get all that text can spare. Where text
+can spare nothing, because its own steps are longer than the budget, pictures still get a share of the time: after
+`PATIENCE` times what their own step takes. While text is written, a denoising step has as many rows as a budget has
+time for, at least one.
 
 Everything is a function of what `ran` was told, so that all ranks decide alike.
 """
@@ -26,7 +27,9 @@ class Arbiter:
         self.budget_s = budget_s
         self._expected_s = 0.0  # of the next denoising step; 0: not known yet
         self._saved_s = 0.0  # that text has left to pictures; less than nothing where they took more
-        self._waited_s = 0.0  # of text steps while pictures had work, since their last step
+        self._waited_s = (
+            0.0  # of text steps while pictures had work, since their last step, less what their pieces have had
+        )
         self._token_s = 0.0  # of a denoising step, for one token of the transformer; 0: not known yet
 
     def choose(self, *, pictures: bool, text: bool) -> Side | None:
@@ -48,9 +51,19 @@ class Arbiter:
         """How large a denoising step may be, so that no text waits longer than a budget; a row is always whole."""
         return max(1, int(self.budget_s / self._token_s)) if text and self._token_s else None
 
-    def ran(self, side: Side, seconds: float, *, pictures: bool, text: bool, tokens: int = 0) -> None:
-        """A step is over; `pictures` and `text`: who had work when it was chosen; `tokens` of a denoising step."""
-        if side == "pictures":
+    def ran(
+        self, side: Side, seconds: float, *, pictures: bool, text: bool, tokens: int = 0, piece: bool = False
+    ) -> None:
+        """A step is over.
+
+        Args:
+            pictures, text: who had work when it was chosen.
+            tokens: of a denoising step.
+            piece: of decoding, which says nothing of the next denoising step.
+        """
+        if side == "pictures" and piece:
+            self._waited_s = max(0.0, self._waited_s - PATIENCE * seconds)
+        elif side == "pictures":
             self._expected_s = _mean(self._expected_s, seconds)
             self._token_s = _mean(self._token_s, seconds / tokens) if tokens else self._token_s
             self._waited_s = 0.0

@@ -49,6 +49,7 @@ from multimodal_gen.messages import (
     Failed,
     Finished,
     Frames,
+    Gauges,
     LorasChanged,
     MemoryChanged,
     Preview,
@@ -196,6 +197,7 @@ class EngineCore:
             yield self._drop(request_id, DeadlineExceeded("The request's deadline passed before it was finished."))
         if self.decoding.due(self._clock(), steps=self.scheduler.steps):
             yield from self._decode(self.decoding.waiting[0])
+            yield self._gauges()  # a piece may leave nothing, and whoever watches must hear that it is done
             return
         self.decoding.step(self._clock())
         slots = self.scheduler.plan(most_tokens)
@@ -216,17 +218,12 @@ class EngineCore:
                 yield from self._after_step(row)
         if rows:
             stall = self.pipeline.memory.use.stall_seconds - stalled
-            yield gauges_of(
-                self._active.values(),
-                self.scheduler,
-                self.pipeline.info.cache,
-                step_seconds=time.monotonic() - begin,
-                step_rows=len(rows),
-                step_tokens=tokens,
-                step_stall_seconds=stall,
-                cached_steps=self._cached_steps,
-                weights=self.sleeper.weights,
-            )
+            seconds = time.monotonic() - begin
+            yield self._gauges(step_seconds=seconds, step_rows=len(rows), step_tokens=tokens, step_stall_seconds=stall)
+
+    def _gauges(self, **step: float) -> Gauges:
+        totals = {"cached_steps": self._cached_steps, "weights": self.sleeper.weights}
+        return gauges_of(self._active.values(), self.scheduler, self.pipeline.info.cache, **totals, **step)
 
     # --- the parts of a step ------------------------------------------------------------------------------------
 
@@ -326,6 +323,7 @@ class EngineCore:
 
     def _to_pixels(self, active: Active, row: Row) -> list[Event]:
         """The steps of a row are done."""
+        row.history = row.history.counted()
         if row.request.output == "latent":
             assert row.latents is not None, "prepare() fills row.latents"
             return self._finish(active, row, from_numpy(row.latents.float().cpu().numpy()))

@@ -68,7 +68,7 @@ class Decoding:
     """All of them, in the order in which their steps were done, and whose turn it is: theirs or a denoising step's.
 
     Where both wait, decoding takes as long as the last step has taken, then a step comes. So neither waits longer than
-    the other needs, and whoever decodes quickly is done at once.
+    the other needs, and whoever decodes quickly is done at once. Steps of text in between are time of neither.
     """
 
     waiting: list[Decode] = field(default_factory=list)
@@ -94,6 +94,11 @@ class Decoding:
     def step(self, now: float) -> None:
         """A denoising step begins."""
         self._stepped = now
+
+    def others_took(self, seconds: float) -> None:
+        """Steps of text came between two turns of pictures."""
+        self._stepped = None if self._stepped is None else self._stepped + seconds
+        self._began = None if self._began is None else self._began + seconds
 
     def drop(self, request_id: str) -> None:
         """Forget the rows of a request."""

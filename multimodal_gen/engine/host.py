@@ -71,6 +71,7 @@ class _Running:
     began: float
     busy: frozenset[Side]  # who had work when it was chosen
     tokens: int  # of a denoising step
+    piece: bool  # of decoding, instead of a denoising step
 
 
 class Host:
@@ -197,8 +198,15 @@ class Host:
             seconds = self._clock() - running.began
             busy = running.busy
             self._arbiter.ran(
-                running.side, seconds, pictures="pictures" in busy, text="text" in busy, tokens=running.tokens
+                running.side,
+                seconds,
+                pictures="pictures" in busy,
+                text="text" in busy,
+                tokens=running.tokens,
+                piece=running.piece,
             )
+            if running.side == "text" and self.pictures is not None:
+                self.pictures.decoding.others_took(seconds)
 
     def take(self, message: Work) -> Iterable[Event]:
         """Do what the front asks, between two steps."""
@@ -227,12 +235,13 @@ class Host:
         side = self._arbiter.choose(pictures="pictures" in busy, text="text" in busy)
         if side is None:
             return
-        began, tokens = self._clock(), 0
+        began, tokens, piece = self._clock(), 0, False
         for event in self._steps(side, busy):
-            tokens = event.step_tokens if isinstance(event, Gauges) else tokens
+            if isinstance(event, Gauges):
+                tokens, piece = event.step_tokens, not event.step_rows
             yield event
         if not self.idle:  # else rank 0 sleeps before the next turn
-            self._running = _Running(side, began, busy, tokens)
+            self._running = _Running(side, began, busy, tokens, piece)
 
     def _steps(self, side: Side, busy: frozenset[Side]) -> Iterator[Event]:
         if side == "text" or self.pictures is None:

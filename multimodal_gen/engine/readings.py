@@ -12,6 +12,7 @@ from multimodal_gen.offload import WeightsUse
 
 COUNTED = ("moved_bytes", "loads", "stall_seconds")  # of a process since its start: they outlive it here
 COUNTED_TEXT = ("prompt_tokens", "cached_tokens", "generated_tokens", "preemptions")  # as well
+STEP = ("step_seconds", "step_rows", "step_tokens", "step_stall_seconds")  # of the latest step
 
 
 @dataclass
@@ -44,7 +45,9 @@ class Readings:
         if isinstance(message, Ready) and message.text is not None:
             self._text = TextGauges(kv_pages=message.text.kv_pages)
         if isinstance(message, Gauges):
-            self.gauges = message
+            self.gauges = message if message.step_rows else _after_piece(message, self.gauges)
+            if not message.step_rows:
+                return
             rate, before = message.step_tokens / max(message.step_seconds, 1e-6), self.tokens_per_second
             self.tokens_per_second = rate if not before else 0.9 * before + 0.1 * rate
         elif isinstance(message, MemoryChanged):  # caches are empty after a sleep
@@ -58,6 +61,14 @@ class Readings:
         self._past = WeightsUse(**{name: seen[name] for name in COUNTED})
         self.gauges, self._weights = None, WeightsUse()
         self._past_text, self._text = _counted(self.text), TextGauges()
+
+
+def _after_piece(message: Gauges, before: Gauges | None) -> Gauges:
+    """The state after a piece of decoding; the latest step is still the one before."""
+    if before is None:
+        return message
+    step = {name: getattr(before, name) for name in STEP}
+    return msgspec.structs.replace(message, **step)
 
 
 def _counted(gauges: TextGauges) -> TextGauges:

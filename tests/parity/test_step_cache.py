@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -237,6 +238,16 @@ def test_what_rows_remember_is_counted_and_given_back(z_image_folder: Callable[.
     assert held[1] == held[0] + sum(latents)
     assert held[-1] == 0
     assert counted > 0
+
+
+def test_rows_remember_no_steps_while_they_are_decoded(z_image_folder: Callable[..., Path]) -> None:
+    core, held = engine(z_image_folder()), list[int]()
+    core.add(msgspec.structs.replace(request(core, 0), output="pixels"))
+    while not core.idle:
+        held += [event.step_cache_bytes for event in core.step() if isinstance(event, Gauges)]
+    assert held[STEPS - 2] > 0
+    assert set(held[STEPS - 1 :]) == {0}
+    assert len(held) > STEPS, "pieces are told of"
 
 
 # --- against diffusers ----------------------------------------------------------------------------------------------

@@ -138,3 +138,21 @@ def test_while_text_is_written_a_denoising_step_is_no_larger_than_a_budget() -> 
     for _ in range(30):
         arbiter.ran("pictures", 1.0, pictures=True, text=True, tokens=100)
     assert arbiter.most_tokens(text=True) == pytest.approx(10, abs=1)
+
+
+def test_pieces_of_decoding_say_nothing_of_the_next_step_and_have_their_share_of_the_time() -> None:
+    arbiter, seconds = Arbiter(0.01), dict.fromkeys(("text", "pictures"), 0.0)  # text can spare nothing
+    arbiter.ran("pictures", 1.0, pictures=True, text=True, tokens=64)
+    for _ in range(1000):
+        side = arbiter.choose(pictures=True, text=True)
+        assert side is not None
+        took = 0.1 if side == "text" else 0.05
+        arbiter.ran(side, took, pictures=True, text=True, piece=side == "pictures")
+        seconds[side] += took
+    assert seconds["pictures"] / sum(seconds.values()) == pytest.approx(1 / (1 + PATIENCE), rel=0.1)
+    arbiter.ran("pictures", 1.0, pictures=True, text=True, tokens=64)
+    waited = 0
+    while arbiter.choose(pictures=True, text=True) == "text":
+        arbiter.ran("text", 0.1, pictures=True, text=True)
+        waited += 1
+    assert waited == pytest.approx(PATIENCE / 0.1, abs=1), "the next step is still expected to take a second"

@@ -11,8 +11,11 @@ import pytest
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.engine.core import EngineCore
 from multimodal_gen.engine.decoding import Decode, Decoding
+from multimodal_gen.engine.host import Host, _Running
+from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.media.arrays import to_numpy
-from multimodal_gen.messages import Event, Failed, Finished, Frames, Progress
+from multimodal_gen.messages import Event, Failed, Finished, Frames, Gauges, Progress
+from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines import registry
 from multimodal_gen.pipelines.contract import Row
 from multimodal_gen.request import ImageRequest, SamplingParams, VideoRequest
@@ -94,6 +97,16 @@ def test_with_nothing_else_to_do_pieces_follow_one_another(core: EngineCore, mon
     assert done == ["step", "step", *["piece"] * 6]
 
 
+def test_every_piece_is_told_of_though_it_leaves_nothing(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = slow(core, monkeypatch, step_s=0.1, piece_s=5.0, pieces=6)
+    core.add(request("only", 1))
+    while not core.idle:
+        before = len(done)
+        gauges = [event for event in core.step() if isinstance(event, Gauges)]
+        assert len(gauges) == len(done) - before == 1
+        assert gauges[0].step_rows == (done[-1] == "step")
+
+
 def test_a_cancelled_row_stops_between_two_pieces(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
     done = slow(core, monkeypatch, step_s=1.0, piece_s=1.0, pieces=6)
     core.add(request("gone", 1))
@@ -151,3 +164,36 @@ def test_turns_end_when_decoding_has_taken_as_long_as_the_last_step() -> None:
     assert decoding.due(2.0, steps=True)
     assert not decoding.due(2.5, steps=True)
     assert decoding.due(9.0, steps=False)
+
+
+def test_steps_of_text_between_two_turns_are_no_time_of_a_step_or_of_decoding() -> None:
+    decoding = Decoding()
+    decoding.step(0.0)  # takes 2 s
+    decoding.others_took(10.0)
+    decoding.waiting.append(video(stream=True))
+    assert decoding.due(12.0, steps=True)  # a piece of 1 s
+    decoding.others_took(10.0)
+    assert decoding.due(23.0, steps=True), "1 s of 2"
+    decoding.others_took(10.0)
+    assert not decoding.due(35.5, steps=True), "2.5 s of 2"
+
+
+def test_a_host_knows_pieces_from_steps_and_takes_the_time_of_text_off(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(core, monkeypatch, step_s=1.0, piece_s=1.0, pieces=3)
+    host = Host(None, None, CONFIG, Ranks(Mesh.solo()), lambda: 14.0)
+    host.pictures, pieces = core, list[bool]()
+    core.add(request("only", 2))
+    while not host.idle:
+        host.begin_turn()
+        list(host.step())
+        pieces += [host._running.piece] if host._running else []
+    assert pieces == [False, False, True, True]  # after the last one nothing is left to do
+    monkeypatch.setattr(core, "decoding", Decoding([video(stream=True)]))
+    core.decoding.step(1.0)  # takes 3 s
+    host._running = _Running("text", 4.0, frozenset(("pictures", "text")), 0, False)
+    host.begin_turn()
+    assert core.decoding.due(14.0, steps=True)
+    assert core.decoding.due(17.0, steps=True)
+    assert not core.decoding.due(17.1, steps=True)

@@ -158,3 +158,11 @@ def test_what_texts_have_counted_outlives_their_worker_and_what_it_held_does_not
     assert readings.text.generated_tokens == 125
     both = total_text([readings.text, TextGauges(running=2, kv_pages=10, step_seconds=0.2)])
     assert (both.running, both.kv_pages, both.step_seconds) == (3, 20, 0.5)
+
+
+def test_a_piece_of_decoding_brings_the_state_up_to_date_and_leaves_the_latest_step() -> None:
+    readings = Readings()
+    readings.note(Gauges(1, 0, 0.5, 1, 100, 10, 3, 4, step_stall_seconds=0.1, step_cache_bytes=64))
+    readings.note(Gauges(0, 0, 0.0, 0, 0, 10, 3, 4, cached_steps=2))
+    assert readings.gauges == Gauges(0, 0, 0.5, 1, 100, 10, 3, 4, step_stall_seconds=0.1, cached_steps=2)
+    assert readings.tokens_per_second == 200.0
