@@ -56,7 +56,7 @@ def test_a_library_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     target.parent.mkdir(mode=0o700, parents=True)
     target.write_bytes(b"\x7fELF")
     # What stands behind the compiler here is the library that exists already: making it is not what is tested.
-    made = f"import shutil; from multimodal_gen.kernels import native as n; n._compile = lambda c, w: "
+    made = "import shutil; from multimodal_gen.kernels import native as n; n._compile = lambda c, w: "
     made += f"__import__('pathlib').Path(shutil.copy({str(native.build())!r}, w)); print(n.unavailable() or 'there')"
     assert says(made, XDG_CACHE_HOME=str(tmp_path)) == "there"
     assert target.read_bytes() == native.build().read_bytes()
