@@ -80,6 +80,7 @@ def test_each_rank_streams_its_share(ranks: Ranks, family: Family, way: str) -> 
         assert_equal(found, resident)
 
 
+@pytest.mark.parametrize("family", ["zimage", "a14b"], indirect=True)
 def test_ranks_that_share_a_sequence_stream_all_of_it(ranks: Ranks, family: Family) -> None:
     function, degrees = "tests.dist.models:under_offload", Degrees(tp=2, ulysses=2)
     expected = ranks.run(degrees, function, **family.arguments, offload="none")
