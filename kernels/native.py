@@ -22,6 +22,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,38 +178,36 @@ def build() -> Path:
 
 
 def _compile(compiler: str, work: Path) -> Path:
-    """All sources at once, one compiler each, then linked. Raises: Unavailable."""
-    sources = sorted(SOURCES.glob("*.cpp"))
-    objects = [work / f"{source.stem}.o" for source in sources]
-    openmp = _openmp(compiler, work)
-    _run([[compiler, *FLAGS, *openmp, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)])
-    made = work / "kernels.so"
+    """As many units as there are cores, then linked. Raises: Unavailable, subprocess.TimeoutExpired."""
+    openmp, objects, commands = _openmp(compiler, work), [], []
+    for number, unit in enumerate(_units(usable_cores())):
+        made = work / f"unit{number}.cpp"
+        made.write_text("".join(f'#include "{source.name}"\n' for source in unit))
+        objects.append(str(made.with_suffix(".o")))
+        commands.append([compiler, *FLAGS, *openmp, "-I", str(SOURCES), "-c", str(made), "-o", objects[-1]])
+    _run(commands)
+    library = work / "kernels.so"
     # Not linked with an OpenMP runtime: torch's is loaded, and its symbols are everybody's.
-    _run([[compiler, "-shared", *map(str, objects), "-o", str(made)]])
-    return made
+    _run([[compiler, "-shared", *objects, "-o", str(library)]])
+    return library
+
+
+def _units(count: int) -> list[list[Path]]:
+    """Sources that are compiled together, about as much in each: half of the time of one alone goes to its headers."""
+    units: list[list[Path]] = [[] for _ in range(count)]
+    for source in sorted(SOURCES.glob("*.cpp"), key=lambda source: (-source.stat().st_size, source.name)):
+        min(units, key=lambda unit: sum(other.stat().st_size for other in unit)).append(source)
+    return [sorted(unit) for unit in units if unit]
 
 
 def _run(commands: list[list[str]]) -> None:
-    """Side by side, as many as there are cores. Raises: Unavailable with the compiler's first words."""
-    waiting, running = list(reversed(commands)), list[subprocess.Popen[str]]()
-    while waiting or running:
-        while waiting and len(running) < usable_cores():
-            running.append(_begin(waiting.pop()))
-        process = running.pop(0)
-        try:
-            _, words = process.communicate(timeout=BUILD_SECONDS)
-        except subprocess.TimeoutExpired:
-            words = f"no end after {BUILD_SECONDS} s"
-        if process.poll() != 0:
-            for other in (process, *running):
-                other.kill()
-                other.wait()
-            raise Unavailable(f"{commands[0][0]} failed: {' '.join(words.split())[:500]}")
-
-
-def _begin(command: list[str]) -> subprocess.Popen[str]:
-    nothing = subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=subprocess.PIPE, text=True, errors="replace")
+    """Side by side, as many as there are cores. Raises: Unavailable, subprocess.TimeoutExpired."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        done = [pool.submit(_ask, command) for command in commands]
+        for command, each in zip(commands, done, strict=True):
+            if each.result().returncode:
+                pool.shutdown(cancel_futures=True)
+                raise Unavailable(f"{command[0]} failed: {' '.join(each.result().stderr.split())[:500]}")
 
 
 def _openmp(compiler: str, work: Path) -> tuple[str, ...]:

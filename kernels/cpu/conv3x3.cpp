@@ -114,7 +114,7 @@ static void panel(
 // --- a block of tiles -------------------------------------------------------------------------------------------------
 
 // `count` tiles from `start` on, of all frames: pixels → basis [36, frame · tile, in] → [36, frame · tile, out] → pixels.
-template <class T> struct Block {
+template <class T> struct TileBlock {
     const Shape& s;
     const T* x;
     const float *filters, *bias;
@@ -221,7 +221,7 @@ static void conv3x3(
 #pragma omp parallel num_threads(threads)
     {
         float* mine = scratch + (together ? 0 : own() * POINTS * (basis + found));
-        Block<T> b{s, x, filters, bias, residual, y, mine, mine + POINTS * basis, basis, found, 0, tiles};
+        TileBlock<T> b{s, x, filters, bias, residual, y, mine, mine + POINTS * basis, basis, found, 0, tiles};
         if (together) {
 #pragma omp for
             for (int64_t i = 0; i < frames * tiles; i++) b.enter(i);

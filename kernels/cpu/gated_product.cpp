@@ -1,7 +1,7 @@
 // Activations between two products: see kernels/gated_product.py.
 #include "rows.hpp"
 
-constexpr int64_t AHEAD = 512;  // numbers: rows are longer than what the processor fetches by itself
+constexpr int64_t AHEAD_OF_ROW = 512;  // numbers: rows are longer than what the processor fetches by itself
 
 // x / 2 · (1 + tanh(u)) = x / (1 + e^-2u)
 static inline f32x16 gelu(f32x16 x) {
@@ -20,8 +20,8 @@ static void gated_product(
                 each(dim, [&](int64_t i, auto n) { store(to + i, gelu(load(gate + i, n)) * load(up + i, n), n); });
             else
                 each(dim, [&](int64_t i, auto n) {
-                    __builtin_prefetch(gate + i + AHEAD);
-                    __builtin_prefetch(up + i + AHEAD);
+                    __builtin_prefetch(gate + i + AHEAD_OF_ROW);
+                    __builtin_prefetch(up + i + AHEAD_OF_ROW);
                     store(to + i, silu(load(gate + i, n)) * load(up + i, n), n);
                 });
         }

@@ -1,9 +1,7 @@
 // Norms with SiLU over pixels in channels-last order: see kernels/rms_norm_silu.py and kernels/group_norm_silu.py.
 #include <algorithm>
 
-#include "common.hpp"
-
-static inline f32x16 silu(f32x16 x) { return x / (1.0f + exp16(-x)); }
+#include "rows.hpp"
 
 // --- RMS over the channels of a pixel ---------------------------------------------------------------------------------
 

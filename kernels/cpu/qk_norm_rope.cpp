@@ -64,14 +64,14 @@ static inline void each_head(T* x, const T* weight, const Turns& turns, int64_t 
     }
 }
 
-struct Shape {
+struct Parts {
     int64_t stride, tokens, parts, heads, dim;
     bool across;
 };
 
 template <class T>
 static void qk_norm_rope(
-    T* x, const T* weight, const float* turns, const float* mean_square, Shape s, bool halves, float eps) {
+    T* x, const T* weight, const float* turns, const float* mean_square, Parts s, bool halves, float eps) {
     int64_t width = s.heads * s.dim;
     share_rows(s.tokens, s.parts * width, [&](int64_t first, int64_t last) {
         alignas(64) float cos[MAX_DIM], sin[MAX_DIM];
@@ -98,7 +98,7 @@ static void qk_norm_rope(
     EXPORT void qk_norm_rope_##SUFFIX(                                                                                 \
         T* x, const T* weight, const float* turns, const float* mean_square, int64_t stride, int64_t tokens,          \
         int64_t parts, int64_t heads, int64_t dim, int64_t across, int64_t halves, float eps) {                        \
-        Shape shape{stride, tokens, parts, heads, dim, across != 0};                                                   \
+        Parts shape{stride, tokens, parts, heads, dim, across != 0};                                                   \
         qk_norm_rope(x, weight, turns, mean_square, shape, halves != 0, eps);                                          \
     }
 

@@ -62,6 +62,20 @@ def test_a_library_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     assert target.read_bytes() == native.build().read_bytes()
 
 
+def test_sources_can_be_compiled_together_in_any_number_of_units(tmp_path: Path) -> None:
+    """No name in one means another thing in another: how many share a unit depends on the machine's cores."""
+    if native.unavailable():
+        pytest.skip(native.unavailable())
+    (everything,) = native._units(1)
+    assert sorted(source for unit in native._units(4) for source in unit) == everything
+    for at, sources in enumerate((everything, everything[::-1])):
+        unit = tmp_path / f"{at}.cpp"
+        unit.write_text("".join(f'#include "{source.name}"\n' for source in sources))
+        command = [native._compiler(), *native.FLAGS, "-fsyntax-only", "-I", str(native.SOURCES), str(unit)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:3000]
+
+
 def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "multimodal_gen" / "kernels"
     folder.mkdir(parents=True)
