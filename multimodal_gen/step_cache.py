@@ -9,6 +9,7 @@ A method alone, `taylor`, takes the defaults of the fields below. What they do i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import msgspec
@@ -66,13 +67,19 @@ def read(text: object) -> AnyStepCache | None:
     name, colon, rest = (part.strip() for part in text.partition(":"))
     names = (NONE, *METHODS)
     if name not in names:
-        raise ValueError(f"{name[:40]!r} is none of {', '.join(names)}.{did_you_mean(name, names)}")
+        raise ValueError(f"{name[:40]!r} is not one of {', '.join(names)}{_hint(name, names)}")
     if name == NONE:
         if colon:
             raise ValueError("none takes no values")
         return None
     method = METHODS[name]
     return _made(name, method, _pairs(name, method, rest) if colon else {})
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """Whoever raises goes on behind it."""
+    hint = did_you_mean(name, known)
+    return f" ({hint.strip()})" if hint else ""
 
 
 def write(cache: AnyStepCache | None) -> str:
@@ -97,7 +104,7 @@ def _pairs(name: str, method: type[StepCache], text: str) -> dict[str, str]:
             raise ValueError(f"{item.strip()[:40]!r} is no KEY=VALUE, as in {name}:order=1")
         if key not in method.__struct_fields__:
             known = [field for field in FIELDS if field in method.__struct_fields__]
-            raise ValueError(f"{name} has no {key[:40]!r}, but {', '.join(known)}.{did_you_mean(key, known)}")
+            raise ValueError(f"{name} has no {key[:40]!r}, but {', '.join(known)}{_hint(key, known)}")
         if key in found:
             raise ValueError(f"{key} is there twice")
         found[key] = value

@@ -3,9 +3,7 @@
 #pragma once
 
 #include "common.hpp"
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "transpose.hpp"
 
 namespace decoding {
 
@@ -56,28 +54,10 @@ template <> struct Dot<int8_t> {
 // to[column · 16 + row] = from[row][column]: sixteen rows of sixteen words.
 inline void turn16(const word* const* from, int64_t column, word* to) {
 #if defined(__AVX512F__)
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from[i] + column);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 16; i += 8)
-        for (int j = 0; j < 4; j++) {
-            b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
-            b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
-        }
-    for (int j = 0; j < 8; j++) {
-        int column_low = (j & 3) + ((j & 4) ? 4 : 0);
-        _mm512_storeu_si512(to + column_low * 16, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
-        _mm512_storeu_si512(to + (column_low + 8) * 16, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
-    }
+    __m512i rows[16];
+    for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(from[i] + column);
+    transpose(rows);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 16, rows[i]);
 #else
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < 16; j++) to[j * 16 + i] = from[i][column + j];

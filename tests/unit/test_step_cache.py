@@ -85,7 +85,7 @@ def test_the_normal_form_says_every_value_and_means_the_same(text: str, normal: 
         ("first-block:threshold=nan", "expected float > 0.0"),
         ("first-block:threshold=inf", "expected float <= 10.0"),
         ("first-block:order=3", "expected int <= 2"),
-        ("", "is none of none, first-block, taylor"),
+        ("", "is not one of none, first-block, taylor"),
     ],
 )
 def test_what_is_wrong_is_named_in_settings_and_requests(text: str, says: str) -> None:
