@@ -69,15 +69,14 @@ def sample(logits: Tensor, wishes: Wishes) -> Tensor:
 def _check(logits: Tensor, wishes: Wishes) -> None:
     assert logits.dim() == 2, logits.shape
     assert logits.dtype == torch.float32, logits.dtype
-    kinds = {
-        "temperature": torch.float32,
-        "top_k": torch.int32,
-        "top_p": torch.float64,
-        "min_p": torch.float32,
-        "uniform": torch.float64,
-    }
-    for name, kind in kinds.items():
-        wish: Tensor = getattr(wishes, name)
+    kinds = (
+        ("temperature", wishes.temperature, torch.float32),
+        ("top_k", wishes.top_k, torch.int32),
+        ("top_p", wishes.top_p, torch.float64),
+        ("min_p", wishes.min_p, torch.float32),
+        ("uniform", wishes.uniform, torch.float64),
+    )
+    for name, wish, kind in kinds:
         assert wish.dtype == kind, f"{name} is {wish.dtype}, not {kind}"
         assert wish.shape == logits.shape[:1], f"{name} is of {tuple(wish.shape)} rows, logits of {len(logits)}"
         assert wish.is_contiguous(), name

@@ -27,9 +27,8 @@ class Arbiter:
         self.budget_s = budget_s
         self._expected_s = 0.0  # of the next denoising step; 0: not known yet
         self._saved_s = 0.0  # that text has left to pictures; less than nothing where they took more
-        self._waited_s = (
-            0.0  # of text steps while pictures had work, since their last step, less what their pieces have had
-        )
+        # Of text steps while pictures had work, since their last step, less what their pieces have had.
+        self._waited_s = 0.0
         self._token_s = 0.0  # of a denoising step, for one token of the transformer; 0: not known yet
 
     def choose(self, *, pictures: bool, text: bool) -> Side | None:

@@ -30,8 +30,9 @@ class JobWriter:
     async def take(self, frames: Frames) -> None:
         """Hand frames to the encoder; with the last ones, wait for the files. Raises: StorageFull, GenerationFailed."""
         if self._writer is None:
+            order = self._order(frames.index, frames.merged)
             await self._encoders.acquire()
-            self._writer, self._next = VideoWriter(self._order(frames.index, frames.merged)), (frames.index, 0)
+            self._writer, self._next = VideoWriter(order), (frames.index, 0)
             await self._writer.start()
         assert (frames.index, frames.begin) == self._next, (frames.index, frames.begin, self._next)
         count, *sides = frames.pixels.shape

@@ -67,8 +67,8 @@ def _after_piece(message: Gauges, before: Gauges | None) -> Gauges:
     """The state after a piece of decoding; the latest step is still the one before."""
     if before is None:
         return message
-    step = {name: getattr(before, name) for name in STEP}
-    return msgspec.structs.replace(message, **step)
+    told = msgspec.structs.asdict(before)
+    return msgspec.structs.replace(message, **{name: told[name] for name in STEP})
 
 
 def _counted(gauges: TextGauges) -> TextGauges:
