@@ -88,6 +88,7 @@ class BlockedWeight:
             weight, self.scales = quantize(weight)
             self.sums = weight.sum(1, dtype=torch.int32).mul_(128)
         self.words = to_blocks(weight, halves)
+        self._for_c: tuple[Tensor | None, CWeight] | None = None  # the last bias, and what it made; filled by pointers
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +102,9 @@ class BlockedWeight:
 
     def pointers(self, bias: Tensor | None) -> CWeight:
         """For C; valid while this weight and the bias are held."""
-        return CWeight(
+        if self._for_c is not None and self._for_c[0] is bias:
+            return self._for_c[1]
+        found = CWeight(
             words=self.words.data_ptr(),
             scales=None if self.scales is None else self.scales.data_ptr(),
             sums=None if self.sums is None else self.sums.data_ptr(),
@@ -110,6 +113,8 @@ class BlockedWeight:
             length=self.inputs * self.words.itemsize // 4,
             halves=self.halves,
         )
+        self._for_c = bias, found
+        return found
 
     def plain(self) -> Tensor:
         """[out, in] as before, in the dtype that it is held in."""
@@ -161,12 +166,11 @@ def blocked_linear(x: Tensor, weight: BlockedWeight, bias: Tensor | None = None)
     compute(
         x.data_ptr(),
         y.data_ptr(),
-        ctypes.addressof(pointers := weight.pointers(bias)),
+        ctypes.byref(weight.pointers(bias)),
         None if numbers is None else numbers.data_ptr(),
         None if scales is None else scales.data_ptr(),
         *x.shape,
     )
-    del pointers  # held until here
     return y
 
 

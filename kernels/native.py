@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,14 +53,28 @@ BUILD_SECONDS = 120  # a compiler that takes longer hangs
 CFunction = Callable[..., None]
 
 
+class Listener(Protocol):
+    """Who records calls (`replay.Recording`)."""
+
+    def over(self, name: str, kinds: str, compute: CFunction, entry: int | None) -> CFunction:
+        """What is called in place of `compute`; `entry`: the address of its variant for slots, where it has one."""
+
+    def hold(self, thing: object) -> None:
+        """What a recorded argument points to."""
+
+    def check(self, look: Callable[[], None]) -> None:
+        """`look` is to be called after every replay."""
+
+
 class Unavailable(Exception):
     """The library cannot be had here; says why."""
 
 
 class _Choice:
-    """Whether native kernels are used at all; changed by `choose` and `torch_only`."""
+    """Whether native kernels are used at all; changed by `choose` and `torch_only`. Who records them: by `listen`."""
 
     native = True
+    listener: Listener | None = None
 
 
 def choose(kernels: str) -> None:
@@ -77,6 +91,25 @@ def torch_only() -> Iterator[None]:
         yield
     finally:
         _Choice.native = before
+
+
+def listen(listener: Listener | None) -> None:
+    """From now on calls are recorded; None: no more."""
+    assert listener is None or _Choice.listener is None, "one recording at a time"
+    _Choice.listener = listener
+
+
+def hold(thing: object) -> None:
+    """`thing` is pointed to by what an argument points to: a recording keeps it."""
+    if _Choice.listener is not None:
+        _Choice.listener.hold(thing)
+
+
+def check(look: Callable[[], None]) -> None:
+    """`look` now, and after every replay of what is being recorded; it raises where something went wrong."""
+    look()
+    if _Choice.listener is not None:
+        _Choice.listener.check(look)
 
 
 def switched_off() -> bool:
@@ -104,7 +137,7 @@ class Function:
     def __init__(
         self, name: str, kinds: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     ) -> None:
-        self._name = name
+        self._name, self._kinds = name, kinds
         self._types: list[Any] = [KINDS[kind] for kind in kinds]
         self._dtypes = dtypes
         self._bound: dict[torch.dtype, CFunction] | None = None  # filled at the first call
@@ -115,7 +148,18 @@ class Function:
             return None
         if self._bound is None:
             self._bound = self._bind()
-        return self._bound.get(x.dtype)
+        compute = self._bound.get(x.dtype)
+        if compute is None or _Choice.listener is None:
+            return compute
+        return _Choice.listener.over(self._name, self._kinds, compute, self._entry(x.dtype))
+
+    def _entry(self, dtype: torch.dtype) -> int | None:
+        """Of REPLAYED in C++."""
+        found = library()
+        name = f"{self._name}_{SUFFIXES[dtype]}_slots"
+        if found is None or not hasattr(found, name):
+            return None
+        return ctypes.cast(found[name], ctypes.c_void_p).value
 
     def _bind(self) -> dict[torch.dtype, CFunction]:
         found = library()

@@ -156,9 +156,15 @@ def _on_processor(
     compute = _packed_attention.of(q)
     assert compute is not None
     compute(ctypes.byref(call))
+    native.hold(segments)
+    native.check(functools.partial(_check_done, call, max(segments[1::3])))
+
+
+def _check_done(call: _Call, longest: int) -> None:
     if call.status != _DONE:
-        assert call.status == _NO_MEMORY, call.status
-        raise MemoryError(f"attention over {max(segments[1::3])} keys: no memory for the keys and values of a head")
+        status, call.status = call.status, _DONE
+        assert status == _NO_MEMORY, status
+        raise MemoryError(f"attention over {longest} keys: no memory for the keys and values of a head")
 
 
 @functools.lru_cache(maxsize=256)  # of all layers and steps the same

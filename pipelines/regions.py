@@ -1,4 +1,4 @@
-"""--compile and --cuda-graphs: what becomes of a family's layers, and where it cannot be had."""
+"""What becomes of a family's layers: compiled (--compile), recorded (--cuda-graphs; small work on a CPU always)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from multimodal_gen.attention.apart import ApartAttention
 from multimodal_gen.attention.base import AttentionBackend
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.errors import ConfigError
+from multimodal_gen.kernels import native
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn import compiled
-from multimodal_gen.nn.graphs import CudaTape, Graphs
+from multimodal_gen.nn.cpu_graphs import CpuRecorder
+from multimodal_gen.nn.graphs import CudaTape, Graphs, Recorder, Segments
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.sequence import choose_attention
 
@@ -32,6 +34,7 @@ class Regions:
         """Raises: ConfigError."""
         self._config, self._device = config, device
         self._graphs: list[Graphs] = []
+        self._alone = True  # no other rank computes with this one; filled by attention
         if config.compile:
             compiled.check(device)
         if config.cuda_graphs and device.type != "cuda":
@@ -42,6 +45,7 @@ class Regions:
 
     def attention(self, name: str, mesh: Mesh) -> AttentionBackend:
         """The backend of that name; layers that are compiled or recorded call it from outside. Raises: ConfigError."""
+        self._alone = mesh.degrees.world == 1
         backend = choose_attention(name, self._device, mesh)
         return ApartAttention(backend) if self._config.compile or self._config.cuda_graphs else backend
 
@@ -52,11 +56,13 @@ class Regions:
         if self._config.cuda_graphs:
             for name in models:
                 _check_resident(name, memory)
-            self._record(models, CudaTape(self._device))
+            self._record(models.values(), Segments(CudaTape(self._device)))
+        elif self._device.type == "cpu" and self._alone and not self._config.compile and not _without_kernels():
+            self._record([model for name, model in models.items() if _stays(name, memory)], CpuRecorder())
 
-    def _record(self, models: Mapping[str, Recorded], tape: CudaTape) -> None:
-        for model in models.values():
-            model.graphs = Graphs(tape)
+    def _record(self, models: Iterable[Recorded], recorder: Recorder) -> None:
+        for model in models:
+            model.graphs = Graphs(recorder)
             self._graphs.append(model.graphs)
 
     def clear(self) -> None:
@@ -65,9 +71,17 @@ class Regions:
             graphs.clear()
 
 
+def _without_kernels() -> str:
+    return "switched off" if native.switched_off() else native.unavailable()
+
+
+def _stays(name: str, memory: Memory) -> bool:
+    return memory.plan is None or memory.plan.shares[name].residency == "resident"
+
+
 def _check_resident(name: str, memory: Memory) -> None:
-    share = None if memory.plan is None else memory.plan.shares[name]
-    if share is not None and share.residency != "resident":
+    if memory.plan is not None and not _stays(name, memory):
+        share = memory.plan.shares[name]
         raise ConfigError(
             f"--cuda-graphs needs {name} to stay on the device, and it is {share.residency} "
             "(docs/memory.md). Leave one of them out: --cuda-graphs, or what makes weights move.",

@@ -1,5 +1,6 @@
 // y = x · Wᵀ + bias with W in blocks: see kernels/blocked_linear.py.
 #include "blocked.hpp"
+#include "replay.hpp"
 
 using namespace decoding;
 
@@ -33,6 +34,11 @@ BLOCKED_LINEAR(blocked_linear_f32, float, float)
 BLOCKED_LINEAR(blocked_linear_bf16, bf16, bf16)
 BLOCKED_LINEAR(blocked_linear_int8_f32, int8_t, float)
 BLOCKED_LINEAR(blocked_linear_int8_bf16, int8_t, bf16)
+
+REPLAYED(blocked_linear_f32)
+REPLAYED(blocked_linear_bf16)
+REPLAYED(blocked_linear_int8_f32)
+REPLAYED(blocked_linear_int8_bf16)
 
 // Which weights this processor has instructions for: 1 float32, 2 bfloat16, 4 int8. Others are faster by torch.
 EXPORT void blocked_linear_has(int64_t* kinds) {

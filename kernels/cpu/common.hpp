@@ -144,14 +144,37 @@ inline f32x16 exp16(f32x16 x) {
 
 constexpr int64_t ALONE = 1 << 15;  // numbers that one thread handles sooner than it would wake another
 
+// A thread's part of what all threads of a team do together.
+struct Team {
+    int64_t own, count;
+    int64_t first(int64_t whole) const { return whole * own / count; }
+    int64_t last(int64_t whole) const { return whole * (own + 1) / count; }
+};
+
+// The team in which this thread replays calls (replay.cpp): all of its threads make the same call, and wait for one another
+// after it. Null outside of that.
+inline thread_local const Team* joined = nullptr;
+
+// work(team) on every thread; inside, `#pragma omp barrier` waits for all of them.
+template <class Work> inline void together(Work work) {
+    if (joined) return work(*joined);
+#ifdef _OPENMP
+#pragma omp parallel
+    work(Team{omp_get_thread_num(), omp_get_num_threads()});
+#else
+    work(Team{0, 1});
+#endif
+}
+
 // body(first, last) on equal shares of `rows` rows of `width` numbers each.
 template <class Body> inline void share_rows(int64_t rows, int64_t width, Body body) {
+    if (joined) return body(joined->first(rows), joined->last(rows));
 #ifdef _OPENMP
     if (rows > 1 && rows * width > ALONE && omp_get_max_threads() > 1) {
 #pragma omp parallel
         {
-            int64_t count = omp_get_num_threads(), own = omp_get_thread_num();
-            body(rows * own / count, rows * (own + 1) / count);
+            Team team{omp_get_thread_num(), omp_get_num_threads()};
+            body(team.first(rows), team.last(rows));
         }
         return;
     }

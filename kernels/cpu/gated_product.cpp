@@ -1,4 +1,5 @@
 // Activations between two products: see kernels/gated_product.py.
+#include "replay.hpp"
 #include "rows.hpp"
 
 constexpr int64_t AHEAD_OF_ROW = 512;  // numbers: rows are longer than what the processor fetches by itself
@@ -50,3 +51,7 @@ template <class T> static void gelu_tanh(T* x, const T* bias, int64_t rows, int6
 
 GATED_PRODUCT(f32, float)
 GATED_PRODUCT(bf16, bf16)
+REPLAYED(gated_product_f32)
+REPLAYED(gated_product_bf16)
+REPLAYED(gelu_tanh_f32)
+REPLAYED(gelu_tanh_bf16)

@@ -1,4 +1,5 @@
 // x += gate · y (or y / rms(y)), and the norm of the sum: see kernels/gated_residual.py.
+#include "replay.hpp"
 #include "rows.hpp"
 
 template <class T, class G> static inline void add(T* x, const T* y, const G* gate, float inverse, int64_t dim) {
@@ -56,3 +57,7 @@ static void gated_residual_norm(
 
 GATED_RESIDUAL(f32, float)
 GATED_RESIDUAL(bf16, bf16)
+REPLAYED(gated_residual_f32)
+REPLAYED(gated_residual_bf16)
+REPLAYED(gated_residual_norm_f32)
+REPLAYED(gated_residual_norm_bf16)

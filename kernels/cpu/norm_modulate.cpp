@@ -1,4 +1,5 @@
 // y = norm(x) · scale + shift of the token's segment: see kernels/norm_modulate.py.
+#include "replay.hpp"
 #include "rows.hpp"
 
 template <class T>
@@ -24,3 +25,7 @@ static void norm_modulate(
 
 NORM_MODULATE(f32, float)
 NORM_MODULATE(bf16, bf16)
+REPLAYED(rms_norm_scale_f32)
+REPLAYED(rms_norm_scale_bf16)
+REPLAYED(layer_norm_scale_shift_f32)
+REPLAYED(layer_norm_scale_shift_bf16)

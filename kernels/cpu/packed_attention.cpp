@@ -3,7 +3,7 @@
 //
 // What a query computes depends on its own segment alone, in order and in rounding.
 
-#include "common.hpp"
+#include "replay.hpp"
 
 namespace {
 
@@ -21,7 +21,7 @@ struct Call {
     Strides of_q, of_k, of_v, of_out;
     double scale;    // of scores, times log2(e)
     int64_t causal;  // 1: the last query of a segment sees all keys, the one before it all but the last, and so on
-    int64_t status;  // filled here: 0 done, 1 no memory for what threads work with, 2 not on this processor
+    int64_t status;  // 0 before and after; filled here: 1 no memory for what threads work with, 2 not on this processor
 };
 
 }  // namespace
@@ -165,6 +165,7 @@ struct Tasks {
         }
 #ifdef _OPENMP
         if (products > QUICK) threads = omp_get_max_threads();
+        if (joined) threads = joined->count;
 #endif
         const int64_t share = queries * call.heads / (4 * threads);
         most = (std::max(LEAST, share) + TILE - 1) / TILE * WIDE;
@@ -172,7 +173,7 @@ struct Tasks {
             total += parts(i) * call.heads;
             longest = std::max(longest, call.segments[3 * i + 1]);
         }
-        threads = std::min(threads, total);
+        if (!joined) threads = std::min(threads, total);
     }
     int64_t vectors(int64_t segment) const { return (call.segments[3 * segment] + 15) / 16; }
     // Of each head; none where there are no keys.
@@ -201,13 +202,18 @@ struct Tasks {
 template <class Kind>
 bool compute(const Call& call, const Tasks& tasks) {
     std::atomic<bool> failed{false};
-#pragma omp parallel num_threads(int(tasks.threads))
-    {
+    auto work = [&] {
         Scratch<Kind> scratch;
         if (!scratch.allocate(call, tasks.longest)) failed = true;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks.total; i++)
             if (!failed) scratch.run(call, tasks.at(i));
+    };
+    if (joined) {
+        work();
+    } else {
+#pragma omp parallel num_threads(int(tasks.threads))
+        work();
     }
     return !failed;
 }
@@ -217,7 +223,7 @@ bool compute(const Call& call, const Tasks& tasks) {
 template <class Kind>
 static void run(Call* call) {
     const Tasks tasks(*call);
-    call->status = tasks.total == 0 || compute<Kind>(*call, tasks) ? 0 : 1;
+    if (tasks.total && !compute<Kind>(*call, tasks)) call->status = 1;  // of several threads any
 }
 
 EXPORT void packed_attention_f32(Call* call) { run<Float>(call); }
@@ -231,3 +237,5 @@ EXPORT void packed_attention_bf16(Call* call) { call->status = 2; }
 EXPORT void packed_attention_f32(Call* call) { call->status = 2; }
 EXPORT void packed_attention_bf16(Call* call) { call->status = 2; }
 #endif
+REPLAYED(packed_attention_f32)
+REPLAYED(packed_attention_bf16)

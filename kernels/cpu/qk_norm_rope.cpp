@@ -1,4 +1,5 @@
 // Norms of queries and keys and their turn by position, in place: see kernels/qk_norm_rope.py.
+#include "replay.hpp"
 #include "rows.hpp"
 
 constexpr int64_t MAX_DIM = 1024;
@@ -104,3 +105,5 @@ static void qk_norm_rope(
 
 QK_NORM_ROPE(f32, float)
 QK_NORM_ROPE(bf16, bf16)
+REPLAYED(qk_norm_rope_f32)
+REPLAYED(qk_norm_rope_bf16)

@@ -64,21 +64,4 @@ inline void turn16(const word* const* from, int64_t column, word* to) {
 #endif
 }
 
-// A thread's part of what all threads of a team do together.
-struct Team {
-    int64_t own, count;
-    int64_t first(int64_t whole) const { return whole * own / count; }
-    int64_t last(int64_t whole) const { return whole * (own + 1) / count; }
-};
-
-// work(team) on every thread; inside, `#pragma omp barrier` waits for all of them.
-template <class Work> inline void together(Work work) {
-#ifdef _OPENMP
-#pragma omp parallel
-    work(Team{omp_get_thread_num(), omp_get_num_threads()});
-#else
-    work(Team{0, 1});
-#endif
-}
-
 }  // namespace decoding

@@ -16,7 +16,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from multimodal_gen.kernels.packed_linear import PackedWeight, unavailable
+from multimodal_gen.kernels import blocked_linear, packed_linear
+from multimodal_gen.kernels.blocked_linear import BlockedWeight
+from multimodal_gen.kernels.packed_linear import PackedWeight
 from multimodal_gen.nn.linear import FusedLinear, Linear, Packed
 from multimodal_gen.nn.precision import compute_dtype
 
@@ -36,11 +38,20 @@ class Form:
     passing: bool
 
 
-def packed_form(dtype: torch.dtype, device: torch.device) -> Form | None:
-    """The order of the processor's matrix unit, where there is one: the same sums in bfloat16, bit for bit."""
-    if device.type != "cpu" or unavailable(dtype) or compute_dtype(dtype, device) != dtype:
+def packed_form(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Form | None:
+    """An order that the processor reads well, where there is one.
+
+    Our own kernel multiplies bfloat16: as fast as oneDNN at thousands of tokens, up to 1.8 times at tens of them, and a
+    token's sums do not depend on how many others there are. float32 and what that kernel does not take go to oneDNN.
+    """
+    if device.type != "cpu" or compute_dtype(dtype, device) != dtype:
         return None
-    return Form(PackedWeight, 8 * dtype.itemsize, exact=True, passing=dtype is torch.float32)
+    bits = 8 * dtype.itemsize
+    if dtype is torch.bfloat16 and not blocked_linear.unavailable(shape, dtype, dtype):
+        return Form(BlockedWeight, bits, exact=True, passing=False)
+    if packed_linear.unavailable(dtype):
+        return None
+    return Form(PackedWeight, bits, exact=True, passing=dtype is torch.float32)
 
 
 def choose(
@@ -57,7 +68,7 @@ def choose(
         if not isinstance(layer, Formed):
             continue
         stays = any(re.fullmatch(pattern, name) for pattern in high)
-        form = (None if stays else fewer(layer)) or packed_form(layer.weight.dtype, device)
+        form = (None if stays else fewer(layer)) or packed_form(layer.weight.shape, layer.weight.dtype, device)
         if form is not None:
             found[layer] = form
     return found

@@ -1,4 +1,4 @@
-"""Regions of a forward pass that are recorded once and replayed (CUDA graphs), in segments between `@eager_break`s.
+"""Regions of a forward pass that are recorded once and replayed: on GPUs in segments between `@eager_break`s.
 
 A region is a function of tensors whose work is the same at every call: what else it depends on is named by the caller,
 and a graph is found again by the identity of it. Tensors are copied into the graph's own at every replay, so their
@@ -24,6 +24,29 @@ MAX_GRAPHS = 16
 
 Replay = Callable[[], None]
 Compute = Callable[..., Tensor]
+
+
+class Recorded(Protocol):
+    """One region."""
+
+    first: Tensor | None  # what it computed while it was recorded, where that computes
+    obstacles: Sequence[str]  # what cannot be replayed: then the region runs as always
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The region's result for these tensors, in memory that the next replay overwrites."""
+
+
+class Recorder(Protocol):
+    """How a device records regions: `Segments`, and `nn.cpu_graphs.CpuRecorder`."""
+
+    def takes(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether a region with such inputs is worth it."""
+
+    def record(self, compute: Compute, inputs: Sequence[Tensor]) -> Recorded:
+        """The region with tensors like `inputs`."""
+
+    def clear(self) -> None:
+        """Recordings have been forgotten."""
 
 
 class Tape(Protocol):
@@ -82,7 +105,10 @@ class _Bytes:
 
 
 class Recording:
-    """One region's segments and the calls between them."""
+    """One region's segments and the calls between them; `Recorded`."""
+
+    first: Tensor | None = None
+    obstacles: Sequence[str] = ()
 
     def __init__(self, tape: Tape, compute: Compute, inputs: Sequence[Tensor]) -> None:
         """Records `compute` of tensors like `inputs`. Nothing is left of a recording that fails."""
@@ -135,17 +161,34 @@ class Recording:
         return self._output
 
 
+class Segments:
+    """`Recorder` of segments between `@eager_break`s on a tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        """`tape` is of all regions: they are never replayed at the same time, so they share its memory."""
+        self._tape = tape
+
+    def takes(self, inputs: Sequence[Tensor]) -> bool:
+        return True
+
+    def record(self, compute: Compute, inputs: Sequence[Tensor]) -> Recording:
+        return Recording(self._tape, compute, inputs)
+
+    def clear(self) -> None:
+        pass
+
+
 @dataclass
 class _Entry:
     fixed: tuple[object, ...]  # held, so that no other object gets their identity
-    recording: Recording | None = None  # filled at the second call
+    recording: Recorded | None = None  # filled at the second call
 
 
 @dataclass
 class Graphs:
     """The recorded regions of one model."""
 
-    tape: Tape  # of all of them: they are never replayed at the same time, so they share its memory
+    recorder: Recorder
     entries: OrderedDict[tuple[object, ...], _Entry] = field(default_factory=OrderedDict)
     replayed: int = 0
 
@@ -158,6 +201,8 @@ class Graphs:
             place: which region of the model it is.
             fixed: everything else that `compute` depends on; graphs hold it, and find it by identity.
         """
+        if not self.recorder.takes(inputs):
+            return compute(*inputs)
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         key = (place, shapes, tuple(map(id, fixed)))
         entry = self.entries.get(key)
@@ -168,10 +213,15 @@ class Graphs:
             return compute(*inputs)
         self.entries.move_to_end(key)
         if entry.recording is None:
-            entry.recording = Recording(self.tape, compute, inputs)
+            entry.recording = self.recorder.record(compute, inputs)
+            if entry.recording.first is not None:
+                return inputs[0].copy_(entry.recording.first)
+        if entry.recording.obstacles:
+            return compute(*inputs)
         self.replayed += 1
         return inputs[0].copy_(entry.recording.replay(inputs))
 
     def clear(self) -> None:
         """Forget all: addresses of weights are others from now on, or memory is wanted."""
         self.entries.clear()
+        self.recorder.clear()

@@ -204,7 +204,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.sequence = sequence
-        self.graphs: Graphs | None = None  # that hold the blocks; filled by the pipeline with --cuda-graphs
+        self.graphs: Graphs | None = None  # that hold the blocks; filled by `Regions`
         dim, single = config.dim, torch.float32
         self.patch_embedding = PatchEmbedding(config.in_channels, config.patch_size, dim)
         self.time_in = Linear(config.freq_dim, dim, bias=True, dtype=single)

@@ -24,7 +24,7 @@ from multimodal_gen.errors import CorruptModel
 from multimodal_gen.kernels.gated_residual import gated_residual_, gated_residual_norm_
 from multimodal_gen.kernels.norm_modulate import Norm, layer_norm_scale_shift, rms_norm_scale
 from multimodal_gen.kernels.timestep_embedding import timestep_embedding
-from multimodal_gen.nn.graphs import Graphs
+from multimodal_gen.nn.graphs import Compute, Graphs
 from multimodal_gen.nn.linear import FusedLinear, Linear
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.nn.mlp import SwiGLU
@@ -38,6 +38,7 @@ QK_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256
 TIME_HIDDEN = 1024
+REFINER = (-1,)  # the region before the joint layers
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.sequence = sequence
-        self.graphs: Graphs | None = None  # that hold the joint layers; filled by the pipeline with --cuda-graphs
+        self.graphs: Graphs | None = None  # that hold the layers; filled by `Regions`
         dim = config.dim
         self.image_embedder = Linear(config.patch_dim, dim, bias=True)
         self.caption_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
@@ -314,9 +315,13 @@ class ZImageTransformer(nn.Module):
         refiner = torch.stack([times[row].refiner for row in segments.pick(layout.image_rows)], dim=2)  # [n, 4, S, D]
         routing = Routing.of(segments.lengths, segments.pick(overlays))
         x, turns = shards.split(x), shards.split(layout.image_turns)
-        for block, folded in zip(self.noise_refiner, refiner, strict=True):
-            x = block(x, turns, segments, routing, folded)
-        return shards.gather(x)
+
+        def compute(x: Tensor, refiner: Tensor) -> Tensor:
+            for block, folded in zip(self.noise_refiner, refiner, strict=True):
+                x = block(x, turns, segments, routing, folded)
+            return x
+
+        return shards.gather(self._region(compute, (x, refiner), REFINER, layout, routing))
 
     def work(self, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]) -> Work:
         """This rank's share of what the joint layers need besides tokens."""
@@ -336,9 +341,20 @@ class ZImageTransformer(nn.Module):
                 x = self.layers[index](x, work.turns, work.segments, work.routing, folded[index - begin])
             return x
 
-        if self.graphs is None or work.routing is not None:
-            return compute(x, folded)
-        return self.graphs.run(compute, (x, folded), (begin, end), (work.layout,))
+        return self._region(compute, (x, folded), (begin, end), work.layout, work.routing)
+
+    def _region(
+        self,
+        compute: Compute,
+        inputs: Sequence[Tensor],
+        place: tuple[int, ...],
+        layout: Layout,
+        routing: Routing | None,
+    ) -> Tensor:
+        """compute(*inputs), in a graph where there are any; adapters beside the weights change from call to call."""
+        if self.graphs is None or routing is not None:
+            return compute(*inputs)
+        return self.graphs.run(compute, inputs, place, (layout,))
 
     def predict(self, x: Tensor, work: Work) -> list[Tensor]:
         """x [T, D] after the last layer → per joint sequence, of all ranks, [l, patch_dim]."""

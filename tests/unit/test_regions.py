@@ -18,7 +18,7 @@ from multimodal_gen.errors import ConfigError
 from multimodal_gen.kernels import native
 from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.nn import compiled
-from multimodal_gen.nn.graphs import MAX_GRAPHS, CudaTape, Graphs
+from multimodal_gen.nn.graphs import MAX_GRAPHS, CudaTape, Graphs, Segments
 from multimodal_gen.nn.lowrank import Overlay, Piece, Update
 from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.wan import packing as wan_packing
@@ -105,7 +105,7 @@ def test_replayed_layers_compute_what_they_compute_without_graphs(name: str, pla
     model, step = MODELS[name]()
     calls = [(2, 1), (2, 2), (5, 3), (2, 4), (5, 5), (5, 6), (2, 7)]
     wanted = [step(*call) for call in calls]
-    model.graphs = Graphs(played_back)
+    model.graphs = Graphs(Segments(played_back))
     found = [step(*call) for call in calls]
     for ours, plain in zip(found, wanted, strict=True):
         assert_close(ours, plain)
@@ -122,7 +122,7 @@ def test_graphs_of_a_gpu_compute_what_it_computes_without_them(name: str) -> Non
     model, step = MODELS[name](3, device)
     calls = [(2, 1), (2, 2), (5, 3), (2, 4), (5, 5), (5, 6), (2, 7)]
     wanted = [step(*call) for call in calls]
-    model.graphs = Graphs(CudaTape(device))
+    model.graphs = Graphs(Segments(CudaTape(device)))
     for call, plain in zip(calls, wanted, strict=True):
         assert_close(step(*call), plain)
     assert model.graphs.replayed == 5
@@ -132,7 +132,7 @@ def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
     model, step = pictures()
     overlay = overlay_of(model)
     plain = step(2, 1)
-    model.graphs = Graphs(PlayedBack())
+    model.graphs = Graphs(Segments(PlayedBack()))
     with_adapter = [step(2, 1, overlay) for _ in range(3)]
     assert model.graphs.replayed == 0
     assert not torch.allclose(with_adapter[0][0], plain[0])
@@ -140,7 +140,7 @@ def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
 
 
 def test_old_graphs_leave_and_cleared_ones_are_made_anew() -> None:
-    graphs, x = Graphs(PlayedBack()), torch.ones(3)
+    graphs, x = Graphs(Segments(PlayedBack())), torch.ones(3)
     fixed = [object() for _ in range(MAX_GRAPHS + 1)]
     for thing in (*fixed, *fixed[1:], fixed[0]):
         graphs.run(lambda x: x.mul_(2), (x.clone(),), (0,), (thing,))
@@ -150,7 +150,7 @@ def test_old_graphs_leave_and_cleared_ones_are_made_anew() -> None:
 
 
 def test_a_recording_that_fails_leaves_nothing_behind() -> None:
-    graphs, x, fails = Graphs(PlayedBack()), torch.ones(3), [False]
+    graphs, x, fails = Graphs(Segments(PlayedBack())), torch.ones(3), [False]
 
     @eager_break
     def looks(x: Tensor) -> Tensor:
