@@ -157,7 +157,7 @@ def _on_processor(
     assert compute is not None
     compute(ctypes.byref(call))
     native.hold(segments)
-    native.check(functools.partial(_check_done, call, max(segments[1::3])))
+    native.check(functools.partial(_check_done, call, max(segments[1::3], default=0)))
 
 
 def _check_done(call: _Call, longest: int) -> None:

@@ -52,6 +52,15 @@ class Recording:
         finally:
             native.listen(None)
 
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Calls inside are made, and not recorded."""
+        native.listen(None)
+        try:
+            yield
+        finally:
+            native.listen(self)
+
     def over(self, name: str, kinds: str, compute: native.CFunction, entry: int | None) -> native.CFunction:
         """`native.Listener`: `compute`, recorded. `entry`: where its variant for slots stands."""
         if entry is None:

@@ -9,7 +9,6 @@ operation of torch, a collective, an adapter) means that it runs as always, then
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,16 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from multimodal_gen.kernels import eager, replay
 from multimodal_gen.nn.graphs import Compute
 
-LARGEST = 1 << 20  # bytes of inputs: above it the calls themselves take all of the time
-GRAIN = 1 << 12  # bytes; sizes of memory are multiples, so that it is used again
+LARGEST = 4 << 20  # bytes of inputs: above it the calls themselves take all of the time
+SMALLEST = 1 << 12  # bytes of memory
 
 
 class Pool:
-    """Memory of recordings, which never run at the same time: what one has let go of, the next may have."""
+    """Memory of recordings, which never run at the same time: what one has let go of, the next may have.
+
+    Sizes are powers of two, and something larger will do: all recordings together hold at most four times what the one
+    that needs most does.
+    """
 
     def __init__(self) -> None:
-        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # by size
-        self._all: list[Tensor] = []
+        self._free: list[Tensor] = []
+        self._all: list[Tensor] = []  # held: recordings know addresses
 
     @property
     def nbytes(self) -> int:
@@ -38,14 +41,26 @@ class Pool:
 
     def lend(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] that comes back when nothing refers to it any more, views included."""
-        size = max(GRAIN, -(-nbytes // GRAIN) * GRAIN)
-        memory = self._free[size].pop() if self._free[size] else self._new(size)
+        memory = self.take(nbytes)
         array = memory.numpy()[:nbytes]  # the storage of the tensor below holds it, and nothing else does
-        weakref.finalize(array, self._free[size].append, memory)
+        weakref.finalize(array, self.give_back, memory)
         return torch.from_numpy(array)
 
-    def _new(self, size: int) -> Tensor:
-        made = torch.empty(size, dtype=torch.uint8, device="cpu")
+    def take(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes or more] that is given back by `give_back`."""
+        fit = [memory for memory in self._free if memory.nbytes >= nbytes]
+        if not fit:
+            return self._new(nbytes)
+        memory = min(fit, key=lambda memory: memory.nbytes)
+        self._free = [other for other in self._free if other is not memory]
+        return memory
+
+    def give_back(self, memory: Tensor) -> None:
+        """The next may have it."""
+        self._free.append(memory)
+
+    def _new(self, nbytes: int) -> Tensor:
+        made = torch.empty(max(SMALLEST, 1 << (nbytes - 1).bit_length()), dtype=torch.uint8, device="cpu")
         self._all.append(made)
         return made
 
@@ -56,10 +71,13 @@ class _Watch(TorchDispatchMode):
     def __init__(self, pool: Pool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.others: list[str] = []
+        self.paused = False
         self._pool = pool
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.paused:
+            return result
         if func.name().split(".")[0] in MAKES_MEMORY:
             return self._lend(result)
         if func._schema.is_mutable or not _is_view(result, args):
@@ -68,17 +86,25 @@ class _Watch(TorchDispatchMode):
 
     def _lend(self, like: Tensor) -> Tensor:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-        memory = self._pool.lend(extent * like.itemsize if like.numel() else 0)
-        return memory.view(like.dtype).as_strided(like.shape, like.stride())
+        return _like(like, self._pool.lend(extent * like.itemsize if like.numel() else 0))
+
+
+def _like(x: Tensor, memory: Tensor) -> Tensor:
+    return memory.view(x.dtype).as_strided(x.shape, x.stride())
 
 
 MAKES_MEMORY = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 
 
 def _is_view(result: Any, args: Sequence[Any]) -> bool:
-    mine = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+    mine = {_memory(x) for x in args if isinstance(x, Tensor)}
     made = result if isinstance(result, list | tuple) else [result]
-    return all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in mine for x in made)
+    return all(isinstance(x, Tensor) and _memory(x) in mine for x in made)
+
+
+def _memory(x: Tensor) -> int:
+    """Where it begins; 0 of what is packed for oneDNN."""
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else 0
 
 
 class CpuRecording:
@@ -87,7 +113,8 @@ class CpuRecording:
     def __init__(self, pool: Pool, compute: Compute, inputs: Sequence[Tensor]) -> None:
         """Computes while it records."""
         self._held = pool, compute  # and so what calls read and write
-        self._inputs = [x.clone() for x in inputs]
+        places = [pool.take(x.nbytes) for x in inputs]
+        self._inputs = [_like(x, place).copy_(x) for x, place in zip(inputs, places, strict=True)]
         self._calls, self._watch = replay.Recording(), _Watch(pool)
         eager.recording(self)
         try:
@@ -95,15 +122,27 @@ class CpuRecording:
                 self._output = compute(*self._inputs)
         finally:
             eager.recording(None)
+            for place in places:  # not used again while this recording runs, but free for others
+                pool.give_back(place)
         self.first: Tensor | None = self._output
         self.obstacles: Sequence[str] = [*self._watch.others, *self._calls.unknown]
         self._replay = None if self.obstacles else self._calls.finish()
 
     def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
-        """`eager.Interrupted`: calls of our kernels are recorded like others; what makes none must not be left out."""
+        """`eager.Interrupted`: calls of our kernels are recorded like others, and what makes none must not be left out.
+
+        What need not be called again is somebody else's: neither its calls nor its memory are the recording's.
+        """
+        if not again:
+            with self._calls.deaf():
+                self._watch.paused = True
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self._watch.paused = False
         before = len(self._calls)
         result = function(*args, **kwargs)
-        if again and len(self._calls) == before:
+        if len(self._calls) == before:
             self._watch.others.append(function.__qualname__)
         return result
 
@@ -118,6 +157,8 @@ class CpuRecording:
 
 class CpuRecorder:
     """`nn.graphs.Recorder`."""
+
+    most, at_once = 256, True
 
     def __init__(self) -> None:
         self._pool = Pool()

@@ -4,8 +4,8 @@ A region is a function of tensors whose work is the same at every call: what els
 and a graph is found again by the identity of it. Tensors are copied into the graph's own at every replay, so their
 addresses are stable; what an `@eager_break` call returns is copied to where the next segment looks for it.
 
-At the first call of a region everything runs as always: kernels are compiled, buffers and handles of libraries made.
-The second records it, all others replay. Least recently used graphs leave.
+On GPUs a region's first call runs as always: kernels are compiled, buffers and handles of libraries made. The second
+records it, all others replay; on a CPU (`nn.cpu_graphs`) the first does. Least recently used graphs leave.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from multimodal_gen.kernels import eager
-
-MAX_GRAPHS = 16
 
 Replay = Callable[[], None]
 Compute = Callable[..., Tensor]
@@ -38,6 +36,9 @@ class Recorded(Protocol):
 
 class Recorder(Protocol):
     """How a device records regions: `Segments`, and `nn.cpu_graphs.CpuRecorder`."""
+
+    most: int  # graphs that are kept
+    at_once: bool  # whether a region's first call can be recorded
 
     def takes(self, inputs: Sequence[Tensor]) -> bool:
         """Whether a region with such inputs is worth it."""
@@ -164,6 +165,8 @@ class Recording:
 class Segments:
     """`Recorder` of segments between `@eager_break`s on a tape."""
 
+    most, at_once = 16, False
+
     def __init__(self, tape: Tape) -> None:
         """`tape` is of all regions: they are never replayed at the same time, so they share its memory."""
         self._tape = tape
@@ -181,7 +184,7 @@ class Segments:
 @dataclass
 class _Entry:
     fixed: tuple[object, ...]  # held, so that no other object gets their identity
-    recording: Recorded | None = None  # filled at the second call
+    recording: Recorded | None = None  # filled at the first or the second call
 
 
 @dataclass
@@ -207,10 +210,11 @@ class Graphs:
         key = (place, shapes, tuple(map(id, fixed)))
         entry = self.entries.get(key)
         if entry is None:
-            self.entries[key] = _Entry(tuple(fixed))
-            while len(self.entries) > MAX_GRAPHS:
+            entry = self.entries[key] = _Entry(tuple(fixed))
+            while len(self.entries) > self.recorder.most:
                 self.entries.popitem(last=False)
-            return compute(*inputs)
+            if not self.recorder.at_once:
+                return compute(*inputs)
         self.entries.move_to_end(key)
         if entry.recording is None:
             entry.recording = self.recorder.record(compute, inputs)

@@ -68,7 +68,7 @@ class Rope:
         return axis_turns(torch.cat([grid, pads]), self.axes, self.theta)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Shape:
     """What the layout needs to know of one row."""
 

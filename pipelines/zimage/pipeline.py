@@ -284,16 +284,11 @@ class ZImagePipeline:
         return dict(zip(packed.joints, made, strict=True))
 
     def _pack(self, batch: _Batch, wanted: Sequence[Pair]) -> _Packed:
-        here = sorted({row for row, _ in wanted})
-        size = self.transformer.config.patch_size
+        # Sorted: one layout, and one recording, for whatever order requests came in.
+        shaped = sorted((self._shape(batch, row, wanted), row) for row in {row for row, _ in wanted})
+        here, shapes = [row for _, row in shaped], tuple(shape for shape, _ in shaped)
         own = [[pair for pair in wanted if pair[0] == row] for row in here]
         rows = [batch.rows[row] for row in here]
-        shapes = tuple(
-            Shape(
-                x.shape[1] // size, x.shape[2] // size, tuple(len(batch.captions[row][branch]) for row, branch in pairs)
-            )
-            for (_, x), pairs in zip(map(_state, rows), own, strict=True)
-        )
         layout = self.layouts.get(shapes, lambda: make_layout(shapes, self.rope, self.device))
         return _Packed(
             rows=here,
@@ -302,6 +297,11 @@ class ZImagePipeline:
             overlays=[row.adapters.overlay("transformer") for row in rows],
             layout=layout,
         )
+
+    def _shape(self, batch: _Batch, row: int, wanted: Sequence[Pair]) -> Shape:
+        size, (_, x) = self.transformer.config.patch_size, _state(batch.rows[row])
+        lengths = tuple(len(batch.captions[row][branch]) for of, branch in wanted if of == row)
+        return Shape(x.shape[1] // size, x.shape[2] // size, lengths)
 
     def _time(self, row: Row, step: int) -> float:
         """Normalised time of one of the row's steps, exact in float32: 0 noise … 1 clean."""

@@ -18,7 +18,7 @@ from multimodal_gen.errors import ConfigError
 from multimodal_gen.kernels import native
 from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.nn import compiled
-from multimodal_gen.nn.graphs import MAX_GRAPHS, CudaTape, Graphs, Segments
+from multimodal_gen.nn.graphs import CudaTape, Graphs, Segments
 from multimodal_gen.nn.lowrank import Overlay, Piece, Update
 from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.wan import packing as wan_packing
@@ -109,10 +109,12 @@ def test_replayed_layers_compute_what_they_compute_without_graphs(name: str, pla
     found = [step(*call) for call in calls]
     for ours, plain in zip(found, wanted, strict=True):
         assert_close(ours, plain)
-    assert model.graphs.replayed == 5  # all but the first of each size
+    regions = {"pictures": 2, "videos": 1}[name]  # of pictures before the joint layers, too
+    assert model.graphs.replayed == 5 * regions  # all but the first of each size
     # Per layer one break for attention, and for the index of tokens; of videos for the text as well, and for its keys.
     per_layer = {"pictures": 2, "videos": 4}[name]
-    assert played_back.segments == 2 * (1 + 3 * per_layer)
+    layers = {"pictures": 4, "videos": 3}[name]
+    assert played_back.segments == 2 * (regions + layers * per_layer)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -125,7 +127,7 @@ def test_graphs_of_a_gpu_compute_what_it_computes_without_them(name: str) -> Non
     model.graphs = Graphs(Segments(CudaTape(device)))
     for call, plain in zip(calls, wanted, strict=True):
         assert_close(step(*call), plain)
-    assert model.graphs.replayed == 5
+    assert model.graphs.replayed == 5 * {"pictures": 2, "videos": 1}[name]
 
 
 def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
@@ -141,10 +143,10 @@ def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
 
 def test_old_graphs_leave_and_cleared_ones_are_made_anew() -> None:
     graphs, x = Graphs(Segments(PlayedBack())), torch.ones(3)
-    fixed = [object() for _ in range(MAX_GRAPHS + 1)]
+    fixed = [object() for _ in range(Segments.most + 1)]
     for thing in (*fixed, *fixed[1:], fixed[0]):
         graphs.run(lambda x: x.mul_(2), (x.clone(),), (0,), (thing,))
-    assert graphs.replayed == MAX_GRAPHS  # the first had to leave
+    assert graphs.replayed == Segments.most  # the first had to leave
     graphs.clear()
     assert torch.equal(graphs.run(lambda x: x.mul_(3), (x.clone(),), (0,), (fixed[1],)), 3 * x)
 
