@@ -4,6 +4,8 @@ Made for few rows, which wait for the weight: it is read from one end to the oth
 rows, while the next block is fetched. W is in the dtype of x, or in int8 with a scale per output; then each row of x
 becomes int8 too, with a scale of its own (W8A8, dynamic per token), and products are exact sums of integers.
 
+`blocked_swiglu` is silu(gate) · up (Shazeer, 2020) of a weight that holds both: the product itself is not written.
+
 Measured on two Zen 5 cores over the 269 MB of SmolLM2's weights in bfloat16, milliseconds, beside oneDNN's packed form:
 1 row 4.4 (6.3), 8 rows 5.7 (8.7), 32 rows 10.4 (15.8), 256 rows 70 (78); in int8 2.8, 3.7, 6.6 and 41.
 """
@@ -26,6 +28,8 @@ LARGEST = 127
 _KIND = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # as blocked_linear_has tells them
 _plain = native.Function("blocked_linear", "pppppii")
 _int8 = native.Function("blocked_linear_int8", "pppppii")
+_plain_swiglu = native.Function("blocked_swiglu", "pppppii")
+_int8_swiglu = native.Function("blocked_swiglu_int8", "pppppii")
 
 
 class CWeight(ctypes.Structure):
@@ -125,6 +129,11 @@ class BlockedWeight:
         """x [T, in] → [T, out]."""
         return blocked_linear(x, self, bias)
 
+    @eager_break
+    def swiglu(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] → [T, out / 2], of a weight in `halves`."""
+        return blocked_swiglu(x, self, bias)
+
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """W [out, in] → int8 [out, in] and float32 scales [out]; the largest number of an output is ± 127."""
@@ -153,15 +162,33 @@ def from_blocks(words: Tensor, halves: bool) -> Tensor:
 
 def blocked_linear(x: Tensor, weight: BlockedWeight, bias: Tensor | None = None) -> Tensor:
     """x [T, in] · Wᵀ + bias → [T, out]."""
+    _check(x, weight, bias)
+    compute = (_int8 if weight.is_int8 else _plain).of(x)
+    if compute is None:
+        return reference(x, weight, bias)
+    return _multiply(compute, x, weight, bias, weight.outputs)
+
+
+def blocked_swiglu(x: Tensor, weight: BlockedWeight, bias: Tensor | None = None) -> Tensor:
+    """silu(g) · u → [T, out / 2], where g is the first half of x [T, in] · Wᵀ + bias and u the second; rounded once."""
+    _check(x, weight, bias)
+    assert weight.halves, "gate and up do not lie together in this weight"
+    compute = (_int8_swiglu if weight.is_int8 else _plain_swiglu).of(x)
+    if compute is None:
+        return swiglu_reference(x, weight, bias)
+    return _multiply(compute, x, weight, bias, weight.outputs // 2)
+
+
+def _check(x: Tensor, weight: BlockedWeight, bias: Tensor | None) -> None:
     assert x.dim() == 2, x.shape
     assert x.shape[1] == weight.inputs, (x.shape, weight.inputs)
     assert x.dtype == weight.rows_dtype, (x.dtype, weight.rows_dtype)
     assert bias is None or (bias.shape == (weight.outputs,) and bias.dtype == x.dtype), "the bias is of the rows' dtype"
-    compute = (_int8 if weight.is_int8 else _plain).of(x)
-    if compute is None:
-        return reference(x, weight, bias)
+
+
+def _multiply(compute: native.CFunction, x: Tensor, weight: BlockedWeight, bias: Tensor | None, outputs: int) -> Tensor:
     x = x.contiguous()
-    y = torch.empty(len(x), weight.outputs, dtype=x.dtype, device=x.device)
+    y = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
     numbers, scales = int8_rows(len(x), weight.inputs) if weight.is_int8 else (None, None)
     compute(
         x.data_ptr(),
@@ -182,10 +209,20 @@ def int8_rows(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 def reference(x: Tensor, weight: BlockedWeight, bias: Tensor | None) -> Tensor:
     """The same in float32, rounded once; rows rounded to int8 where the weight is."""
+    return _in_float32(x, weight, bias).to(x.dtype)
+
+
+def swiglu_reference(x: Tensor, weight: BlockedWeight, bias: Tensor | None) -> Tensor:
+    """Likewise."""
+    gate, up = _in_float32(x, weight, bias).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def _in_float32(x: Tensor, weight: BlockedWeight, bias: Tensor | None) -> Tensor:
     wide, plain = x.float(), weight.plain().float()
     if weight.scales is not None:
         numbers, scales = quantize(x)
         y = F.linear(numbers.float(), plain) * scales[:, None] * weight.scales
     else:
         y = F.linear(wide, plain)
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return y if bias is None else y + bias.float()

@@ -1,11 +1,13 @@
-// y = x · Wᵀ + bias with W in blocks: see kernels/blocked_linear.py.
+// y = x · Wᵀ + bias with W in blocks, and silu(gate) · up of two halves of it: see kernels/blocked_linear.py.
 #include "blocked.hpp"
 #include "replay.hpp"
+#include "rows.hpp"
 
 using namespace decoding;
 
-template <class W, class T>
-static void blocked_linear(const T* x, T* y, const Weight& w, void* numbers, float* scales, int64_t rows, int64_t width) {
+// put(row, where, low sixteen, high sixteen) for all of y.
+template <class W, class T, class Put>
+static void multiply(const T* x, const Weight& w, void* numbers, float* scales, int64_t rows, int64_t width, Put put) {
     auto work = [&](Team team) {
         const void* from = x;
         if constexpr (sizeof(W) == 1) {
@@ -15,30 +17,42 @@ static void blocked_linear(const T* x, T* y, const Weight& w, void* numbers, flo
             from = numbers;
 #pragma omp barrier
         }
-        product<W, T>(team, rows, from, scales, w, [&](int64_t row, Places at, f32x16 low, f32x16 high) {
-            store(y + row * w.outputs + at.low, low);
-            store(y + row * w.outputs + at.high, high);
-        });
+        product<W, T>(team, rows, from, scales, w, put);
     };
     together(work);
 }
 
+template <class W, class T>
+static void blocked_linear(const T* x, T* y, const Weight& w, void* numbers, float* scales, int64_t rows, int64_t width) {
+    multiply<W>(x, w, numbers, scales, rows, width, [&](int64_t row, Places at, f32x16 low, f32x16 high) {
+        store(y + row * w.outputs + at.low, low);
+        store(y + row * w.outputs + at.high, high);
+    });
+}
+
+template <class W, class T>
+static void blocked_swiglu(const T* x, T* y, const Weight& w, void* numbers, float* scales, int64_t rows, int64_t width) {
+    multiply<W>(x, w, numbers, scales, rows, width, [&](int64_t row, Places at, f32x16 gate, f32x16 up) {
+        store(y + row * (w.outputs / 2) + at.low, silu(gate) * up);
+    });
+}
+
 // The dtype of rows is T, W that of the weight; `numbers` [rows, width] bytes and `scales` [rows] are for int8 only.
-#define BLOCKED_LINEAR(NAME, W, T)                                                                                     \
-    EXPORT void NAME(                                                                                                  \
+#define BLOCKED(KIND, SUFFIX, W, T)                                                                                    \
+    EXPORT void KIND##SUFFIX(                                                                                          \
         const T* x, T* y, const Weight* w, void* numbers, float* scales, int64_t rows, int64_t width) {                \
-        blocked_linear<W, T>(x, y, *w, numbers, scales, rows, width);                                                  \
-    }
+        KIND<W, T>(x, y, *w, numbers, scales, rows, width);                                                            \
+    }                                                                                                                  \
+    REPLAYED(KIND##SUFFIX)
 
-BLOCKED_LINEAR(blocked_linear_f32, float, float)
-BLOCKED_LINEAR(blocked_linear_bf16, bf16, bf16)
-BLOCKED_LINEAR(blocked_linear_int8_f32, int8_t, float)
-BLOCKED_LINEAR(blocked_linear_int8_bf16, int8_t, bf16)
-
-REPLAYED(blocked_linear_f32)
-REPLAYED(blocked_linear_bf16)
-REPLAYED(blocked_linear_int8_f32)
-REPLAYED(blocked_linear_int8_bf16)
+BLOCKED(blocked_linear, _f32, float, float)
+BLOCKED(blocked_linear, _bf16, bf16, bf16)
+BLOCKED(blocked_linear, _int8_f32, int8_t, float)
+BLOCKED(blocked_linear, _int8_bf16, int8_t, bf16)
+BLOCKED(blocked_swiglu, _f32, float, float)
+BLOCKED(blocked_swiglu, _bf16, bf16, bf16)
+BLOCKED(blocked_swiglu, _int8_f32, int8_t, float)
+BLOCKED(blocked_swiglu, _int8_bf16, int8_t, bf16)
 
 // Which weights this processor has instructions for: 1 float32, 2 bfloat16, 4 int8. Others are faster by torch.
 EXPORT void blocked_linear_has(int64_t* kinds) {

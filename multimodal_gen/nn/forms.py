@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,6 +21,7 @@ from multimodal_gen.kernels import blocked_linear, packed_linear
 from multimodal_gen.kernels.blocked_linear import BlockedWeight
 from multimodal_gen.kernels.packed_linear import PackedWeight
 from multimodal_gen.nn.linear import FusedLinear, Linear, Packed
+from multimodal_gen.nn.mlp import SwiGLU
 from multimodal_gen.nn.precision import compute_dtype
 
 Formed = Linear | FusedLinear
@@ -38,8 +40,12 @@ class Form:
     passing: bool
 
 
-def packed_form(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Form | None:
-    """An order that the processor reads well, where there is one.
+# What a layer takes in fewer bits, or None; and whether its halves are wanted together (gate and up).
+Fewer = Callable[[Formed, bool], Form | None]
+
+
+def packed_form(shape: Sequence[int], dtype: torch.dtype, device: torch.device, halves: bool = False) -> Form | None:
+    """An order that the processor reads well, where there is one. `halves`: gate and up are wanted together.
 
     Our own kernel multiplies bfloat16: as fast as oneDNN at thousands of tokens, up to 1.8 times at tens of them, and a
     token's sums do not depend on how many others there are. float32 and what that kernel does not take go to oneDNN.
@@ -48,27 +54,27 @@ def packed_form(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
         return None
     bits = 8 * dtype.itemsize
     if dtype is torch.bfloat16 and not blocked_linear.unavailable(shape, dtype, dtype):
-        return Form(BlockedWeight, bits, exact=True, passing=False)
+        return Form(partial(BlockedWeight, halves=halves), bits, exact=True, passing=False)
     if packed_linear.unavailable(dtype):
         return None
     return Form(PackedWeight, bits, exact=True, passing=dtype is torch.float32)
 
 
-def choose(
-    model: nn.Module, device: torch.device, fewer: Callable[[Formed], Form | None], high: Sequence[str]
-) -> dict[Formed, Form]:
+def choose(model: nn.Module, device: torch.device, fewer: Fewer, high: Sequence[str]) -> dict[Formed, Form]:
     """The forms of a model's layers; those that are computed with as they were read are left out.
 
     Args:
-        fewer: what a layer takes in fewer bits, or None.
+        fewer: what a layer takes in fewer bits.
         high: patterns of names of layers that keep their bits.
     """
     found: dict[Formed, Form] = {}
+    pairs = {module.gate_up for module in model.modules() if isinstance(module, SwiGLU)}
     for name, layer in model.named_modules():
         if not isinstance(layer, Formed):
             continue
         stays = any(re.fullmatch(pattern, name) for pattern in high)
-        form = (None if stays else fewer(layer)) or packed_form(layer.weight.shape, layer.weight.dtype, device)
+        weight, halves = layer.weight, layer in pairs
+        form = (None if stays else fewer(layer, halves)) or packed_form(weight.shape, weight.dtype, device, halves)
         if form is not None:
             found[layer] = form
     return found

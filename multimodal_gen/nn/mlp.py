@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal_gen.kernels.blocked_linear import BlockedWeight
 from multimodal_gen.kernels.gated_product import gated_product, gelu_tanh_
 from multimodal_gen.nn.linear import FusedLinear, Linear, align
 from multimodal_gen.nn.lowrank import Routed
@@ -37,5 +38,8 @@ class SwiGLU(nn.Module):
         self.down = Linear(hidden, dim, stored_in=align(hidden))
 
     def forward(self, x: Tensor, routing: Routed | None = None) -> Tensor:
+        packed = self.gate_up.packed
+        if routing is None and isinstance(packed, BlockedWeight) and packed.halves:  # gate and up are never written
+            return self.down(packed.swiglu(x, self.gate_up.bias))
         gate, up = self.gate_up(x, routing).chunk(2, dim=-1)
         return self.down(gated_product(gate, up), routing)

@@ -11,7 +11,7 @@ from torch import Tensor
 from multimodal_gen.errors import ConfigError
 from multimodal_gen.kernels import blocked_linear, fp8_product, int4_linear, int8_linear, int8_product
 from multimodal_gen.kernels.blocked_linear import BlockedWeight
-from multimodal_gen.nn.forms import Form, Formed
+from multimodal_gen.nn.forms import Fewer, Form, Formed
 from multimodal_gen.nn.linear import Packed
 
 
@@ -19,7 +19,7 @@ from multimodal_gen.nn.linear import Packed
 class Kind:
     """One row of the table below."""
 
-    pack: Callable[[Tensor], Packed]
+    pack: Callable[[Tensor, bool], Packed]  # weight [out, in], and whether its halves are wanted together
     bits: Callable[[torch.dtype], float]  # per number, scales included, by the dtype of the weight as it was read
     fits: Callable[[int, int, torch.device], bool]  # whether a weight [out, in] can be held so on a device
     unavailable: Callable[[torch.device], str]  # why not on a device, or an empty string
@@ -33,19 +33,21 @@ def _on_a_cpu(device: torch.device) -> str:
     return "" if device.type == "cpu" else "torch computes with such weights on a CPU only"
 
 
-def _int8(weight: Tensor) -> Packed:
+def _int8(weight: Tensor, halves: bool) -> Packed:
     """By our own kernel where it takes the weight: 1.1 to 2 times as fast on a Zen 5, from 32 to 1088 rows."""
     if weight.is_cpu and not blocked_linear.unavailable(weight.shape, torch.int8, weight.dtype):
-        return BlockedWeight(weight, torch.int8)
+        return BlockedWeight(weight, torch.int8, halves)
     return int8_product.Int8Weight(weight)
 
 
 KINDS = {
     "int8": Kind(_int8, lambda _: 8, int8_product.fits, int8_product.unavailable),
-    "fp8": Kind(fp8_product.Fp8Weight, lambda _: 8, fp8_product.fits, fp8_product.unavailable),
-    "int8-weights": Kind(int8_linear.Int8Weight, lambda _: 8, lambda *_: True, _anywhere),
+    "fp8": Kind(
+        lambda weight, _: fp8_product.Fp8Weight(weight), lambda _: 8, fp8_product.fits, fp8_product.unavailable
+    ),
+    "int8-weights": Kind(lambda weight, _: int8_linear.Int8Weight(weight), lambda _: 8, lambda *_: True, _anywhere),
     "int4-weights": Kind(
-        int4_linear.Int4Weight,
+        lambda weight, _: int4_linear.Int4Weight(weight),
         lambda dtype: 4 + 2 * 8 * dtype.itemsize / int4_linear.GROUP,
         lambda rows, columns, _: int4_linear.fits(rows, columns),
         _on_a_cpu,
@@ -53,24 +55,24 @@ KINDS = {
 }
 
 
-def fewer_bits(quantize: str, device: torch.device) -> Callable[[Formed], Form | None]:
+def fewer_bits(quantize: str, device: torch.device) -> Fewer:
     """What a layer takes under `--quantize`.
 
     Raises: ConfigError where the device cannot compute it.
     """
     if quantize == "none":
-        return lambda _: None
+        return lambda *_: None
     kind = KINDS[quantize]
     why = kind.unavailable(device)
     if why:
         others = ", ".join(name for name, other in KINDS.items() if not other.unavailable(device))
         raise ConfigError(f"--quantize {quantize} cannot be had on {device}: {why}. Here: {others}.", param="quantize")
 
-    def form(layer: Formed) -> Form | None:
+    def form(layer: Formed, halves: bool) -> Form | None:
         weight = layer.weight
         rows, columns = weight.shape
         if not kind.fits(rows, columns, device):
             return None
-        return Form(kind.pack, kind.bits(weight.dtype), exact=False, passing=True)
+        return Form(lambda weight: kind.pack(weight, halves), kind.bits(weight.dtype), exact=False, passing=True)
 
     return form

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from multimodal_gen.errors import CorruptModel
-from multimodal_gen.kernels.conv3x3 import conv3x3
+from multimodal_gen.kernels.conv3x3 import conv3x3, filters_bytes, make_filters
 from multimodal_gen.kernels.group_norm_silu import group_norm_silu
 from multimodal_gen.pipelines.vaes.layers import Filter, Pointwise, attend, expect
 
 EPS = 1e-6
+KEPT = 2 << 20  # bytes of filters that a layer keeps: small pictures take as long as a third of making them
 IGNORED = (r"encoder\..*", r"quant_conv\..*")
 
 
@@ -25,10 +26,14 @@ class Conv(Filter):
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__(channels, out, 3, 3)
+        self._filters: Tensor | None = None  # kept where they are small; filled by forward
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, double: bool = False) -> Tensor:
         """[1, H, W, in] → [1, H, W, out], twice as large with `double`."""
-        return conv3x3(x, self.weight[:, :, None], self.bias, residual=residual, double=double)
+        weight = self.weight[:, :, None]
+        if self._filters is None and filters_bytes(weight) <= KEPT:
+            self._filters = make_filters(weight)
+        return conv3x3(x, weight, self.bias, residual=residual, double=double, filters=self._filters)
 
 
 class Norm(nn.Module):
