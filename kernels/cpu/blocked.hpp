@@ -11,6 +11,7 @@ constexpr int64_t BLOCK = 32;
 constexpr int64_t TALL = 12;  // rows at a time: 24 registers of sums
 constexpr int64_t FEW = 36;   // rows up to which TALL at a time are best; beyond it LOW, which leave more of the cache
 constexpr int64_t LOW = 8;
+constexpr int64_t MANY = 64;  // rows from which blocks are handed out one by one
 constexpr int64_t AHEAD = 2048;  // bytes between what is read and what is fetched, where rows are too few to hide it
 
 // One weight as kernels/blocked_linear.py holds it (class `_Weight`).
@@ -104,31 +105,43 @@ template <class W, class T> static inline f32x16 finish(const Weight& w, const w
     return w.bias ? found + load((const T*)w.bias + at) : found;
 }
 
-// put(row, where, low sixteen, high sixteen) for every row and this thread's blocks. W: numbers of the weight, T: of rows.
+// put(row, where, low sixteen, high sixteen) of some strips of rows with one block; `most`: rows of a strip.
+template <class W, class T, class Put>
+static void block_with(
+    int64_t block, Team lines, int64_t most, int64_t rows, const void* x, const float* row_scales, const Weight& w, Put put) {
+    alignas(64) word sums[TALL * BLOCK];
+    const int64_t strips = (rows + most - 1) / most;
+    const word* here = w.words + block * w.length * BLOCK;
+    Places where(w, block);
+    for (int64_t s = lines.first(strips); s < lines.last(strips); s++) {
+        int64_t first = rows * s / strips, last = rows * (s + 1) / strips;
+        // Two strips fetch half of the next block each; one alone fetches its first half.
+        const char* next = (const char*)(here + w.length * BLOCK) + (s & 1) * w.length * 64;
+        strip_of<W>(last - first, (const word*)x + first * w.length, w.length, here, w.length, next, sums);
+        for (int64_t row = first; row < last; row++) {
+            const word* found = sums + (row - first) * BLOCK;
+            float scale = sizeof(W) == 1 ? row_scales[row] : 1.0f;
+            put(row, where, finish<W, T>(w, found, where.low, scale), finish<W, T>(w, found + 16, where.high, scale));
+        }
+    }
+}
+
+// put(row, where, low sixteen, high sixteen) for every row, by all threads of a team. W: numbers of the weight, T: of rows.
 // x: `length` words per row. row_scales: float32 [rows], for int8 only.
 template <class W, class T, class Put>
 static void product(Team team, int64_t rows, const void* x, const float* row_scales, const Weight& w, Put put) {
-    int64_t blocks = w.outputs / BLOCK, most = rows <= FEW ? TALL : LOW, strips = (rows + most - 1) / most;
-    // Threads that are more than the blocks share out rows.
+    const int64_t blocks = w.outputs / BLOCK;
+    if (rows > MANY && blocks >= 2 * team.count) {  // whoever is free: a thread may have lost its core for a while
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t block = 0; block < blocks; block++) block_with<W, T>(block, {0, 1}, LOW, rows, x, row_scales, w, put);
+        return;
+    }
+    // Blocks in the order in which they lie. Threads that are more than the blocks share out rows.
     int64_t across = team.count < blocks ? team.count : blocks, down = team.count / across;
     if (team.own >= across * down) return;
     Team columns{team.own % across, across}, lines{team.own / across, down};
-    alignas(64) word sums[TALL * BLOCK];
-    for (int64_t block = columns.first(blocks); block < columns.last(blocks); block++) {
-        const word* here = w.words + block * w.length * BLOCK;
-        Places where(w, block);
-        for (int64_t s = lines.first(strips); s < lines.last(strips); s++) {
-            int64_t first = rows * s / strips, last = rows * (s + 1) / strips;
-            // Two strips fetch half of the next block each; one alone fetches its first half.
-            const char* next = (const char*)(here + w.length * BLOCK) + (s & 1) * w.length * 64;
-            strip_of<W>(last - first, (const word*)x + first * w.length, w.length, here, w.length, next, sums);
-            for (int64_t row = first; row < last; row++) {
-                const word* found = sums + (row - first) * BLOCK;
-                float scale = sizeof(W) == 1 ? row_scales[row] : 1.0f;
-                put(row, where, finish<W, T>(w, found, where.low, scale), finish<W, T>(w, found + 16, where.high, scale));
-            }
-        }
-    }
+    for (int64_t block = columns.first(blocks); block < columns.last(blocks); block++)
+        block_with<W, T>(block, lines, rows <= FEW ? TALL : LOW, rows, x, row_scales, w, put);
 }
 
 // One row in int8, offset by 128, four to a word; returns its scale, which is NaN where a number is not finite. `length`: words.

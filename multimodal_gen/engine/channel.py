@@ -56,11 +56,19 @@ class WorkerChannel:
         os.set_blocking(self._waker, False)
         self._poll.register(self._woken, select.POLLIN)
         self._buffer = bytearray()
+        self._held = bytearray()
 
-    def send(self, message: object) -> None:
-        """Raises: ChannelClosed."""
+    def send(self, message: object, *, hold: bool = False) -> None:
+        """`hold`: together with the next one, or at `flush`: the other side wakes up once. Raises: ChannelClosed."""
+        self._held += pack(message)
+        if not hold:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is held. Raises: ChannelClosed."""
+        frames, self._held = self._held, bytearray()
         try:
-            self._socket.sendall(pack(message))
+            self._socket.sendall(frames)
         except ConnectionError:
             raise ChannelClosed("the front closed its channel") from None
 

@@ -128,11 +128,14 @@ class WorkerGroup:
                         self.kill()
                         return
                     continue
-                rank, frame = arriving.result()
-                if frame is None:
-                    alive.remove(rank)
-                    self._lost(rank)
-                else:
+                frames = [arriving.result()]
+                while not self._inbox.empty():  # a step of many requests tells something of each
+                    frames.append(self._inbox.get_nowait())
+                for rank, frame in frames:
+                    if frame is None:
+                        alive.remove(rank)
+                        self._lost(rank)
+                        continue
                     silent = silent if rank else 0.0
                     message = decode_from_worker(frame)
                     if rank == 0 or isinstance(message, LoadFailed):

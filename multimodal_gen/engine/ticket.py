@@ -82,6 +82,11 @@ class Ticket(Claim[AnyRequest, TicketEvent]):
         super().__init__(request, cancel, arrived)
         self.resume = resume  # where its rows go on
         self.steps_done = 0  # counted by the replica: of all rows
+        self._waits_for_the_end = False
+
+    def push(self, event: TicketEvent) -> None:
+        if not self._waits_for_the_end:
+            super().push(event)
 
     @property
     def cost_left(self) -> float:
@@ -94,7 +99,8 @@ class Ticket(Claim[AnyRequest, TicketEvent]):
         return Generate(msgspec.structs.replace(self.request, deadline_s=deadline_s), self.resume)
 
     async def result(self) -> Finished:
-        """Wait for the end. Raises: the request's error."""
+        """Wait for the end; nothing else is kept from now on. Raises: the request's error."""
+        self._waits_for_the_end = True
         async for event in self:
             if isinstance(event, Finished):
                 return event

@@ -23,7 +23,7 @@ import msgspec
 
 from multimodal_gen.engine.channel import ChannelClosed, WorkerChannel
 from multimodal_gen.errors import GenerationFailed, MmgenError, PeerLost
-from multimodal_gen.messages import ErrorInfo, Event, Load, LoadFailed, Shutdown, ToWorker, Turn
+from multimodal_gen.messages import ErrorInfo, Event, Load, LoadFailed, Progress, Shutdown, ToWorker, Turn
 from multimodal_gen.observe.status_log import StatusLog, open_status_log
 
 if TYPE_CHECKING:
@@ -193,7 +193,8 @@ def _tell(channel: WorkerChannel, host: Host, events: Iterable[Event]) -> None:
     """Have things happen and tell the front; the other ranks only have them happen."""
     for event in events:
         if host.ranks.leads:
-            channel.send(event)
+            channel.send(event, hold=isinstance(event, Progress))
+    channel.flush()
 
 
 def _die_with_parent() -> None:
