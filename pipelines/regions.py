@@ -49,16 +49,31 @@ class Regions:
         backend = choose_attention(name, self._device, mesh)
         return ApartAttention(backend) if self._config.compile or self._config.cuda_graphs else backend
 
-    def apply(self, models: Mapping[str, Recorded], layers: Iterable[nn.Module], memory: Memory) -> None:
-        """Once weights are loaded. `models`: by the name of their component. Raises: ConfigError."""
+    def apply(
+        self, models: Mapping[str, Recorded], layers: Iterable[nn.Module], memory: Memory, *, by_shape: bool
+    ) -> None:
+        """Once weights are loaded.
+
+        Args:
+            models: by the name of their component.
+            by_shape: whether regions depend on nothing of a request but its shapes: then what is recorded of one serves
+                others, and holds nothing of it.
+
+        Raises: ConfigError.
+        """
         if self._config.compile:
             compiled.compile_layers(layers)
         if self._config.cuda_graphs:
             for name in models:
                 _check_resident(name, memory)
             self._record(models.values(), Segments(CudaTape(self._device)))
-        elif self._device.type == "cpu" and self._alone and not self._config.compile and not _without_kernels():
+        elif by_shape and self._replays():
             self._record([model for name, model in models.items() if _stays(name, memory)], CpuRecorder())
+
+    def _replays(self) -> bool:
+        """Whether calls of our own kernels can be all there is, on this device and with these settings."""
+        alone = self._device.type == "cpu" and self._alone and not self._config.compile
+        return alone and not native.switched_off() and not native.unavailable()
 
     def _record(self, models: Iterable[Recorded], recorder: Recorder) -> None:
         for model in models:
@@ -69,10 +84,6 @@ class Regions:
         """Weights are elsewhere, or in another form, from now on."""
         for graphs in self._graphs:
             graphs.clear()
-
-
-def _without_kernels() -> str:
-    return "switched off" if native.switched_off() else native.unavailable()
 
 
 def _stays(name: str, memory: Memory) -> bool:

@@ -51,7 +51,7 @@ class Pool:
         fit = [memory for memory in self._free if memory.nbytes >= nbytes]
         if not fit:
             return self._new(nbytes)
-        memory = min(fit, key=lambda memory: memory.nbytes)
+        memory = min(reversed(fit), key=lambda memory: memory.nbytes)  # the last that came back is in the cache
         self._free = [other for other in self._free if other is not memory]
         return memory
 
@@ -131,19 +131,24 @@ class CpuRecording:
     def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
         """`eager.Interrupted`: calls of our kernels are recorded like others, and what makes none must not be left out.
 
-        What need not be called again is somebody else's: neither its calls nor its memory are the recording's.
+        What need not be called again is left out: neither its calls nor its memory are the recording's.
         """
         if not again:
-            with self._calls.deaf():
-                self._watch.paused = True
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    self._watch.paused = False
+            return self._once(function, args, kwargs)
         before = len(self._calls)
         result = function(*args, **kwargs)
         if len(self._calls) == before:
             self._watch.others.append(function.__qualname__)
+        return result
+
+    def _once(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._calls.deaf():
+            self._watch.paused = True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self._watch.paused = False
+        self._calls.hold(result)
         return result
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:

@@ -116,6 +116,7 @@ class Recording:
         self._tape = tape
         self._compute = compute  # holds what graphs read besides the inputs
         self._steps: list[Replay] = []
+        self._kept: list[object] = []  # what was computed once
         self._inputs = [x.clone() for x in inputs]
         tape.begin()
         eager.recording(self)
@@ -135,6 +136,7 @@ class Recording:
             self._tape.begin()
             eager.recording(self)
         if not again:
+            self._kept.append(result)
             return result
         lent = [self._lend(arg) for arg in args]
         lent_by_name = {name: self._lend(arg) for name, arg in kwargs.items()}

@@ -89,7 +89,7 @@ class WanPipeline:
         memory.follow(TEXT.name, self.experts.names[0])
         memory.load(card, self.dtype, self._working)
         blocks = [block for transformer in self.transformers.values() for block in transformer.blocks]
-        self.regions.apply(self.transformers, blocks, memory)
+        self.regions.apply(self.transformers, blocks, memory, by_shape=False)  # they read texts
         self.solver = load_solver(folder / "scheduler")
         self.vae_scale = card.size_multiple // self.patch[1]
         self.latent_channels: int = len(self.vae.mean)

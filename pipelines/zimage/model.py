@@ -335,13 +335,18 @@ class ZImageTransformer(nn.Module):
     def through(self, x: Tensor, work: Work, begin: int, end: int) -> Tensor:
         """Image and caption tokens of this rank [T, D] through some of the joint layers, overwritten."""
         folded = torch.stack([time.layers[begin:end] for time in work.times], dim=2)  # [n, 4, S, D]
+        turns, segments, routing = (
+            work.turns,
+            work.segments,
+            work.routing,
+        )  # what graphs hold; not the times
 
         def compute(x: Tensor, folded: Tensor) -> Tensor:
             for index in range(begin, end):
-                x = self.layers[index](x, work.turns, work.segments, work.routing, folded[index - begin])
+                x = self.layers[index](x, turns, segments, routing, folded[index - begin])
             return x
 
-        return self._region(compute, (x, folded), (begin, end), work.layout, work.routing)
+        return self._region(compute, (x, folded), (begin, end), work.layout, routing)
 
     def _region(
         self,

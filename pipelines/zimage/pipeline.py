@@ -132,7 +132,7 @@ class ZImagePipeline:
         memory.follow(CAPTIONS.name, STEPS.name)
         memory.load(card, self.dtype, lambda width, height, _frames: self._working(width, height))
         layers = (*self.transformer.noise_refiner, *self.transformer.layers)
-        self.regions.apply({"transformer": self.transformer}, layers, memory)
+        self.regions.apply({"transformer": self.transformer}, layers, memory, by_shape=True)
         self.scheduler = _scheduler(folder)
         self.rope = Rope(settings.axes_dims, settings.rope_theta)
         self.vae_scale = card.size_multiple // settings.patch_size

@@ -53,6 +53,29 @@ def test_int8_multiplies_as_its_reference_and_near_the_weight(dtype: torch.dtype
         assert (found.float() - exact).norm() < 0.015 * exact.norm(), rows
 
 
+@pytest.mark.parametrize("weights", [None, torch.int8], ids=["all bits", "int8"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gate_and_up_come_out_as_silu_of_one_times_the_other(dtype: torch.dtype, weights: torch.dtype | None) -> None:
+    weight, bias = made(96, 160, dtype=dtype) / 12, made(96, dtype=dtype)
+    packed = blocked(weight, weights or dtype, halves=True)
+    for rows in ROWS:
+        x = made(rows, 160, dtype=dtype)
+        found, wanted = packed.swiglu(x, bias), blocked_linear.swiglu_reference(x, packed, bias)
+        assert found.shape == (rows, 48)
+        torch.testing.assert_close(found, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    with pytest.raises(AssertionError, match="gate and up"):
+        blocked(weight, weights or dtype, halves=False).swiglu(x, bias)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_token_has_the_same_sums_in_whatever_company(dtype: torch.dtype) -> None:
+    packed = blocked(made(256, 160, dtype=dtype), dtype, halves=False)
+    x = made(150, 160, dtype=dtype)
+    together = packed(x, None)
+    for rows in (3, 12, 40, 100):
+        assert torch.equal(packed(x[:rows], None), together[:rows]), rows
+
+
 def test_rows_of_zeros_are_zeros_in_int8_and_what_is_no_number_stays_none() -> None:
     packed = blocked(made(32, 64), torch.int8, halves=False)
     x = torch.stack((torch.zeros(64), made(64), made(64)))

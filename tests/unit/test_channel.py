@@ -38,6 +38,19 @@ def test_messages_arrive_whole_in_order_however_they_are_cut(pair):
     assert got == [Cancel("a"), Cancel("b" * 70_000), Shutdown()]
 
 
+def test_held_messages_leave_together_with_the_next_one(pair):
+    front, channel = pair
+    front.setblocking(False)
+    channel.send(Cancel("a"), hold=True)
+    with pytest.raises(BlockingIOError):
+        front.recv(1)
+    channel.send(Cancel("b"))
+    assert front.recv(1000) == pack(Cancel("a")) + pack(Cancel("b"))
+    channel.send(Shutdown(), hold=True)
+    channel.flush()
+    assert front.recv(1000) == pack(Shutdown())
+
+
 def test_looking_without_waiting_returns_at_once(pair):
     _, channel = pair
     assert channel.receive(wait=False) == []
