@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -92,6 +93,7 @@ def _run(channel: WorkerChannel, load: Load, rest: list[ToWorker]) -> int:
         failure = GenerationFailed(f"The model could not be loaded ({type(error).__name__}: {error}).")
         channel.send(LoadFailed(ErrorInfo(failure.code, failure.message)))
         return EXIT_LOAD_FAILED
+    gc.freeze()  # what a loaded model is made of lives as long as this process: looking through it takes 0.15 s
     if host.ranks.leads:
         channel.send(msgspec.structs.replace(host.ready(time.monotonic() - begin), lora_error=lora_error))
         for changes in host.changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -105,6 +106,7 @@ class _Server:
                     await jobs.start()
         except MmgenError as error:
             return _complain(error)
+        gc.freeze()  # modules and tables: not to be looked through while requests wait
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self.signals.put_nowait, int(number))
         url = url_of(self.listener)
