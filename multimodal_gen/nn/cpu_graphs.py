@@ -70,9 +70,14 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, pool: Pool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.others: list[str] = []
+        self.others: list[str] = []  # operations that are no views
         self.paused = False
         self._pool = pool
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler, a second's work, to keep it away from here. Nothing is compiled inside."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -111,8 +116,9 @@ class CpuRecording:
     """One region; `nn.graphs.Recorded`."""
 
     def __init__(self, pool: Pool, compute: Compute, inputs: Sequence[Tensor]) -> None:
-        """Computes while it records."""
-        self._held = pool, compute  # and so what calls read and write
+        """Computes while it records. What calls read is the model's or the caller's (`fixed` of `nn.graphs.Graphs`):
+        `compute` itself is not held, because it holds the model, which holds its graphs."""
+        self._pool = pool
         places = [pool.take(x.nbytes) for x in inputs]
         self._inputs = [_like(x, place).copy_(x) for x, place in zip(inputs, places, strict=True)]
         self._calls, self._watch = replay.Recording(), _Watch(pool)
