@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal_gen.kernels import native
-from multimodal_gen.kernels.blocked_linear import BlockedWeight, blocked_linear
+from multimodal_gen.kernels.blocked_linear import BlockedWeight, blocked_linear, blocked_swiglu
 from multimodal_gen.kernels.conv3x3 import conv3x3, make_filters
 from multimodal_gen.kernels.gated_norm import gated_norm
 from multimodal_gen.kernels.gated_product import gated_product, gelu_tanh_
@@ -130,6 +130,17 @@ def _products(new: Callable[..., Tensor], native_row: Callable[..., Row], dtype:
         for name, kept in (("blocked_linear", None), ("blocked_linear int8", torch.int8)):
             blocked = BlockedWeight(w, kept)
             yield Row(name, shape, lambda x=x, b=blocked: blocked_linear(x, b), plain, moved, flops)
+    for rows_, inputs, hidden in ((T, WIDTH, HIDDEN), (192, 320, 864)):
+        x, w = new(rows_, inputs), new(2 * hidden, inputs)
+        blocked = BlockedWeight(w, halves=True)
+        yield Row(
+            "blocked_swiglu",
+            f"[{rows_}, {inputs}] · [{inputs}, 2 · {hidden}]",
+            lambda x=x, b=blocked: blocked_swiglu(x, b),
+            lambda x=x, w=w: _swiglu(F.linear(x, w)),
+            x.nbytes + w.nbytes + rows_ * hidden * dtype.itemsize,
+            4 * rows_ * inputs * hidden,
+        )
     x, y, down, up = new(32, WIDTH), new(32, 3 * WIDTH), new(WIDTH, 128), new(128, 3 * WIDTH)
     starts, owners = torch.arange(0, 129, 16, dtype=torch.int32), torch.arange(32, dtype=torch.int32) % 8
     yield native_row(
@@ -144,6 +155,11 @@ def _products(new: Callable[..., Tensor], native_row: Callable[..., Row], dtype:
         plain = lambda x=x, w=w: F.linear(x, w)  # noqa: E731
         moved = x.nbytes + w.nbytes + rows_ * 49152 * dtype.itemsize
         yield Row("blocked_linear", shape, lambda x=x, b=blocked: blocked_linear(x, b), plain, moved)
+
+
+def _swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def _decoding(new: Callable[..., Tensor], native_row: Callable[..., Row]) -> Iterator[Row]:

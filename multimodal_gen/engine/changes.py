@@ -67,7 +67,7 @@ class Changes:
         on_change: Callable[[], None] = lambda: None,
         side: Side = "pictures",
     ) -> None:
-        """`on_change` is called once other adapters than before are active."""
+        """`on_change` is called once other adapters than before are active, or weights may have changed."""
         self.manager = manager
         self.side: Side = side
         self._on_change = on_change
@@ -153,7 +153,7 @@ class Changes:
             _check(found)
         staged, active = staging.result(), self.manager.state.active
         self.manager.commit(staged, weights_too=weights_too)
-        if self.manager.state.active != active:
+        if weights_too or self.manager.state.active != active:
             self._on_change()
         return staged.changed
 

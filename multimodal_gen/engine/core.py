@@ -236,6 +236,7 @@ class EngineCore:
             return slots
         error = self._attempt("merging adapters", partial(self.loras.set_weights, wanted))
         self._weights = wanted if error is None else None
+        self.pipeline.forget()  # recordings know where weights were
         if error is None:
             return slots
         self._failures += not isinstance(error, NO_SICKNESS)
