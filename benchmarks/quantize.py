@@ -7,16 +7,19 @@ pays for. Sides take turns, each in a process of its own. The last line of stdou
 
 from __future__ import annotations
 
+import argparse
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from _common import Numbers, Side, finish, interleave, parser, ratio, record, rounded, say, spread
+from _common import Numbers, Side, figure, finish, interleave, parser, ratio, record, rounded, say, spread
 from _models import make_medium, prompt
 
 KINDS = ("int8", "int8-weights", "int4-weights")
+GOALS = {"diffusers": 2.5}  # of int8
 
 
 def main() -> None:
@@ -28,6 +31,7 @@ def main() -> None:
     made.add_argument("--guidance", type=float, default=3.0, help="default %(default)s")
     made.add_argument("--prompts", type=int, default=3, help="that quality is told for; default %(default)s")
     made.add_argument("--kinds", nargs="+", default=KINDS, help="default: all that a CPU has")
+    made.add_argument("--diffusers", action="store_true", help="diffusers' steps beside them, as it computes by itself")
     made.add_argument("--rounding", action="store_true", help="say what float32 instead of bfloat16 changes, too")
     flags = made.parse_args()
     environment = record(flags.threads)
@@ -52,23 +56,35 @@ def main() -> None:
         say("quality")
         made_by = {name: outputs(side, request, flags.prompts, folder) for name, side in sides.items()}
         quality = {name: compare(found, made_by["none"]) for name, found in made_by.items() if name != "none"}
-        took = interleave(
-            {
-                name: lambda i, side=side: median(side.run(prompt=prompt(i), seed=i, **request)["step_seconds"])
-                for name, side in sides.items()
-                if name != "float32"
-            },
-            flags.repeats,
-            flags.max_seconds,
-        )
+        runs: dict[str, Callable[[int], float]] = {
+            name: lambda i, side=side: median(side.run(prompt=prompt(i), seed=i, **request)["step_seconds"])
+            for name, side in sides.items()
+            if name != "float32"
+        }
+        if flags.diffusers:
+            theirs = stack.enter_context(Side(kind="diffusers", model=model, threads=flags.threads, dtype="bfloat16"))
+            words = {"width": flags.side, "height": flags.side, "steps": flags.steps, "guidance": flags.guidance}
+            runs["diffusers"] = lambda i: median(theirs.run(prompt=prompt(i), seed=i, **words)["step_seconds"])
+        took = interleave(runs, flags.repeats, flags.max_seconds)
+        times_faster = {name: ratio(took["none"], took[name]) for name in flags.kinds}
         results = {
             **{"model": flags.model or "478 M", **request},
             "quality": quality,
             "step_s": {name: spread(values) for name, values in took.items()},
-            "times_faster": {name: ratio(took["none"], values) for name, values in took.items() if name != "none"},
+            "times_faster": times_faster,
+            "figures": _figures(took, flags),
             "loaded": {name: side.hello for name, side in sides.items()},
         }
     finish("quantize", environment, results)
+
+
+def _figures(took: dict[str, list[float]], flags: argparse.Namespace) -> list[Numbers]:
+    peers = {name: took[name] for name in ("none", "diffusers") if name in took}
+    line = f"{Path(flags.model).name if flags.model else '478 M Z-Image'}, {flags.side} x {flags.side}: one step"
+    return [
+        figure(f"{line}, {kind}", {"ours": took[kind], **peers}, GOALS if kind == "int8" and flags.diffusers else {})
+        for kind in flags.kinds
+    ]
 
 
 def outputs(side: Side, request: Numbers, prompts: int, folder: Path) -> dict[str, list[np.ndarray]]:

@@ -5,7 +5,7 @@ Random weights in the shape of Wan2.1 T2V 1.3B, cut to a few layers (of 30), wit
 layers, so their ratio is that of the whole model.
 
 Both sides get the same prompts, seeds, dtype and threads; every repetition has a prompt of its own. Before timing, the
-latents of both must agree. The VAE is timed in a run of its own, at a smaller size: both sides run the same modules.
+latents of both must agree. The VAE is timed in a run of its own, at a smaller size.
 The last line of stdout is JSON.
 """
 

@@ -41,6 +41,7 @@ BENCHMARKS = {
     "video": Benchmark(
         "steps and decoding of a Wan slice", ("--repeats", "1", "--steps", "3", "--size", "128x128", "--frames", "5")
     ),
+    "vae": Benchmark("latents to pixels", ("--repeats", "1", "--side", "128")),
     "lora": Benchmark("three adapters: switches, steps, memory", ("--repeats", "1", "--step-repeats", "1")),
     "llm_decode": Benchmark("writing text", ("--repeats", "1", "--batches", "1", "--without", "openvino-q4", "vllm")),
     "quantize": Benchmark(
