@@ -16,13 +16,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from multimodal_gen.nn.linear import FusedLinear, Linear
 
 STRENGTHS = [0.8, 0.5, -0.3]
 NAMES = ["a", "b", "c"]
@@ -37,9 +39,14 @@ class Ours:
 
         self.gen = DiffGenerator.from_pretrained(model, device="cpu", dtype=dtype, threads=threads)
 
-    @property
-    def weights(self) -> torch.nn.Module:
-        return self.gen._engine.core.pipeline.trees["transformer"].model
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        model = self.gen._engine.core.pipeline.trees["transformer"].model
+        for name, module in model.named_modules():
+            for own, tensor in module.named_parameters(name, recurse=False):
+                packed = (
+                    module.packed if own.endswith(".weight") and isinstance(module, (Linear, FusedLinear)) else None
+                )
+                yield own, tensor if packed is None else packed.plain()
 
     def prepare_load(self) -> None:
         """Forget the adapters, untimed."""
@@ -84,9 +91,10 @@ class Theirs:
         self.pipe = ZImagePipeline.from_pretrained(model, dtype=DTYPES[dtype])
         self.pipe.set_progress_bar_config(disable=True)
 
-    @property
-    def weights(self) -> torch.nn.Module:
-        return self.pipe.transformer
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.pipe.transformer.state_dict().items():
+            if "lora_" not in name:
+                yield name.replace(".base_layer", ""), tensor
 
     def prepare_load(self) -> None:
         self.pipe.unload_lora_weights()
@@ -123,13 +131,12 @@ class Theirs:
         )
 
 
-def checksum(model: torch.nn.Module) -> str:
-    """Of the base weights, adapters of peft left out."""
+def checksum(weights: Iterator[tuple[str, torch.Tensor]]) -> str:
+    """Of the base weights, by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" not in name:
-            digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(weights, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -141,7 +148,7 @@ def main() -> None:
     kind = {"ours": Ours, "diffusers": Theirs}[options.pop("kind")]
     files = options.pop("files")
     pipe = kind(**options)
-    base = checksum(pipe.weights)
+    base = checksum(pipe.weights())
     answers.write(json.dumps({"loaded_mb": _peak_mb()}) + "\n")
     for line in sys.stdin:
         command = json.loads(line)
@@ -152,7 +159,7 @@ def main() -> None:
             between = [later - earlier for earlier, later in pairwise(ends)]
             answer: dict[str, Any] = {"seconds": median(between[:-1])}  # the first and the last step do more
         elif do == "facts":
-            answer = {"base_is_exact": checksum(pipe.weights) == base, "peak_mb": _peak_mb()}
+            answer = {"base_is_exact": checksum(pipe.weights()) == base, "peak_mb": _peak_mb()}
         else:
             if do == "load":
                 pipe.prepare_load()

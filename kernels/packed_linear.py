@@ -44,6 +44,10 @@ class PackedWeight:
         self._packed = pack(weight)
         self.nbytes = weight.nbytes
 
+    def plain(self) -> Tensor:
+        """[out, in] as before."""
+        return self._packed.to_dense()
+
     @eager_break
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
