@@ -41,9 +41,14 @@ class Regions:
             )
 
     def attention(self, name: str, mesh: Mesh) -> AttentionBackend:
-        """The backend of that name; layers that are compiled or recorded call it from outside. Raises: ConfigError."""
+        """The backend of that name; compiled layers call it from outside, recorded ones where ranks talk.
+
+        Raises: ConfigError.
+        """
         backend = choose_attention(name, self._device, mesh)
-        return ApartAttention(backend) if self._config.compile or self._config.cuda_graphs else backend
+        if not (self._config.compile or self._config.cuda_graphs):
+            return backend
+        return ApartAttention(backend, recorded=mesh.sp.size == 1)
 
     def apply(self, models: Mapping[str, Recorded], layers: Iterable[nn.Module], memory: Memory) -> None:
         """Once weights are loaded. `models`: by the name of their component. Raises: ConfigError."""

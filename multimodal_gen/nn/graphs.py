@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -40,20 +41,24 @@ class Tape(Protocol):
 
 
 class CudaTape:
-    """CUDA graphs that share one pool of memory. Has not met a GPU yet: tests play back torch's operations instead."""
+    """CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None  # as long as it has graphs; torch frees it with the last one
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream = torch.cuda.Stream(device)
         self._graph: Any = None
         self._inside: Any = None
 
     def begin(self) -> None:
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         # torch.cuda.graph would collect garbage and empty the allocator's cache at every segment.
         self._stream.wait_stream(torch.cuda.current_stream())
         self._graph, self._inside = torch.cuda.CUDAGraph(), torch.cuda.stream(self._stream)
         self._inside.__enter__()
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graphs.add(self._graph)
 
     def end(self) -> Replay:
         self._graph.capture_end()
