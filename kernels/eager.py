@@ -1,7 +1,7 @@
-"""`@eager_break`: calls that a compiler does not look into and that no graph of a GPU holds.
+"""`@eager_break`: calls that a compiler does not look into and that, most of them, no graph of a GPU holds.
 
 Collectives, adapters that differ per token, code of our own compiler, and whatever looks at numbers. Nothing else
-breaks a compiled or recorded region: tests count the breaks. Without either, a call costs one more Python call.
+breaks a compiled or recorded region: tests count the breaks. Without either, a call costs two more Python calls.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ class Interrupted(Protocol):
 class _Point:
     """One decorated function."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], again: bool, recorded: bool) -> None:
         self.name = f"{function.__module__}.{function.__qualname__}"
-        self.function = function  # as `tell_compiler` left it
+        self._function, self._again, self._recorded = function, again, recorded
+        self.function = self._call  # as `tell_compiler` left it
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if _State.recording is None or self._recorded:
+            return self._function(*args, **kwargs)
+        return _State.recording.apart(self._function, args, kwargs, self._again)
 
 
 class _State:
@@ -47,23 +53,23 @@ def recording(what: Interrupted | None) -> None:
 @overload
 def eager_break(function: Callable[P, R]) -> Callable[P, R]: ...
 @overload
-def eager_break(*, again: bool) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-def eager_break(function: Callable[P, R] | None = None, *, again: bool = True) -> Any:
+def eager_break(*, again: bool = ..., recorded: bool = ...) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def eager_break(function: Callable[P, R] | None = None, *, again: bool = True, recorded: bool = False) -> Any:
     """Decorates functions and methods.
 
     Args:
         again: False: its result is the same thing for the same arguments, so a replayed graph does not call it again.
+        recorded: True: a compiler leaves it alone, and graphs hold it: its work on the device is the same at every
+            call with tensors of these shapes, and the first call has made all that it keeps.
     """
     if function is None:
-        return functools.partial(eager_break, again=again)
-    point = _Point(function)
+        return functools.partial(eager_break, again=again, recorded=recorded)
+    point = _Point(function, again, recorded)
     _State.points.append(point)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _State.recording is None:
-            return cast("R", point.function(*args, **kwargs))
-        return cast("R", _State.recording.apart(point.function, args, kwargs, again))
+        return cast("R", point.function(*args, **kwargs))
 
     return call
 

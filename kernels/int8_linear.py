@@ -29,7 +29,7 @@ class Int8Weight:
         """Bytes held."""
         return self._numbers.nbytes + self._scales.nbytes
 
-    @eager_break
+    @eager_break(recorded=True)
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         y = int8_linear(x, self._numbers, self._scales)

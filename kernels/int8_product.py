@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal_gen.kernels import native
 from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.kernels.native import Function
 
 LARGEST = 127
 LEAST_ROWS = 17  # that torch._int_mm takes on CUDA
+WIDEST = 32768  # row that the Triton kernel has registers for
 MULTIPLE = 8  # of in and out, the same
 SUMS_BYTES = 16 << 20  # of sums at a time: half of the last cache of the processors that this was tuned on
 
@@ -52,7 +54,7 @@ class Int8Weight:
         self._numbers = numbers.T.contiguous() if weight.is_cpu else numbers.T
         self.nbytes = numbers.nbytes + self._scales.nbytes
 
-    @eager_break
+    @eager_break(recorded=True)
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] → [T, out]."""
         numbers, scales = quantize(x)
@@ -77,7 +79,11 @@ def _sums_on_cuda(numbers: Tensor, weight: Tensor) -> Tensor:
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens x [T, in], or a weight [out, in] → int8 of the same shape and scales float32 [T]; the largest number of a
-    row is ± 127. A row with NaN has the scale NaN."""
+    row is ± 127. A row with NaN has a scale that is not finite."""
+    if native.by_triton(x) and x.shape[1] <= WIDEST:
+        from multimodal_gen.kernels.gpu.quantize_rows import quantize_rows
+
+        return quantize_rows(x, torch.int8, LARGEST)
     x = x.contiguous()
     function = _quantize_rows.of(x)
     if function is None:
@@ -103,6 +109,10 @@ def finish(
     assert sums.is_contiguous(), sums.stride()
     assert y.is_contiguous(), y.stride()
     assert bias is None or (bias.dtype == dtype and bias.is_contiguous()), "the bias is as the output"
+    if native.by_triton(y):
+        from multimodal_gen.kernels.gpu.quantize_rows import finish as by_triton
+
+        return by_triton(sums, tokens, outputs, bias, y)
     function = _finish.of(y)
     if function is None:
         return finish_reference(sums, tokens, outputs, bias, y)

@@ -2,7 +2,8 @@
 
 A program computes all queries that share a head of keys (GQA) over one part of a sequence, with a running maximum
 (Milakov and Gimelshein, 2018). Where sequences are too few to fill the processor they are split into several parts,
-whose results are joined by their log-sum-exp in a second kernel (Flash-Decoding: Dao et al., 2023).
+whose results are joined by their log-sum-exp in a second kernel (Flash-Decoding: Dao et al., 2023). Their number is no
+constant of the kernels: it changes as texts grow and leave, and compiling takes a second.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"
@@ -37,6 +38,7 @@ def _decode(
     table_row,
     scale,
     part_tiles,  # tiles of each part
+    splits,
     heads: tl.constexpr,
     group: tl.constexpr,  # heads that share keys
     rows: tl.constexpr,  # at least `group`
@@ -44,10 +46,10 @@ def _decode(
     width: tl.constexpr,  # at least `dim`
     page_size: tl.constexpr,
     tile: tl.constexpr,
-    splits: tl.constexpr,
+    split: tl.constexpr,
 ):
-    """Program (sequence, head of keys, part). out is float32 [B, H, splits, dim], lse [B, H, splits]; where splits is 1
-    out has the dtype of q, and there is no lse."""
+    """Program (sequence, head of keys, part). out is float32 [B, H, splits, dim], lse [B, H, splits]; without `split`
+    there is one part, out has the dtype of q, and there is no lse."""
     sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + sequence)
     first = part * part_tiles * tile
@@ -86,7 +88,7 @@ def _decode(
     tl.store(
         out_ptr + place[:, None] * dim + column[None, :], (mixed / safe[:, None]).to(out_ptr.dtype.element_ty), mask=own
     )
-    if splits > 1:
+    if split:
         tl.store(lse_ptr + place, tl.where(full, top + tl.log(safe), float("-inf")), mask=row < group)
 
 
@@ -95,7 +97,7 @@ def _join(
     parts_ptr,
     lse_ptr,
     out_ptr,
-    splits: tl.constexpr,
+    splits,
     count: tl.constexpr,  # at least `splits`
     dim: tl.constexpr,
     width: tl.constexpr,
@@ -151,6 +153,7 @@ def paged_decode(q: Tensor, cache: Tensor, page_table: Tensor, lengths: Tensor, 
         page_table.stride(0),
         dim**-0.5,
         triton.cdiv(triton.cdiv(longest, splits), TILE),
+        splits,
         heads=heads,
         group=group,
         rows=max(LEAST, triton.next_power_of_2(group)),
@@ -158,11 +161,10 @@ def paged_decode(q: Tensor, cache: Tensor, page_table: Tensor, lengths: Tensor, 
         width=width,
         page_size=page_size,
         tile=TILE,
-        splits=splits,
+        split=splits > 1,
     )
     if splits > 1:
-        count = triton.next_power_of_2(splits)
-        _join[(sequences * heads,)](parts, lse, out, splits=splits, count=count, dim=dim, width=width)
+        _join[(sequences * heads,)](parts, lse, out, splits, count=MAX_SPLITS, dim=dim, width=width)
     return out
 
 

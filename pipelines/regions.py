@@ -44,10 +44,15 @@ class Regions:
             )
 
     def attention(self, name: str, mesh: Mesh) -> AttentionBackend:
-        """The backend of that name; layers that are compiled or recorded call it from outside. Raises: ConfigError."""
+        """The backend of that name; compiled layers call it from outside, recorded ones where ranks talk.
+
+        Raises: ConfigError.
+        """
         self._alone = mesh.degrees.world == 1
         backend = choose_attention(name, self._device, mesh)
-        return ApartAttention(backend) if self._config.compile or self._config.cuda_graphs else backend
+        if not (self._config.compile or self._config.cuda_graphs):
+            return backend
+        return ApartAttention(backend, recorded=mesh.sp.size == 1)
 
     def apply(
         self, models: Mapping[str, Recorded], layers: Iterable[nn.Module], memory: Memory, *, by_shape: bool

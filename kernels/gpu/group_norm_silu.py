@@ -21,16 +21,17 @@ def _moments(x_ptr, sums_ptr, pixels, channels, blocks, rows: tl.constexpr, widt
     program, column = tl.program_id(0).to(tl.int64), tl.arange(0, width)
     there = column < channels
     pivot = tl.load(x_ptr + column, mask=there, other=0.0).to(tl.float32)
-    total, square = tl.zeros([width], tl.float32), tl.zeros([width], tl.float32)
+    # Summed over the rows at the end: threads wait for one another once, not at every block.
+    total, square = tl.zeros([rows, width], tl.float32), tl.zeros([rows, width], tl.float32)
     for block in range(blocks):
         row = (program * blocks + block) * rows + tl.arange(0, rows)
         inside = (row < pixels)[:, None] & there[None, :]
         x = tl.load(x_ptr + row[:, None] * channels + column[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - pivot[None, :], 0.0)
-        total += tl.sum(x, 0)
-        square += tl.sum(x * x, 0)
-    tl.store(sums_ptr + 2 * program * channels + column, total, mask=there)
-    tl.store(sums_ptr + (2 * program + 1) * channels + column, square, mask=there)
+        total += x
+        square += x * x
+    tl.store(sums_ptr + 2 * program * channels + column, tl.sum(total, 0), mask=there)
+    tl.store(sums_ptr + (2 * program + 1) * channels + column, tl.sum(square, 0), mask=there)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ class Keys:
         return self.k.nbytes + self.v.nbytes
 
 
-@eager_break
+@eager_break(recorded=True)
 def cross_attend(q: Tensor, lengths: Sequence[int], keys: Sequence[Keys]) -> Tensor:
     """q [T, H, D], packed sequences of these lengths, each with its keys → [T, H, D]; scale 1/√D."""
     if wins(q):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,14 +69,12 @@ class Segments:
             first += length
         return found
 
-    @eager_break(again=False)
+    @eager_break(recorded=True)
     def index(self, device: torch.device) -> Tensor:
-        """int32 [T]: the segment of each token."""
+        """int32 [T]: the segment of each token. Recorded graphs read it: whoever records holds the segments."""
         found = self._indices.get(device)
         if found is None:
-            # numpy's takes a tenth of the time of torch's
-            owners = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
-            found = self._indices[device] = torch.from_numpy(owners).to(device)
+            found = self._indices[device] = _index(self.lengths, device)
         return found
 
     @cached_property
@@ -91,3 +90,11 @@ class Segments:
             runs.append(Run(first, first + count, start, length))
             first, start = first + count, start + count * length
         return tuple(runs)
+
+
+# Segments of the same lengths are made at every step, and a copy to a GPU waits until it has done all that came before.
+@functools.lru_cache(maxsize=64)
+def _index(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    # numpy's takes a tenth of the time of torch's
+    owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return torch.from_numpy(owners).to(device)

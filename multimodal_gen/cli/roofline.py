@@ -21,7 +21,8 @@ class Device(NamedTuple):
 
 # Limits: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM; without sparsity). Expected shares: attention as
 # FlashAttention-2 was measured by Dao (2023; A100) and Shah et al. (2024; H100, whose new instructions it does not
-# use); products and rows are what cuBLAS and copies commonly reach. Nothing of ours was measured there.
+# use); products and rows are what cuBLAS and copies commonly reach. What an H100 made of our calls is in
+# docs/performance.md.
 DEVICES = (
     Device("A100", 312e12, 2.039e12, {"product": 0.80, "attention": 0.65, "rows": 0.85}),
     Device("H100", 989e12, 3.35e12, {"product": 0.70, "attention": 0.38, "rows": 0.85}),

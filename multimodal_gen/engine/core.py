@@ -25,6 +25,7 @@ from multimodal_gen.engine.computing import settle
 from multimodal_gen.engine.decoding import Decode, Decoding
 from multimodal_gen.engine.failures import as_ours, info_of
 from multimodal_gen.engine.faults import Fault
+from multimodal_gen.engine.pace import Pace
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.engine.scheduler import Scheduler, Slot
 from multimodal_gen.engine.sleep import Sleeper
@@ -99,7 +100,7 @@ class EngineCore:
         self.loras = LoraManager(
             targets, self.pipeline.trees, config, partial(self.fault.trip, "merge"), self.ranks.mesh.control
         )
-        self.decoding = Decoding()
+        self.decoding, self._pace = Decoding(), Pace(self.pipeline.info.device)
         self._clock = clock
         self.changes = Changes(self.loras, self.fault, self.ranks, self.pipeline.forget)
         self._attempt = Attempts(self.ranks, self.pipeline.reset)
@@ -107,8 +108,7 @@ class EngineCore:
         self.sleeper = Sleeper(self.pipeline, self.loras, self.ranks, self._attempt, config.load_timeout_s, on_wake)
         self._weights: WeightsKey | None = ()  # what the weights hold on every rank; None: not known
         self._active: dict[str, Active] = {}
-        self._failures = 0  # requests failed in a row
-        self._cached_steps = 0  # of finished requests
+        self._failures = self._cached_steps = 0  # requests failed in a row, cached steps of those finished
 
     @property
     def threads(self) -> int:
@@ -247,8 +247,9 @@ class EngineCore:
         """Rows of the plan; new ones are encoded and prepared."""
         rows: list[Row] = []
         for slot in slots:
-            active = self._active.get(slot.request_id)
-            if active is None:  # a sibling row of the same request failed a moment ago
+            if (
+                active := self._active.get(slot.request_id)
+            ) is None:  # a sibling row of the same request failed a moment ago
                 continue
             prepare = partial(self._prepare, active, slot.index)
             if slot.starts and not self._guarded("encoding", active, events, prepare):
@@ -302,6 +303,7 @@ class EngineCore:
     def _step_rows(self, rows: list[Row]) -> None:
         self.fault.trip("denoise")
         self.pipeline.denoise(rows)
+        self._pace.after_step()
 
     def _denoise_alone(self, row: Row, events: list[Event]) -> bool:
         active = self._active.get(row.request.id)

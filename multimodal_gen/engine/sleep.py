@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
-
 from multimodal_gen.engine.attempt import Attempts
 from multimodal_gen.engine.failures import info_of
 from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.errors import Asleep, CorruptModel, GenerationFailed, MmgenError, OutOfMemory, WeightsUnavailable
 from multimodal_gen.lora.manager import LoraManager
+from multimodal_gen.memory.device import release_device_memory
 from multimodal_gen.memory.failures import is_out_of_memory
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.memory.shares import MemoryPlan
@@ -91,8 +90,7 @@ class Sleeper:
             self._loras.forget_overlays()
             self._pipeline.memory.sleep()
             release_freed_memory()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_device_memory()
         except MmgenError:
             raise
         except Exception as error:

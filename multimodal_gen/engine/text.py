@@ -17,6 +17,7 @@ from multimodal_gen.engine.ranks import Ranks
 from multimodal_gen.errors import Asleep, MmgenError, PeerLost
 from multimodal_gen.llm.adapter_names import start_change
 from multimodal_gen.llm.core import TextCore
+from multimodal_gen.memory.device import release_device_memory
 from multimodal_gen.memory.host import release_freed_memory
 from multimodal_gen.messages import Event, LorasChanged, MemoryChanged, Sleep, Wake
 from multimodal_gen.text import TextCard, TextInfo, TextRequest
@@ -129,6 +130,7 @@ class TextSide:
         error = self._attempt("putting the language model to sleep", self.core.sleep)
         self.asleep = True
         release_freed_memory()
+        release_device_memory()
         return error
 
     def _told_of(self, order: Sleep | Wake, began: float, error: MmgenError | None, freed: int) -> MemoryChanged:

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Memory for `pages` pages of `page_size` tokens in every layer. Who has which page is told by `PagePool`."""
+    """Memory for `pages` pages of `page_size` tokens in every layer. Who has which page is told by `PagePool`.
+
+    One page more belongs to nobody (`spare`): rows that fill a batch up write there.
+    """
 
     def __init__(
         self,
@@ -20,7 +23,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.pages, self.page_size = pages, page_size
-        shape = (2, pages, kv_heads, page_size, head_dim)
+        self.spare = pages
+        shape = (2, pages + 1, kv_heads, page_size, head_dim)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]  # keys, values
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from multimodal_gen.text import TextCard
 from multimodal_gen.weights.gguf import GgufFile
 from multimodal_gen.weights.loading import WeightTree, construction
 from multimodal_gen.weights.reader import TensorFile
+
+if TYPE_CHECKING:
+    from multimodal_gen.llm.decode_graphs import DecodeGraphs
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class TextModel:
         self.weights = TextWeights(self.decoder, self.tree, self.device, forms)
         self._check_room(config, mesh)
         self.weights.load()
+        self.graphs = _graphs(self.decoder, self.device, self.ranks)
 
     def _check_room(self, config: EngineConfig, mesh: Mesh) -> None:
         sharing = mesh.degrees.world * mesh.loading if self.device.type == "cpu" else 1
@@ -83,7 +88,8 @@ class TextModel:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute a batch and keep its keys and values; → float32 [R, vocabulary], a row per wanted token."""
-        return self.decoder(batch, cache)
+        logits = None if self.graphs is None else self.graphs.run(batch, cache)
+        return self.decoder(batch, cache) if logits is None else logits
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page of keys and values on this rank."""
@@ -100,6 +106,8 @@ class TextModel:
         """Give the weights' memory back."""
         self.weights.take_out()
         self.decoder.unbind()
+        if self.graphs is not None:
+            self.graphs.clear()
         self.backend.clear()
 
     def wake(self) -> None:
@@ -110,6 +118,15 @@ class TextModel:
 def load(card: TextCard, config: EngineConfig, mesh: Mesh | None = None) -> TextModel:
     """Load the described model. Raises: as `TextModel`."""
     return TextModel(card, config, mesh or Mesh.solo())
+
+
+def _graphs(decoder: Decoder, device: torch.device, ranks: Group) -> DecodeGraphs | None:
+    """For the steps of one rank on CUDA; `--kernels torch` is without."""
+    if device.type != "cuda" or ranks.size > 1 or decoder.backend.name != "triton":
+        return None
+    from multimodal_gen.llm.decode_graphs import DecodeGraphs  # imports Triton
+
+    return DecodeGraphs.of(decoder, device)
 
 
 def _who_share(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> Group:

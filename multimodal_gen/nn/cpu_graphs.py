@@ -116,8 +116,8 @@ class CpuRecording:
     """One region; `nn.graphs.Recorded`."""
 
     def __init__(self, pool: Pool, compute: Compute, inputs: Sequence[Tensor]) -> None:
-        """Computes while it records. What calls read is the model's or the caller's (`fixed` of `nn.graphs.Graphs`):
-        `compute` itself is not held, because it holds the model, which holds its graphs."""
+        """Computes while it records. What calls read is the model's, or held by `nn.graphs.Graphs` for the caller: not
+        `compute` itself, because that holds the model, which holds its graphs."""
         self._pool = pool
         places = [pool.take(x.nbytes) for x in inputs]
         self._inputs = [_like(x, place).copy_(x) for x, place in zip(inputs, places, strict=True)]

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -64,20 +65,24 @@ class Tape(Protocol):
 
 
 class CudaTape:
-    """CUDA graphs that share one pool of memory. Has not met a GPU yet: tests play back torch's operations instead."""
+    """CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None  # as long as it has graphs; torch frees it with the last one
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream = torch.cuda.Stream(device)
         self._graph: Any = None
         self._inside: Any = None
 
     def begin(self) -> None:
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         # torch.cuda.graph would collect garbage and empty the allocator's cache at every segment.
         self._stream.wait_stream(torch.cuda.current_stream())
         self._graph, self._inside = torch.cuda.CUDAGraph(), torch.cuda.stream(self._stream)
         self._inside.__enter__()
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graphs.add(self._graph)
 
     def end(self) -> Replay:
         self._graph.capture_end()
@@ -186,6 +191,7 @@ class Segments:
 @dataclass
 class _Entry:
     fixed: tuple[object, ...]  # held, so that no other object gets their identity
+    held: tuple[object, ...]
     recording: Recorded | None = None  # filled at the first or the second call
 
 
@@ -198,13 +204,19 @@ class Graphs:
     replayed: int = 0
 
     def run(
-        self, compute: Compute, inputs: Sequence[Tensor], place: tuple[int, ...], fixed: Sequence[object]
+        self,
+        compute: Compute,
+        inputs: Sequence[Tensor],
+        place: tuple[int, ...],
+        fixed: Sequence[object],
+        held: Sequence[object] = (),
     ) -> Tensor:
         """compute(*inputs), which overwrites the first and returns it.
 
         Args:
             place: which region of the model it is.
             fixed: everything else that `compute` depends on; graphs hold it, and find it by identity.
+            held: what `compute` reads that was made of `fixed` for this call; graphs hold it, too.
         """
         if not self.recorder.takes(inputs):
             return compute(*inputs)
@@ -212,7 +224,7 @@ class Graphs:
         key = (place, shapes, tuple(map(id, fixed)))
         entry = self.entries.get(key)
         if entry is None:
-            entry = self.entries[key] = _Entry(tuple(fixed))
+            entry = self.entries[key] = _Entry(tuple(fixed), tuple(held))
             while len(self.entries) > self.recorder.most:
                 self.entries.popitem(last=False)
             if not self.recorder.at_once:

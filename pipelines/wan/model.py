@@ -176,7 +176,7 @@ class Block(nn.Module):
         h = gated_residual_norm_(x, h, None, None, None, Norm("layer", ffn_scale, ffn_shift, index, eps))
         return gated_residual_(x, self.ffn(h, routing), ffn_gate, index)
 
-    @eager_break(again=False)
+    @eager_break(recorded=True)
     def look(self, contexts: Sequence[Context]) -> list[Seen]:
         """What this layer makes of prompts, made once where it is kept."""
         return [context.at(self.index, self.attn2) for context in contexts]

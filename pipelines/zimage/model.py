@@ -321,7 +321,7 @@ class ZImageTransformer(nn.Module):
                 x = block(x, turns, segments, routing, folded)
             return x
 
-        return shards.gather(self._region(compute, (x, refiner), REFINER, layout, routing))
+        return shards.gather(self._region(compute, (x, refiner), REFINER, layout, (turns, segments), routing))
 
     def work(self, times: Sequence[Modulation], layout: Layout, overlays: Sequence[Overlay | None]) -> Work:
         """This rank's share of what the joint layers need besides tokens."""
@@ -339,14 +339,14 @@ class ZImageTransformer(nn.Module):
             work.turns,
             work.segments,
             work.routing,
-        )  # what graphs hold; not the times
+        )
 
         def compute(x: Tensor, folded: Tensor) -> Tensor:
             for index in range(begin, end):
                 x = self.layers[index](x, turns, segments, routing, folded[index - begin])
             return x
 
-        return self._region(compute, (x, folded), (begin, end), work.layout, routing)
+        return self._region(compute, (x, folded), (begin, end), work.layout, (turns, segments), routing)
 
     def _region(
         self,
@@ -354,12 +354,13 @@ class ZImageTransformer(nn.Module):
         inputs: Sequence[Tensor],
         place: tuple[int, ...],
         layout: Layout,
+        held: tuple[object, ...],
         routing: Routing | None,
     ) -> Tensor:
         """compute(*inputs), in a graph where there are any; adapters beside the weights change from call to call."""
         if self.graphs is None or routing is not None:
             return compute(*inputs)
-        return self.graphs.run(compute, inputs, place, (layout,))
+        return self.graphs.run(compute, inputs, place, (layout,), held)
 
     def predict(self, x: Tensor, work: Work) -> list[Tensor]:
         """x [T, D] after the last layer → per joint sequence, of all ranks, [l, patch_dim]."""

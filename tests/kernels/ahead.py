@@ -13,9 +13,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import io
 import json
 import re
 import sys
+import tokenize
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -81,12 +83,19 @@ def _gather(file: Path, seen: dict[str, str]) -> None:
     if file.parent != LAUNCHES and "import triton\n" not in text:
         return
     tree = ast.parse(text)
-    seen[str(file)] = ast.dump(tree)
+    seen[str(file)] = _words(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("multimodal_gen.kernels"):
             base = ROOT.joinpath(*(node.module or "").split(".")[1:])
             for name in (base, *(base / alias.name for alias in node.names)):
                 _gather(name.with_suffix(".py"), seen)
+
+
+def _words(text: str) -> str:
+    """Source without comments and layout. Not `ast`'s, whose trees and texts differ between versions of Python."""
+    layout = {tokenize.COMMENT: "", tokenize.NL: "", tokenize.INDENT: ">", tokenize.DEDENT: "<"}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return "".join(layout.get(token.type, token.string) for token in tokens)
 
 
 def compile_one(job: Job) -> list[dict[str, Any]]:

@@ -39,14 +39,19 @@ def by(way: str) -> Callable[..., Tensor]:
     return grouped_lora_
 
 
-def case(shape: tuple[int, int, int, tuple[int, ...]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def device_of(way: str) -> str:
+    """Triton runs on a GPU where there is one."""
+    return "cuda" if way == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def case(shape: tuple[int, int, int, tuple[int, ...]], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     tokens, inputs, outputs, ranks = shape
     torch.manual_seed(tokens)
     y, x = torch.randn(tokens, outputs + 3)[:, :outputs], torch.randn(tokens, inputs + 5)[:, :inputs]  # rows apart
     down, up = torch.randn(inputs, sum(ranks)) / inputs**0.5, torch.randn(sum(ranks), outputs)
     starts = torch.tensor((0, *ranks)).cumsum(0).to(torch.int32)
     owners = torch.randint(-1, len(ranks), (tokens,), dtype=torch.int32)
-    return (*(tensor.to(dtype) for tensor in (y, x, down, up)), starts, owners)
+    return (*(tensor.to(device, dtype) for tensor in (y, x, down, up)), starts.to(device), owners.to(device))
 
 
 @pytest.mark.parametrize("way", [*ways()])
@@ -55,9 +60,7 @@ def case(shape: tuple[int, int, int, tuple[int, ...]], dtype: torch.dtype) -> tu
 def test_every_token_gets_the_update_of_its_group(
     way: str, dtype: torch.dtype, shape: tuple[int, int, int, tuple[int, ...]]
 ) -> None:
-    if torch.cuda.is_available() and way == "triton":
-        torch.set_default_device("cuda")
-    args = case(shape, dtype)
+    args = case(shape, dtype, device_of(way))
     wanted = reference(*args)
     if way == "torch":
         with native.torch_only():
@@ -72,7 +75,7 @@ def test_every_token_gets_the_update_of_its_group(
 
 @pytest.mark.parametrize("way", [*ways()])
 def test_factors_of_others_may_hold_anything(way: str) -> None:
-    y, x, down, up, starts, owners = case((8, 32, 48, (16, 16)), torch.float32)
+    y, x, down, up, starts, owners = case((8, 32, 48, (16, 16)), torch.float32, device_of(way))
     owners.fill_(0)
     wanted = reference(y, x, down, up, starts, owners)
     down[:, 16:] = torch.inf

@@ -9,6 +9,7 @@ import torch
 
 from multimodal_gen import DiffGenerator
 from tests.support.checkpoints import make_flux1, make_stable_diffusion, make_z_image
+from tests.support.device import DEVICE
 from tests.support.text_models import smollm2
 from tests.support.wan_checkpoints import make_wan
 
@@ -60,7 +61,7 @@ def smollm2_by_transformers() -> Any:
 @pytest.fixture(scope="session")
 def generator() -> Maker:
     """`generator(folder)`: our float32 CPU generator for a folder or bundled name, loaded once."""
-    return _once(lambda model: DiffGenerator.from_pretrained(str(model), device="cpu", dtype="float32"))
+    return _once(lambda model: DiffGenerator.from_pretrained(str(model), device=DEVICE, dtype="float32"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from multimodal_gen.pipelines import registry
 from multimodal_gen.request import ImageRequest, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
+from tests.support.device import DEVICE
 from tests.support.stepping import note, run
 
 pytestmark = [pytest.mark.parity]
@@ -34,7 +35,7 @@ TARGET = {"width": 64, "height": 80, "num_inference_steps": 8, "guidance_scale":
 
 
 def engine(folder: Path, **options: Any) -> EngineCore:
-    config = EngineConfig(model_path=str(folder), device="cpu", **options)
+    config = EngineConfig(model_path=str(folder), device=DEVICE, **options)
     return EngineCore(registry.describe(config), config)
 
 

@@ -24,9 +24,10 @@ from multimodal_gen.memory.ring import Mover
 from multimodal_gen.memory.shares import MemoryPlan
 from multimodal_gen.memory.use import MemoryUse
 from tests.support.adapters import peft_tensors
+from tests.support.device import ON_CPU
 from tests.support.fake_streams import HostComputes
 
-pytestmark = [pytest.mark.parity]
+pytestmark = [pytest.mark.parity, pytest.mark.skipif(not ON_CPU, reason="its device is a fake")]
 
 # Of the bytes of all streamed layers: what is pinned, what is in host memory at all.
 TIERS = {"pinned": (1.0, 1.0), "pageable": (0.0, 1.0), "file": (0.0, 0.0), "all three": (0.4, 0.8)}

@@ -14,10 +14,11 @@ from multimodal_gen import DiffGenerator
 from multimodal_gen.adapters import MERGE_MODES
 from tests.support.adapters import Shapes, linear_shapes, only, peft_tensors, without, write_adapter
 from tests.support.checkpoints import NEGATIVE, PROMPT
+from tests.support.device import DEVICE, within
 
 pytestmark = [pytest.mark.parity]
 
-TOLERANCE = 1e-5  # ‖ours - theirs‖ / ‖theirs‖ of the latents after all steps
+TOLERANCE = within(1e-5)  # ‖ours - theirs‖ / ‖theirs‖ of the latents after all steps
 REQUEST = {"num_inference_steps": 4, "guidance_scale": 4.0, "width": 64, "height": 80, "seed": 3}
 MODES = [mode for mode in MERGE_MODES if mode != "auto"]
 
@@ -63,7 +64,7 @@ class Bench:
 def bench(z_image_folder: Callable[..., Path], reference: Callable[..., Any], tmp_path: Path) -> Any:
     folder = z_image_folder(heads=3, head_dim=24, layers=3, seed=21)
     pipe = reference(folder)
-    with DiffGenerator.from_pretrained(str(folder), device="cpu", dtype="float32") as gen:
+    with DiffGenerator.from_pretrained(str(folder), device=DEVICE, dtype="float32") as gen:
         yield Bench(gen, pipe, linear_shapes(pipe.transformer), tmp_path)
 
 

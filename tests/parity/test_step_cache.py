@@ -23,6 +23,7 @@ from multimodal_gen.request import AnyRequest, SamplingParams
 from multimodal_gen.resolve import resolve
 from tests.support.adapters import peft_tensors, write_adapter
 from tests.support.checkpoints import PROMPT
+from tests.support.device import DEVICE
 from tests.support.stepping import note, run
 
 pytestmark = [pytest.mark.parity]
@@ -51,7 +52,7 @@ def folder(
 
 
 def engine(folder: Path, **options: Any) -> EngineCore:
-    config = EngineConfig(model_path=str(folder), device="cpu", **{"dtype": "float32", **options})
+    config = EngineConfig(model_path=str(folder), device=DEVICE, **{"dtype": "float32", **options})
     return EngineCore(registry.describe(config), config)
 
 

@@ -20,6 +20,7 @@ from multimodal_gen.pipelines.wan.pipeline import WanPipeline
 from multimodal_gen.request import SamplingParams, VideoRequest
 from multimodal_gen.resolve import resolve
 from tests.support.checkpoints import NEGATIVE, PROMPT
+from tests.support.device import DEVICE
 from tests.support.stepping import note, run
 from tests.support.wan_checkpoints import VARIANTS
 
@@ -37,7 +38,7 @@ TARGET = {"width": 96, "height": 64, "num_inference_steps": 8, "seed": 21}
 
 
 def engine(folder: Path, **options: Any) -> EngineCore:
-    config = EngineConfig(model_path=str(folder), device="cpu", **{"dtype": "float32", **options})
+    config = EngineConfig(model_path=str(folder), device=DEVICE, **{"dtype": "float32", **options})
     return EngineCore(registry.describe(config), config)
 
 

@@ -15,10 +15,11 @@ from multimodal_gen import DiffGenerator
 from multimodal_gen.errors import AdapterMismatch
 from tests.support.adapters import Shapes, linear_shapes, only, peft_tensors, write_adapter
 from tests.support.checkpoints import PROMPT
+from tests.support.device import DEVICE, within
 
 pytestmark = [pytest.mark.parity]
 
-TOLERANCE = 1e-5  # ‖ours - theirs‖ / ‖theirs‖ of the latents after all steps
+TOLERANCE = within(1e-5)  # ‖ours - theirs‖ / ‖theirs‖ of the latents after all steps
 REQUEST = {"num_inference_steps": 4, "guidance_scale": 4.0, "width": 64, "height": 96, "num_frames": 9, "seed": 3}
 MODES = ["merge", "dynamic"]
 # The original repository's names of diffusers' modules, as ComfyUI's files have them.
@@ -84,7 +85,7 @@ def bench(
     folder = wan_folder(variant=request.param, layers=3, seed=21, **boundary)
     image = Image.effect_mandelbrot((96, 64), (-2, -1, 1, 1), 60).convert("RGB") if request.param == "i2v" else None
     pipe = reference(folder)
-    with DiffGenerator.from_pretrained(str(folder), device="cpu", dtype="float32") as gen:
+    with DiffGenerator.from_pretrained(str(folder), device=DEVICE, dtype="float32") as gen:
         yield Bench(gen, pipe, linear_shapes(pipe.transformer), tmp_path, image)
 
 

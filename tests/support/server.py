@@ -20,6 +20,8 @@ from typing import Any
 import httpx2
 import psutil
 
+from tests.support.device import DEVICE
+
 ROOT = Path(__file__).parents[2]
 START_S = 90.0
 STOP_S = 30.0
@@ -199,7 +201,7 @@ def start_server(
 ) -> Iterator[Server]:
     """Run `mmgen serve --port 0 FLAGS`; it has stopped when the block ends. `ready` waits for the model."""
     extra = {name: value for name, value in (("MMGEN_API_KEY", api_key), ("MMGEN_FAULT", fault)) if value is not None}
-    command = [sys.executable, "-m", "multimodal_gen.cli.main", "serve", "--port", "0", "--device", "cpu", *flags]
+    command = [sys.executable, "-m", "multimodal_gen.cli.main", "serve", "--port", "0", "--device", DEVICE, *flags]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         with out.open("wb") as stdout, err.open("wb") as stderr:

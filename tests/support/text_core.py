@@ -19,6 +19,7 @@ from multimodal_gen.llm.tokenizer import Tokenizer
 from multimodal_gen.messages import ErrorInfo, Event, Failed, TextFinished, TextStep
 from multimodal_gen.text import Grammar, GrammarKind, TextOutput, TextRequest, TextSampling
 from tests.support.checkpoints import qwen_tokenizer
+from tests.support.device import DEVICE
 from tests.support.text_models import make_model
 
 GREEDY = TextSampling(temperature=0.0)
@@ -40,7 +41,7 @@ def open_core(
 ) -> TextCore:
     """Our core, on the CPU, with little memory where nothing else is said."""
     settings = {"kv_cache_memory": 64 << 20, **settings}
-    config = EngineConfig(llm_path=str(path), llm_dtype=dtype, device="cpu", **settings)  # type: ignore[arg-type]
+    config = EngineConfig(llm_path=str(path), llm_dtype=dtype, device=DEVICE, **settings)  # type: ignore[arg-type]
     more = {} if clock is None else {"clock": clock}
     return TextCore(describe(config), config, model=model, **more)
 

@@ -17,6 +17,7 @@ from multimodal_gen.llm.loading import TextModel, load
 from multimodal_gen.nn.lowrank import Overlay, Routing
 from multimodal_gen.parallel.mesh import Mesh
 from tests.support.checkpoints import build
+from tests.support.device import DEVICE
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -60,8 +61,8 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def open_model(path: Path | str, dtype: str = "float32", mesh: Mesh | None = None, **settings: Any) -> TextModel:
-    """Our model, or this rank's share of it, on the CPU."""
-    config = EngineConfig(llm_path=str(path), llm_dtype=dtype, device="cpu", **settings)  # type: ignore[arg-type]
+    """Our model, or this rank's share of it."""
+    config = EngineConfig(llm_path=str(path), llm_dtype=dtype, **{"device": DEVICE, **settings})  # type: ignore[arg-type]
     return load(describe(config), config, mesh)
 
 
@@ -101,5 +102,5 @@ def logits_of(
         routing = Routing.of([len(span.ids) for span in spans], own)
         rows = model.forward(Batch.of(spans, PAGE, model.device, routing), cache)
         for index, part in zip(live, rows.split([span.logits for span in spans]), strict=True):
-            found[index].append(part)
+            found[index].append(part.cpu())
     return [torch.cat(parts) for parts in found]

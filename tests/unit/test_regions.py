@@ -50,6 +50,13 @@ def played_back() -> Any:
         yield PlayedBack()
 
 
+@pytest.fixture
+def compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def filled(model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -57,10 +64,10 @@ def filled(model: nn.Module) -> Any:
     return model.eval()
 
 
-def pictures(layers: int = 3, device: torch.device = CPU) -> tuple[ZImageTransformer, Step]:
+def pictures(layers: int = 3, device: torch.device = CPU, *, recorded: bool = True) -> tuple[ZImageTransformer, Step]:
     """A small Z-Image, and a step of pictures of size x 2 patches under guidance."""
     config = ZImageConfig(4, 48, layers, 1, 3, 1e-5, 20, 256.0, 1000.0, (4, 6, 6), 2)
-    model = filled(ZImageTransformer(config, ApartAttention(SdpaAttention()))).to(device)
+    model = filled(ZImageTransformer(config, ApartAttention(SdpaAttention(), recorded=recorded))).to(device)
     rope, layouts = zimage_packing.Rope(config.axes_dims, config.rope_theta), dict[int, Any]()
 
     def step(size: int, seed: int, overlay: Overlay | None = None) -> list[Tensor]:
@@ -78,10 +85,10 @@ def pictures(layers: int = 3, device: torch.device = CPU) -> tuple[ZImageTransfo
     return model, step
 
 
-def videos(layers: int = 3, device: torch.device = CPU) -> tuple[WanTransformer, Step]:
+def videos(layers: int = 3, device: torch.device = CPU, *, recorded: bool = True) -> tuple[WanTransformer, Step]:
     """A small Wan, and a step of a video of size x 2 x 3 patches under guidance; its prompts stay the same."""
     config = WanConfig((1, 2, 2), 3, 16, 4, 4, 12, 8, 64, layers, 1e-6, None)
-    model = filled(WanTransformer(config, ApartAttention(SdpaAttention()))).to(device)
+    model = filled(WanTransformer(config, ApartAttention(SdpaAttention(), recorded=recorded))).to(device)
     rope, layouts = wan_packing.Rope(config), dict[int, Any]()
     texts = [torch.randn(length, 12, generator=torch.Generator().manual_seed(length)).to(device) for length in (5, 3)]
     contexts = [model.read(text, 2, None, None, keep=keep) for text, keep in zip(texts, (True, False), strict=True)]
@@ -98,36 +105,47 @@ def videos(layers: int = 3, device: torch.device = CPU) -> tuple[WanTransformer,
 
 
 MODELS = {"pictures": pictures, "videos": videos}
+REGIONS = {"pictures": 2, "videos": 1}  # that are recorded: of pictures what comes before the joint layers, too
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["attention inside", "attention between graphs"])
 @pytest.mark.parametrize("name", MODELS)
-def test_replayed_layers_compute_what_they_compute_without_graphs(name: str, played_back: PlayedBack) -> None:
-    model, step = MODELS[name]()
+def test_replayed_layers_compute_what_they_compute_without_graphs(
+    name: str, recorded: bool, played_back: PlayedBack
+) -> None:
+    model, step = MODELS[name](recorded=recorded)
     calls = [(2, 1), (2, 2), (5, 3), (2, 4), (5, 5), (5, 6), (2, 7)]
     wanted = [step(*call) for call in calls]
     model.graphs = Graphs(Segments(played_back))
     found = [step(*call) for call in calls]
     for ours, plain in zip(found, wanted, strict=True):
         assert_close(ours, plain)
-    regions = {"pictures": 2, "videos": 1}[name]  # of pictures before the joint layers, too
+    regions = REGIONS[name]
     assert model.graphs.replayed == 5 * regions  # all but the first of each size
-    # Per layer one break for attention, and for the index of tokens; of videos for the text as well, and for its keys.
-    per_layer = {"pictures": 2, "videos": 4}[name]
-    layers = {"pictures": 4, "videos": 3}[name]
-    assert played_back.segments == 2 * (regions + layers * per_layer)
+    breaks = 0 if recorded else {"pictures": 4, "videos": 3}[name]  # of each size: one per layer
+    assert played_back.segments == 2 * (regions + breaks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recorded", [True, False], ids=["attention inside", "attention between graphs"])
+@pytest.mark.parametrize("compile_too", [False, True], ids=["as it is", "compiled"])
 @pytest.mark.parametrize("name", MODELS)
-def test_graphs_of_a_gpu_compute_what_it_computes_without_them(name: str) -> None:
+def test_graphs_of_a_gpu_compute_what_it_computes_without_them(
+    name: str, compile_too: bool, recorded: bool, compiler: None
+) -> None:
     device = torch.device("cuda")
-    model, step = MODELS[name](3, device)
+    model, step = MODELS[name](3, device, recorded=recorded)
     calls = [(2, 1), (2, 2), (5, 3), (2, 4), (5, 5), (5, 6), (2, 7)]
     wanted = [step(*call) for call in calls]
+    if compile_too:
+        compiled.compile_layers(layers_of(model))
     model.graphs = Graphs(Segments(CudaTape(device)))
     for call, plain in zip(calls, wanted, strict=True):
         assert_close(step(*call), plain)
-    assert model.graphs.replayed == 5 * {"pictures": 2, "videos": 1}[name]
+    assert model.graphs.replayed == 5 * REGIONS[name]
+    model.graphs.clear()  # as when the model sleeps: the memory of all graphs is gone
+    for call, plain in zip(calls, wanted, strict=True):
+        assert_close(step(*call), plain)
 
 
 def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
@@ -169,13 +187,6 @@ def test_a_recording_that_fails_leaves_nothing_behind() -> None:
         graphs.run(compute, (x.clone(),), (0,), ())
     fails[0] = False
     assert [graphs.run(compute, (x * k,), (0,), ())[0].item() for k in (1, 2, 3)] == [6, 10, 14]
-
-
-@pytest.fixture
-def compiler() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("compiler")

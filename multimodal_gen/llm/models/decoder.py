@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from multimodal_gen.attention.paged import PagedBackend
+from multimodal_gen.attention.paged import Attend, PagedBackend
 from multimodal_gen.kernels.decoder_layers import DecoderLayers, Rows, unavailable
 from multimodal_gen.kernels.paged_attention import Spans
 from multimodal_gen.llm.batch import Batch
@@ -49,11 +49,22 @@ class Decoder(nn.Module):
             spans = Spans.of(batch.spans, batch.page_size)
             x = whole(x, Rows(rotation.cos.flatten(1), rotation.sin.flatten(1), batch.slots, spans))
         else:
-            at = At(batch, rotation, self.backend.plan(batch, cache.layers))
-            for index, layer in enumerate(self.layers):
-                x = layer(x, at, cache, index)
+            x = self._through(x, At(batch, rotation, self.backend.plan(batch, cache.layers)), cache)
+        return self._logits(x[batch.logits_at])
+
+    def decode(self, batch: Batch, attend: Attend, cache: KVCache) -> Tensor:
+        """The same, logits of all tokens, with attention that is planned already."""
+        x = self.embedding.embed(batch.ids)
+        return self._logits(self._through(x, At(batch, self.rope(batch.positions, x.dtype), attend), cache))
+
+    def _through(self, x: Tensor, at: At, cache: KVCache) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = layer(x, at, cache, index)
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
         head = self.embedding if self.head is None else self.head
-        return head.logits(self.norm(x[batch.logits_at]))
+        return head.logits(self.norm(x))
 
     def _whole(self, batch: Batch, x: Tensor, cache: KVCache) -> DecoderLayers | None:
         """All layers in one call, where they can be: adapters are added between them."""

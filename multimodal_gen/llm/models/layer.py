@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from multimodal_gen.attention.paged import Attend
+from multimodal_gen.kernels.gated_residual import gated_residual_norm_
+from multimodal_gen.kernels.qk_norm_rope import qk_norm_rope_
 from multimodal_gen.llm.batch import Batch
 from multimodal_gen.llm.kv_cache import KVCache
 from multimodal_gen.llm.models.config import DecoderConfig
@@ -71,6 +73,11 @@ class HeadNorm(nn.Module):
         normal[:, heads:].mul_(self.k.weight)
         return normal
 
+    def turn_(self, qk: Tensor, heads: int, turns: Tensor) -> None:
+        """The same in place, and turned by float32 [T, 2, D / 2]: one pass over the queries, one over the keys."""
+        for part, norm in ((qk[:, :heads], self.q), (qk[:, heads:], self.k)):
+            qk_norm_rope_(part[:, None], norm.weight[None], turns, norm.eps, pairs="halves")
+
 
 class Attention(nn.Module):
     """Causal attention over the pages of each sequence."""
@@ -85,9 +92,12 @@ class Attention(nn.Module):
         heads, kv_heads = self.qkv.heads, self.qkv.kv_heads
         states = self.qkv(x, at.batch.routing).unflatten(1, (heads + 2 * kv_heads, -1))  # [T, H + 2 · Hkv, D]
         qk = states[:, : heads + kv_heads]
-        if self.norm is not None:
-            qk.copy_(self.norm(qk, heads))
-        at.rotation.turn_(qk)
+        if self.norm is not None and at.rotation.turns is not None:
+            self.norm.turn_(qk, heads, at.rotation.turns)
+        else:
+            if self.norm is not None:
+                qk.copy_(self.norm(qk, heads))
+            at.rotation.turn_(qk)
         kv = states[:, heads:].unflatten(1, (2, kv_heads))
         cache.write(layer, kv, at.batch.slots_at)
         mixed = at.attend(layer, states[:, :heads], kv)
@@ -105,5 +115,9 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config.width, config.hidden)
 
     def forward(self, x: Tensor, at: At, cache: KVCache, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), at, cache, layer)
+        mixed = self.attention(self.attention_norm(x), at, cache, layer)
+        if x.is_cuda:
+            normal = gated_residual_norm_(x, mixed, None, None, None, self.mlp_norm.as_norm())
+            return x.add_(self.mlp(normal, at.batch.routing))
+        x = x + mixed
         return x.add_(self.mlp(self.mlp_norm(x), at.batch.routing))

@@ -16,6 +16,7 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     sin: Tensor  # negative in the first half: it meets a head with its halves swapped
+    turns: Tensor | None  # float32 [T, 2, D / 2], as `qk_norm_rope_` has them; on a GPU
 
     def turn_(self, x: Tensor) -> None:
         """Turn x [T, H, D] in place."""
@@ -44,7 +45,9 @@ class Rope(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1.0:
             cos, sin = cos * self.scale, sin * self.scale
-        return Rotation(torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype))
+        whole = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        wide = torch.stack((cos, sin), 1) if cos.is_cuda else None
+        return Rotation(whole[0][:, None].to(dtype), whole[1][:, None].to(dtype), wide)
 
 
 def frequencies(config: RopeConfig) -> Tensor:
