@@ -147,6 +147,13 @@ def to_blocks(weight: Tensor, halves: bool) -> Tensor:
     """W [out, in] → [out / 32, in / n, 32, n], where n numbers of an output are a word of 32 bits."""
     rows, columns = weight.shape
     per_word = 4 // weight.itemsize
+    library = None if native.switched_off() else native.library()
+    if library is not None:
+        weight = weight.contiguous()
+        made = torch.empty(rows // BLOCK, columns // per_word, BLOCK, per_word, dtype=weight.dtype, device="cpu")
+        pointers = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(made.data_ptr())
+        library.blocked_pack(*pointers, *map(ctypes.c_int64, (rows, columns // per_word, halves)))
+        return made
     by_block = weight.view(2, -1, BLOCK // 2, columns).transpose(0, 1) if halves else weight.view(-1, BLOCK, columns)
     words = by_block.reshape(rows // BLOCK, BLOCK, columns // per_word, per_word)
     return words.transpose(1, 2).contiguous()

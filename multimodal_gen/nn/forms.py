@@ -54,7 +54,7 @@ def packed_form(shape: Sequence[int], dtype: torch.dtype, device: torch.device, 
         return None
     bits = 8 * dtype.itemsize
     if dtype is torch.bfloat16 and not blocked_linear.unavailable(shape, dtype, dtype):
-        return Form(partial(BlockedWeight, halves=halves), bits, exact=True, passing=False)
+        return Form(partial(BlockedWeight, halves=halves), bits, exact=True, passing=True)
     if packed_linear.unavailable(dtype):
         return None
     return Form(PackedWeight, bits, exact=True, passing=dtype is torch.float32)
