@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _common import ROOT, Numbers, environment, finish, parser, record, rounded, say
+from _common import ROOT, Numbers, environment, figure, finish, parser, record, rounded, say
 from _gpu_side import OURS, THEIRS, Options
 
 SIDE_SECONDS = 240
@@ -76,7 +76,25 @@ def pictures(flags: argparse.Namespace, place: Path) -> Numbers:
         words = [f"{name} {1e3 * statistics.median(values):.1f} ms" for name, values in steps.items()]
         others = f"decode {1e3 * answer['decode_s']:.0f} ms; load {answer['load_s']:.1f} s; peak {answer['peak_gb']} GB"
         say(f"{kind:18} step: {', '.join(words)}; first run {answer['first_run_s']:.1f} s; {others}")
-    return {"what": "pictures", "shape": flags.shape, "size": flags.size, "sides": found}
+    return {
+        "what": "pictures",
+        "shape": flags.shape,
+        "size": flags.size,
+        "sides": found,
+        "figures": _figures(found, f"Z-Image {flags.shape}, {flags.size} x {flags.size}"),
+    }
+
+
+def _figures(sides: Numbers, what: str) -> list[Numbers]:
+    """Steps of the sides that ran, beside ours."""
+    ran = {kind: answer for kind, answer in sides.items() if "failed" not in answer}
+    if "ours" not in ran:
+        return []
+    steps = [name for name in ran["ours"] if name.startswith("step_s")]
+    return [
+        figure(f"{what}: one step,{name.partition(',')[2]}", {kind: answer[name] for kind, answer in ran.items()})
+        for name in steps
+    ]
 
 
 def _side(options: Options) -> Numbers:
@@ -105,6 +123,11 @@ def text(flags: argparse.Namespace, place: Path) -> Numbers:
     found: Numbers = {"what": "text", "ours": _ours_writes(flags, folder, ids)}
     if flags.peer:
         found["transformers"] = _transformers_writes(flags, folder, ids)
+    sides = [side for side in ("ours", "transformers") if side in found]
+    found["figures"] = [
+        figure(f"Qwen3-0.6B's shape, {count} texts: one step", {side: [found[side][count]["step_s"]] for side in sides})
+        for count in found["ours"]
+    ]
     return found
 
 

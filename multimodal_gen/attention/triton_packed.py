@@ -36,7 +36,7 @@ class TritonAttention:
 
     @staticmethod
     def preferred(device: torch.device) -> bool:
-        """Nowhere yet: it has not been measured on a GPU."""
+        """Nowhere: on an H100 cuDNN's kernel, which `sdpa` takes, is 1.4 times as fast (decision 040)."""
         return False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

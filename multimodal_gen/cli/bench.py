@@ -52,6 +52,24 @@ BENCHMARKS = {
     "offload": Benchmark("models larger than the memory", ("--repeats", "1", "--only", "fits"), suite=False),
     "parallel": Benchmark("what ranks send one another", (), suite=False),
     "host_allocator": Benchmark("what keeping freed memory is worth", suite=False),
+    "gpu": Benchmark(
+        "pictures or text on a GPU: ours in its ways, diffusers, transformers",
+        (
+            "pictures",
+            "--device",
+            "cpu",
+            "--shape",
+            "tiny",
+            "--size",
+            "64",
+            "--steps",
+            "5",
+            "--sides",
+            "ours",
+            "diffusers",
+        ),
+        suite=False,
+    ),
     "survival": Benchmark("video jobs through kill -9", (), suite=False),
 }
 

@@ -25,8 +25,6 @@ from multimodal_gen.nn.forms import Form, Formed, filled
 from multimodal_gen.nn.slots import Cut, Slotted
 from multimodal_gen.weights.reader import TensorFile
 
-PINNED_BYTES = 32 << 20  # that are read at a time on their way to a GPU
-
 
 @dataclass(frozen=True)
 class Rename:
@@ -229,9 +227,6 @@ class WeightTree:
         if as_stored and view.device.type == "cpu" and view.is_contiguous():
             file.read_into(key, rows, view)
             return
-        if as_stored and view.device.type == "cuda" and view.is_contiguous():
-            _read_through_pinned(file, key, rows, view)
-            return
         whole = recipe is not None and recipe.whole
         change = _unchanged if recipe is None else recipe.begin(view.device, view.dtype)
         for at, block in file.blocks(key, rows, direct=direct):
@@ -279,20 +274,6 @@ class WeightTree:
         """Raises: CorruptModel naming a file that was changed since the model was loaded."""
         for file in self.files.values():
             file.check()
-
-
-def _read_through_pinned(file: TensorFile, key: str, rows: slice | None, view: Tensor) -> None:
-    """From page-locked memory copies to a GPU do not wait, so one piece is read while another is under way.
-
-    torch keeps such memory and uses a piece again when its copy is done: a few pieces in all.
-    """
-    first = 0 if rows is None else rows.start or 0
-    step = max(1, PINNED_BYTES // max(1, view[:1].nbytes))
-    for start in range(0, len(view), step):
-        part = view[start : start + step]
-        host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-        file.read_into(key, slice(first + start, first + start + len(part)), host)
-        part.copy_(host, non_blocking=True)
 
 
 def _unchanged(_rows: slice, pristine: Tensor) -> Tensor:
