@@ -237,19 +237,17 @@ class EngineCore:
         error = self._attempt("merging adapters", partial(self.loras.set_weights, wanted))
         self._weights = wanted if error is None else None
         self.pipeline.forget()  # recordings know where weights were
-        if error is None:
-            return slots
-        self._failures += not isinstance(error, NO_SICKNESS)
-        events += [self._drop(request_id, error) for request_id in dict.fromkeys(s.request_id for s in slots)]
-        return []
+        if error is not None:
+            self._failures += not isinstance(error, NO_SICKNESS)
+            events += [self._drop(request_id, error) for request_id in dict.fromkeys(s.request_id for s in slots)]
+        return slots if error is None else []
 
     def _start(self, slots: list[Slot], events: list[Event]) -> list[Row]:
         """Rows of the plan; new ones are encoded and prepared."""
         rows: list[Row] = []
         for slot in slots:
-            if (
-                active := self._active.get(slot.request_id)
-            ) is None:  # a sibling row of the same request failed a moment ago
+            active = self._active.get(slot.request_id)
+            if active is None:  # a sibling row of the same request failed a moment ago
                 continue
             prepare = partial(self._prepare, active, slot.index)
             if slot.starts and not self._guarded("encoding", active, events, prepare):
