@@ -7,6 +7,7 @@ breaks a compiled or recorded region: tests count the breaks. Without either, a 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -32,22 +33,25 @@ class _Point:
         self.function = self._call  # as `tell_compiler` left it
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if _State.recording is None or self._recorded:
+        if _here.recording is None or self._recorded:
             return self._function(*args, **kwargs)
-        return _State.recording.apart(self._function, args, kwargs, self._again)
+        return _here.recording.apart(self._function, args, kwargs, self._again)
 
 
-class _State:
-    """Of this process; computing is done in one thread."""
+class _Here(threading.local):
+    """Of this thread: engines of one process may compute at the same time."""
 
     recording: Interrupted | None = None
-    points: list[_Point] = []  # noqa: RUF012
+
+
+_here = _Here()
+_points: list[_Point] = []
 
 
 def recording(what: Interrupted | None) -> None:
     """From now on calls interrupt this recording; None: there is none."""
-    assert what is None or _State.recording is None, "one recording at a time"
-    _State.recording = what
+    assert what is None or _here.recording is None, "one recording at a time"
+    _here.recording = what
 
 
 @overload
@@ -65,7 +69,7 @@ def eager_break(function: Callable[P, R] | None = None, *, again: bool = True, r
     if function is None:
         return functools.partial(eager_break, again=again, recorded=recorded)
     point = _Point(function, again, recorded)
-    _State.points.append(point)
+    _points.append(point)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -79,5 +83,5 @@ def tell_compiler() -> None:
 
     Not at decoration: torch's compiler takes seconds to import, and most processes never compile.
     """
-    for point in _State.points:
+    for point in _points:
         point.function = torch.compiler.disable(point.function, reason=f"@eager_break {point.name}")

@@ -21,6 +21,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -71,10 +72,18 @@ class Unavailable(Exception):
 
 
 class _Choice:
-    """Whether native kernels are used at all; changed by `choose` and `torch_only`. Who records them: by `listen`."""
+    """Whether native kernels are used at all; changed by `choose` and `torch_only`."""
 
     native = True
+
+
+class _Here(threading.local):
+    """Of this thread: who records its calls; changed by `listen`."""
+
     listener: Listener | None = None
+
+
+_here = _Here()
 
 
 def choose(kernels: str) -> None:
@@ -94,22 +103,22 @@ def torch_only() -> Iterator[None]:
 
 
 def listen(listener: Listener | None) -> None:
-    """From now on calls are recorded; None: no more."""
-    assert listener is None or _Choice.listener is None, "one recording at a time"
-    _Choice.listener = listener
+    """From now on calls of this thread are recorded; None: no more."""
+    assert listener is None or _here.listener is None, "one recording at a time"
+    _here.listener = listener
 
 
 def hold(thing: object) -> None:
     """`thing` is pointed to by what an argument points to: a recording keeps it."""
-    if _Choice.listener is not None:
-        _Choice.listener.hold(thing)
+    if _here.listener is not None:
+        _here.listener.hold(thing)
 
 
 def check(look: Callable[[], None]) -> None:
     """`look` now, and after every replay of what is being recorded; it raises where something went wrong."""
     look()
-    if _Choice.listener is not None:
-        _Choice.listener.check(look)
+    if _here.listener is not None:
+        _here.listener.check(look)
 
 
 def switched_off() -> bool:
@@ -149,9 +158,9 @@ class Function:
         if self._bound is None:
             self._bound = self._bind()
         compute = self._bound.get(x.dtype)
-        if compute is None or _Choice.listener is None:
+        if compute is None or _here.listener is None:
             return compute
-        return _Choice.listener.over(self._name, self._kinds, compute, self._entry(x.dtype))
+        return _here.listener.over(self._name, self._kinds, compute, self._entry(x.dtype))
 
     def _entry(self, dtype: torch.dtype) -> int | None:
         """Of REPLAYED in C++."""

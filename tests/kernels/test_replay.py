@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -108,6 +110,23 @@ def test_other_kernels_that_blocks_call_replay_too() -> None:
     recording = recorder.record(compute, [made(9, 50)])
     assert not recording.obstacles
     assert torch.equal(recording.replay([made(9, 50, seed=5)]), compute(made(9, 50, seed=5)))
+
+
+def test_threads_record_their_own_calls() -> None:
+    compute = layers(torch.float32)
+    started = threading.Barrier(2)
+
+    def one(seed: int) -> list[Tensor]:
+        with torch.inference_mode():
+            graphs = Graphs(CpuRecorder())
+            started.wait()
+            return [graphs.run(compute, inputs(seed, torch.float32), (0,), ()).clone() for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(one, (1, 2)))
+    for seed, found in zip((1, 2), both, strict=True):
+        wanted = compute(*inputs(seed, torch.float32))
+        assert all(torch.equal(x, wanted) for x in found)
 
 
 @eager_break
