@@ -196,6 +196,7 @@ class Progress(Message, frozen=True):
     index: int
     step: int
     steps: int
+    more: bool = False  # whether that of another output of the same step follows at once
 
 
 class Checkpoint(Message, frozen=True):

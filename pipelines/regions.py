@@ -73,7 +73,7 @@ class Regions:
                 _check_resident(name, memory)
             self._record(models.values(), Segments(CudaTape(self._device)))
         elif by_shape and self._replays():
-            self._record([model for name, model in models.items() if _stays(name, memory)], CpuRecorder())
+            self._record([model for name, model in models.items() if memory.stays(name)], CpuRecorder())
 
     def _replays(self) -> bool:
         """Whether calls of our own kernels can be all there is, on this device and with these settings."""
@@ -91,12 +91,8 @@ class Regions:
             graphs.clear()
 
 
-def _stays(name: str, memory: Memory) -> bool:
-    return memory.plan is None or memory.plan.shares[name].residency == "resident"
-
-
 def _check_resident(name: str, memory: Memory) -> None:
-    if memory.plan is not None and not _stays(name, memory):
+    if memory.plan is not None and not memory.stays(name):
         share = memory.plan.shares[name]
         raise ConfigError(
             f"--cuda-graphs needs {name} to stay on the device, and it is {share.residency} "

@@ -57,21 +57,21 @@ BLOCKED(blocked_swiglu, _int8_bf16, int8_t, bf16)
 // Rows of words → [rows / 32][words][32]: see `to_blocks`. Sixteen words of sixteen rows at a time.
 EXPORT void blocked_pack(const word* from, word* to, int64_t rows, int64_t length, int64_t halves) {
     together([&](Team team) {
-        const int64_t blocks = rows / BLOCK;
+        const int64_t blocks = rows / decoding::BLOCK;
         for (int64_t block = team.first(blocks); block < team.last(blocks); block++)
             for (int64_t half = 0; half < 2; half++) {
-                const int64_t first = halves ? half * (rows / 2) + block * 16 : block * BLOCK + half * 16;
+                const int64_t first = halves ? half * (rows / 2) + block * 16 : block * decoding::BLOCK + half * 16;
                 const word* lines[16];
                 for (int64_t i = 0; i < 16; i++) lines[i] = from + (first + i) * length;
-                word* out = to + block * length * BLOCK + half * 16;
+                word* out = to + block * length * decoding::BLOCK + half * 16;
                 alignas(64) word turned[16 * 16];
                 int64_t k = 0;
                 for (; k + 16 <= length; k += 16) {
                     turn16(lines, k, turned);
-                    for (int64_t i = 0; i < 16; i++) memcpy(out + (k + i) * BLOCK, turned + i * 16, 64);
+                    for (int64_t i = 0; i < 16; i++) memcpy(out + (k + i) * decoding::BLOCK, turned + i * 16, 64);
                 }
                 for (; k < length; k++)
-                    for (int64_t i = 0; i < 16; i++) out[k * BLOCK + i] = lines[i][k];
+                    for (int64_t i = 0; i < 16; i++) out[k * decoding::BLOCK + i] = lines[i][k];
             }
     });
 }

@@ -212,7 +212,7 @@ class EngineCore:
         yield from events
         tokens = sum(self.scheduler.tokens(row.request.id) for row in rows)
         for row in rows:
-            yield Progress(row.request.id, row.index, row.step, row.request.num_inference_steps)
+            yield Progress(row.request.id, row.index, row.step, row.request.num_inference_steps, row is not rows[-1])
         for row in rows:
             if row.request.id in self._active:
                 yield from self._after_step(row)

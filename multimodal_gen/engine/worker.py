@@ -195,7 +195,7 @@ def _tell(channel: WorkerChannel, host: Host, events: Iterable[Event]) -> None:
     """Have things happen and tell the front; the other ranks only have them happen."""
     for event in events:
         if host.ranks.leads:
-            channel.send(event, hold=isinstance(event, Progress))
+            channel.send(event, hold=isinstance(event, Progress) and event.more)
     channel.flush()
 
 

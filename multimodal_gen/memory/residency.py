@@ -113,6 +113,10 @@ class Memory:
         self._components[name] = Component(name, stage, model, weights, found, rows, forms)
         return partial(self.at, name)
 
+    def stays(self, name: str) -> bool:
+        """Whether a component is on the device always."""
+        return self.plan is None or self.plan.shares[name].residency == "resident"
+
     def sizes(self) -> list[Sizes]:
         """Of all components, before anything has memory."""
         return [component.sizes for component in self._components.values()]

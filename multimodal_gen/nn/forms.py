@@ -47,8 +47,8 @@ Fewer = Callable[[Formed, bool], Form | None]
 def packed_form(shape: Sequence[int], dtype: torch.dtype, device: torch.device, halves: bool = False) -> Form | None:
     """An order that the processor reads well, where there is one. `halves`: gate and up are wanted together.
 
-    Our own kernel multiplies bfloat16: as fast as oneDNN at thousands of tokens, up to 1.8 times at tens of them, and a
-    token's sums do not depend on how many others there are. float32 and what that kernel does not take go to oneDNN.
+    Our own kernel multiplies bfloat16: as fast as oneDNN at thousands of tokens, up to 1.8 times at tens of them, and
+    from three tokens on sums do not depend on how many there are. float32 and what it does not take go to oneDNN.
     """
     if device.type != "cpu" or compute_dtype(dtype, device) != dtype:
         return None

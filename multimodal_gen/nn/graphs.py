@@ -85,10 +85,13 @@ class CudaTape:
         self._graphs.add(self._graph)
 
     def end(self) -> Replay:
-        self._graph.capture_end()
-        self._inside.__exit__(None, None, None)
+        graph, inside = self._graph, self._inside
+        self._graph = self._inside = None
+        try:
+            graph.capture_end()
+        finally:
+            inside.__exit__(None, None, None)
         torch.cuda.current_stream().wait_stream(self._stream)
-        graph, self._graph, self._inside = self._graph, None, None
         return graph.replay
 
     def lend(self, x: Tensor) -> Tensor:
@@ -231,6 +234,7 @@ class Graphs:
                 return compute(*inputs)
         self.entries.move_to_end(key)
         if entry.recording is None:
+            entry.held = tuple(held)  # a call before this one may have failed
             entry.recording = self.recorder.record(compute, inputs)
             if entry.recording.first is not None:
                 return inputs[0].copy_(entry.recording.first)

@@ -50,7 +50,7 @@ class KLDecoder:
         with construction(torch.device("meta"), self.dtype):  # no time spent on random initial weights
             self.vae = KLModel(config).eval()
         weights = WeightTree(self.vae, files, ignored=IGNORED)
-        self._here = memory.add("vae", "decode", self.vae, weights)
+        self._memory, self._here = memory, memory.add("vae", "decode", self.vae, weights)
         try:
             self.scale = float(config["scaling_factor"])
             self.shift = float(config.get("shift_factor") or 0.0)
@@ -64,7 +64,11 @@ class KLDecoder:
     def working(self, width: int, height: int) -> int:
         """Bytes that decoding a picture of this size needs beside the weights."""
         pixels = min(width * height, self.tile**2) if self.tiled else width * height
-        return OVERHEAD + pixels * IMAGE_VAE_PER_PIXEL * self.dtype.itemsize
+        return OVERHEAD + self.vae.kept_bytes + pixels * IMAGE_VAE_PER_PIXEL * self.dtype.itemsize
+
+    def forget(self) -> None:
+        """Let go of what is kept from one picture to the next."""
+        self.vae.forget()
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray | None]:
         """float32 [C, h, w] → uint8 [H, W, 3] in the end; before that nothing, block by block or tile by tile.
@@ -83,6 +87,8 @@ class KLDecoder:
             with self._here():
                 pixels = next(pieces)
             if pixels is not None:
+                if not self._memory.stays("vae"):
+                    self.forget()
                 yield _to_255(pixels.permute(1, 2, 0))
                 return
             yield None

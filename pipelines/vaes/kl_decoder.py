@@ -28,10 +28,20 @@ class Conv(Filter):
         super().__init__(channels, out, 3, 3)
         self._filters: Tensor | None = None  # kept where they are small; filled by forward
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of filters that stay from one picture to the next."""
+        found = filters_bytes(self.weight[:, :, None])
+        return found if found <= KEPT else 0
+
+    def forget(self) -> None:
+        """Let go of them."""
+        self._filters = None
+
     def forward(self, x: Tensor, residual: Tensor | None = None, *, double: bool = False) -> Tensor:
         """[1, H, W, in] → [1, H, W, out], twice as large with `double`."""
         weight = self.weight[:, :, None]
-        if self._filters is None and filters_bytes(weight) <= KEPT:
+        if self._filters is None and self.kept_bytes:
             self._filters = make_filters(weight)
         return conv3x3(x, weight, self.bias, residual=residual, double=double, filters=self._filters)
 
@@ -168,6 +178,17 @@ class KLModel(nn.Module):
             self.decoder = Decoder(config)
         except (KeyError, TypeError, IndexError) as error:
             raise CorruptModel(f"vae/config.json does not describe an AutoencoderKL ({error}).") from None
+
+    @property
+    def kept_bytes(self) -> int:
+        """What convolutions keep from one picture to the next."""
+        return sum(each.kept_bytes for each in self.modules() if isinstance(each, Conv))
+
+    def forget(self) -> None:
+        """Let go of it."""
+        for each in self.modules():
+            if isinstance(each, Conv):
+                each.forget()
 
     @property
     def count(self) -> int:

@@ -347,6 +347,7 @@ class ZImagePipeline:
         for cache in (self.cache, self.times, self.layouts):
             cache.clear()
         self.regions.clear()
+        self.vae.forget()
 
 
 def _scheduler(folder: Path) -> FlowMatchEuler:

@@ -12,6 +12,7 @@ from multimodal_gen.kernels import conv3x3 as conv
 from multimodal_gen.kernels import group_norm_silu as group_norm
 from multimodal_gen.kernels import native
 from multimodal_gen.kernels import rms_norm_silu as rms_norm
+from multimodal_gen.pipelines.vaes.kl_decoder import Conv
 
 pytestmark = [pytest.mark.kernels]
 
@@ -53,6 +54,21 @@ def convolution(case: str, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Te
 
 def doubled(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+
+
+@compiled
+def test_small_filters_are_kept_until_they_are_let_go_of() -> None:
+    for channels, kept in ((64, True), (256, False)):
+        layer = Conv(channels, channels)
+        layer.weight.copy_(numbers(channels, channels, 3, 3, dtype=torch.float32) / channels)
+        layer.bias.zero_()
+        x = numbers(1, 9, 8, channels, dtype=torch.float32)
+        first = layer(x)
+        assert (layer._filters is not None) == kept == (layer.kept_bytes > 0)
+        assert torch.equal(layer(x), first)
+        layer.forget()
+        assert layer._filters is None
+        assert torch.equal(layer(x), first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

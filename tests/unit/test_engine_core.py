@@ -65,6 +65,7 @@ def test_a_request_starts_progresses_and_finishes_in_seed_order(core):
     events = run(core, request("a", steps=3, num_outputs_per_prompt=2))
     assert [type(e) for e in events if isinstance(e, (Started, Finished))] == [Started, Finished]
     assert sorted((e.index, e.step) for e in of(events, Progress, "a")) == [(i, s) for i in (0, 1) for s in (1, 2, 3)]
+    assert [e.more for e in of(events, Progress, "a")] == [True, False] * 3, "the last of a step waits for nothing"
     (finished,) = of(events, Finished, "a")
     first, second = (to_numpy(array) for array in finished.outputs)
     assert first.shape == (64, 64, 3)
