@@ -29,7 +29,7 @@ from multimodal_gen.pipelines.vaes.kl import KLDecoder
 from tests.support.checkpoints import build
 
 GOALS = {"diffusers": 1.5}
-SHAPES = {"Z-Image's": (128, 256, 512, 512), "half as wide": (64, 128, 256, 256)}
+SHAPES = {"Z-Image's": (128, 256, 512, 512), "half of these": (64, 128, 256, 256)}
 CHANNELS, PIXELS_PER_LATENT = 16, 8
 Decode = Callable[[Tensor], np.ndarray]  # latents [C, h, w] → uint8 [H, W, 3]
 

@@ -90,7 +90,18 @@ def test_the_compiled_convolution_is_right_where_the_direct_one_is_preferred(
     monkeypatch.setattr(conv, "_direct_wins", lambda weight: False)
     args, options = convolution(case, dtype)
     wanted = conv.reference(*(arg.double() for arg in args), **doubled(options))
-    check(conv.conv3x3(*args, **options), wanted, dtype)
+    check(conv.conv3x3(*args, **options, filters=conv.make_filters(args[1])), wanted, dtype)
+
+
+@compiled
+def test_filters_that_are_used_once_are_made_for_many_tiles_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = list[int](), conv.make_filters
+    monkeypatch.setattr(conv, "make_filters", lambda weight: made.append(len(weight)) or make(weight))
+    weight, bias = numbers(64, 64, 1, 3, 3, dtype=torch.float32, seed=1) / 24, torch.zeros(64)
+    for side, times in ((24, 0), (28, 1)):  # 36 and 49 tiles
+        x = numbers(1, side, side, 64, dtype=torch.float32)
+        check(conv.conv3x3(x, weight, bias), conv.reference(x.double(), weight.double(), bias.double()), torch.float32)
+        assert len(made) == times
 
 
 @compiled
