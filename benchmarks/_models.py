@@ -68,7 +68,7 @@ def make_medium(
     )
     pipe = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
-        vae=_vae(seed + 2),
+        vae=make_vae((64, 128, 256, 256), seed + 2),
         text_encoder=build(lambda: Qwen3Model(text), seed + 1, gain=1.0),
         tokenizer=tokenizer,
         transformer=transformer,
@@ -79,7 +79,8 @@ def make_medium(
     return folder
 
 
-def _vae(seed: int) -> Any:
+def make_vae(widths: tuple[int, ...], seed: int) -> Any:
+    """diffusers' AutoencoderKL of Z-Image's shape, with these widths."""
     from diffusers import AutoencoderKL
 
     from tests.support.checkpoints import build
@@ -88,7 +89,7 @@ def _vae(seed: int) -> Any:
         lambda: AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(64, 128, 256, 256),
+            block_out_channels=widths,
             layers_per_block=2,
             latent_channels=16,
             norm_num_groups=32,

@@ -11,22 +11,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from _common import Numbers, figure, finish, interleave, parser, record, same_picture, say
+from _models import make_vae
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from multimodal_gen.config import EngineConfig
 from multimodal_gen.memory.residency import Memory
+from multimodal_gen.nn.precision import DTYPES
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.pipelines.contract import whole
 from multimodal_gen.pipelines.registry import describe
 from multimodal_gen.pipelines.vaes.kl import KLDecoder
-from tests.support.checkpoints import build
 
 GOALS = {"diffusers": 1.5}
 SHAPES = {"Z-Image's": (128, 256, 512, 512), "half of these": (64, 128, 256, 256)}
@@ -47,7 +47,7 @@ def main() -> None:
     with torch.inference_mode():
         for name, widths in SHAPES.items():
             with tempfile.TemporaryDirectory(prefix="mmgen-bench-") as folder:
-                theirs = make(widths, getattr(torch, flags.dtype))
+                theirs = make_vae(widths, seed=0).to(DTYPES[flags.dtype])
                 theirs.save_pretrained(Path(folder, "vae"))
                 sides = {"ours": ours(Path(folder), theirs.dtype), "diffusers": of_diffusers(theirs)}
                 first = [decode(latents(flags.side, 0)) for decode in sides.values()]
@@ -60,29 +60,6 @@ def main() -> None:
                 )
             figures.append(figure(f"AutoencoderKL, {name} widths, {flags.side} x {flags.side}: decode", took, GOALS))
     finish("vae", environment, {**results, "figures": figures})
-
-
-def make(widths: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """diffusers' model."""
-    made = build(
-        lambda: AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=widths,
-            layers_per_block=2,
-            latent_channels=CHANNELS,
-            norm_num_groups=32,
-            sample_size=1024,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            force_upcast=False,
-        ),
-        0,
-        gain=None,
-    )
-    return made.to(dtype)
 
 
 def ours(folder: Path, dtype: torch.dtype) -> Decode:

@@ -92,7 +92,6 @@ class BlockedWeight:
             weight, self.scales = quantize(weight)
             self.sums = weight.sum(1, dtype=torch.int32).mul_(128)
         self.words = to_blocks(weight, halves)
-        self._for_c: tuple[Tensor | None, CWeight] | None = None  # the last bias, and what it made; filled by pointers
 
     @property
     def nbytes(self) -> int:
@@ -106,9 +105,7 @@ class BlockedWeight:
 
     def pointers(self, bias: Tensor | None) -> CWeight:
         """For C; valid while this weight and the bias are held."""
-        if self._for_c is not None and self._for_c[0] is bias:
-            return self._for_c[1]
-        found = CWeight(
+        return CWeight(
             words=self.words.data_ptr(),
             scales=None if self.scales is None else self.scales.data_ptr(),
             sums=None if self.sums is None else self.sums.data_ptr(),
@@ -117,8 +114,6 @@ class BlockedWeight:
             length=self.inputs * self.words.itemsize // 4,
             halves=self.halves,
         )
-        self._for_c = bias, found
-        return found
 
     def plain(self) -> Tensor:
         """[out, in] as before, in the dtype that it is held in."""

@@ -20,22 +20,22 @@ R = TypeVar("R")
 class Interrupted(Protocol):
     """Something that records work and lets calls happen between two pieces of it (`nn.graphs.Recording`)."""
 
-    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
-        """Call now, outside of what is recorded, and, with `again`, at every replay."""
+    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call now, outside of what is recorded, and at every replay."""
 
 
 class _Point:
     """One decorated function."""
 
-    def __init__(self, function: Callable[..., Any], again: bool, recorded: bool) -> None:
+    def __init__(self, function: Callable[..., Any], recorded: bool) -> None:
         self.name = f"{function.__module__}.{function.__qualname__}"
-        self._function, self._again, self._recorded = function, again, recorded
+        self._function, self._recorded = function, recorded
         self.function = self._call  # as `tell_compiler` left it
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if _here.recording is None or self._recorded:
             return self._function(*args, **kwargs)
-        return _here.recording.apart(self._function, args, kwargs, self._again)
+        return _here.recording.apart(self._function, args, kwargs)
 
 
 class _Here(threading.local):
@@ -57,18 +57,17 @@ def recording(what: Interrupted | None) -> None:
 @overload
 def eager_break(function: Callable[P, R]) -> Callable[P, R]: ...
 @overload
-def eager_break(*, again: bool = ..., recorded: bool = ...) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-def eager_break(function: Callable[P, R] | None = None, *, again: bool = True, recorded: bool = False) -> Any:
+def eager_break(*, recorded: bool) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def eager_break(function: Callable[P, R] | None = None, *, recorded: bool = False) -> Any:
     """Decorates functions and methods.
 
     Args:
-        again: False: its result is the same thing for the same arguments, so a replayed graph does not call it again.
         recorded: True: a compiler leaves it alone, and graphs hold it: its work on the device is the same at every
-            call with tensors of these shapes, and the first call has made all that it keeps.
+            call with tensors of these shapes, and what it keeps is there from the first call on.
     """
     if function is None:
-        return functools.partial(eager_break, again=again, recorded=recorded)
-    point = _Point(function, again, recorded)
+        return functools.partial(eager_break, recorded=recorded)
+    point = _Point(function, recorded)
     _points.append(point)
 
     @functools.wraps(function)

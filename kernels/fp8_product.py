@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal_gen.kernels import native
+from multimodal_gen.kernels.int8_product import WIDEST
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 MULTIPLE = 16  # of in and out: what cuBLAS takes
-WIDEST = 32768  # row that the Triton kernel has registers for
 OLDEST = (8, 9)  # compute capability with such products
 
 

@@ -52,15 +52,6 @@ class Recording:
         finally:
             native.listen(None)
 
-    @contextmanager
-    def deaf(self) -> Iterator[None]:
-        """Calls inside are made, and not recorded."""
-        native.listen(None)
-        try:
-            yield
-        finally:
-            native.listen(self)
-
     def over(self, name: str, kinds: str, compute: native.CFunction, entry: int | None) -> native.CFunction:
         """`native.Listener`: `compute`, recorded. `entry`: where its variant for slots stands."""
         if entry is None:
@@ -69,9 +60,8 @@ class Recording:
 
         def call(*args: Any) -> None:
             compute(*args)
-            slots = (_Slot * len(args))()
-            for slot, kind, arg in zip(slots, kinds, args, strict=True):
-                setattr(slot, FIELDS[kind], self._number(arg))
+            numbers = map(self._number, args)
+            slots = (_Slot * len(args))(*(_Slot(**{FIELDS[k]: n}) for k, n in zip(kinds, numbers, strict=True)))
             self._held.append(slots)
             self._calls.append(_Call(entry, ctypes.addressof(slots)))
 

@@ -16,7 +16,7 @@ from multimodal_gen.kernels import native
 from multimodal_gen.memory.residency import Memory
 from multimodal_gen.nn import compiled
 from multimodal_gen.nn.cpu_graphs import CpuRecorder
-from multimodal_gen.nn.graphs import CudaTape, Graphs, Recorder, Segments
+from multimodal_gen.nn.graphs import CudaTape, Graphs, Recorder, TapeRecorder
 from multimodal_gen.parallel.mesh import Mesh
 from multimodal_gen.parallel.sequence import choose_attention
 
@@ -71,7 +71,7 @@ class Regions:
         if self._config.cuda_graphs:
             for name in models:
                 _check_resident(name, memory)
-            self._record(models.values(), Segments(CudaTape(self._device)))
+            self._record(models.values(), TapeRecorder(CudaTape(self._device)))
         elif by_shape and self._replays():
             self._record([model for name, model in models.items() if memory.stays(name)], CpuRecorder())
 

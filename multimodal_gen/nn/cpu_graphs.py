@@ -71,7 +71,6 @@ class _Watch(TorchDispatchMode):
     def __init__(self, pool: Pool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.others: list[str] = []  # operations that are no views
-        self.paused = False
         self._pool = pool
 
     @classmethod
@@ -81,8 +80,6 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.paused:
-            return result
         if func.name().split(".")[0] in MAKES_MEMORY:
             return self._lend(result)
         if func._schema.is_mutable or not _is_view(result, args):
@@ -134,27 +131,12 @@ class CpuRecording:
         self.obstacles: Sequence[str] = [*self._watch.others, *self._calls.unknown]
         self._replay = None if self.obstacles else self._calls.finish()
 
-    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
-        """`eager.Interrupted`: calls of our kernels are recorded like others, and what makes none must not be left out.
-
-        What need not be called again is left out: neither its calls nor its memory are the recording's.
-        """
-        if not again:
-            return self._once(function, args, kwargs)
+    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`eager.Interrupted`: calls of our kernels are recorded like others; what makes none must not be left out."""
         before = len(self._calls)
         result = function(*args, **kwargs)
         if len(self._calls) == before:
             self._watch.others.append(function.__qualname__)
-        return result
-
-    def _once(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._calls.deaf():
-            self._watch.paused = True
-            try:
-                result = function(*args, **kwargs)
-            finally:
-                self._watch.paused = False
-        self._calls.hold(result)
         return result
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:

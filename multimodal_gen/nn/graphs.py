@@ -10,6 +10,7 @@ records it, all others replay; on a CPU (`nn.cpu_graphs`) the first does. Least 
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Recorded(Protocol):
 
 
 class Recorder(Protocol):
-    """How a device records regions: `Segments`, and `nn.cpu_graphs.CpuRecorder`."""
+    """How a device records regions: `TapeRecorder`, and `nn.cpu_graphs.CpuRecorder`."""
 
     most: int  # graphs that are kept
     at_once: bool  # whether a region's first call can be recorded
@@ -124,17 +125,20 @@ class Recording:
         self._tape = tape
         self._compute = compute  # holds what graphs read besides the inputs
         self._steps: list[Replay] = []
-        self._kept: list[object] = []  # what was computed once
         self._inputs = [x.clone() for x in inputs]
         tape.begin()
         eager.recording(self)
         try:
             self._output = compute(*self._inputs)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # that nothing whole was recorded: why is on its way
+                tape.end()
+            raise
         finally:
             eager.recording(None)
-            self._steps.append(tape.end())
+        self._steps.append(tape.end())
 
-    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
+    def apart(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An `@eager_break` call: the end of a segment, the call itself, the next segment."""
         self._steps.append(self._tape.end())
         eager.recording(None)
@@ -143,9 +147,6 @@ class Recording:
         finally:
             self._tape.begin()
             eager.recording(self)
-        if not again:
-            self._kept.append(result)
-            return result
         lent = [self._lend(arg) for arg in args]
         lent_by_name = {name: self._lend(arg) for name, arg in kwargs.items()}
         if not isinstance(result, Tensor) or any(result is arg for arg in (*args, *kwargs.values())):  # in place
@@ -172,7 +173,7 @@ class Recording:
         return self._output
 
 
-class Segments:
+class TapeRecorder:
     """`Recorder` of segments between `@eager_break`s on a tape."""
 
     most, at_once = 16, False

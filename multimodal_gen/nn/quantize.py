@@ -40,14 +40,17 @@ def _int8(weight: Tensor, halves: bool) -> Packed:
     return int8_product.Int8Weight(weight)
 
 
+def _in_order(pack: Callable[[Tensor], Packed]) -> Callable[[Tensor, bool], Packed]:
+    """Of forms that do not lay halves together."""
+    return lambda weight, _: pack(weight)
+
+
 KINDS = {
     "int8": Kind(_int8, lambda _: 8, int8_product.fits, int8_product.unavailable),
-    "fp8": Kind(
-        lambda weight, _: fp8_product.Fp8Weight(weight), lambda _: 8, fp8_product.fits, fp8_product.unavailable
-    ),
-    "int8-weights": Kind(lambda weight, _: int8_linear.Int8Weight(weight), lambda _: 8, lambda *_: True, _anywhere),
+    "fp8": Kind(_in_order(fp8_product.Fp8Weight), lambda _: 8, fp8_product.fits, fp8_product.unavailable),
+    "int8-weights": Kind(_in_order(int8_linear.Int8Weight), lambda _: 8, lambda *_: True, _anywhere),
     "int4-weights": Kind(
-        lambda weight, _: int4_linear.Int4Weight(weight),
+        _in_order(int4_linear.Int4Weight),
         lambda dtype: 4 + 2 * 8 * dtype.itemsize / int4_linear.GROUP,
         lambda rows, columns, _: int4_linear.fits(rows, columns),
         _on_a_cpu,

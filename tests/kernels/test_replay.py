@@ -136,11 +136,6 @@ def talks(x: Tensor) -> Tensor:
     return x
 
 
-@eager_break(again=False)
-def looked_up(x: Tensor) -> Tensor:
-    return x * 0 + 2
-
-
 said: list[int] = []
 SCALE = made(1, 32)
 OBSTACLES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -161,20 +156,6 @@ def test_what_is_no_call_of_ours_runs_as_always(name: str) -> None:
         assert torch.equal(graphs.run(compute, (x,), (0,), ()), wanted)
     assert graphs.replayed == 0
     assert len(said) in (0, 6)
-
-
-def test_what_is_the_same_at_every_call_is_made_once_and_is_no_obstacle() -> None:
-    if why := native.unavailable():
-        pytest.skip(why)
-
-    def compute(x: Tensor) -> Tensor:
-        return layer_norm_scale_shift(x, looked_up(x[:1]), None, None, 1e-6)
-
-    graphs, x = Graphs(CpuRecorder()), made(4, 32)
-    wanted = compute(x.clone())
-    for _ in range(3):
-        assert torch.equal(graphs.run(compute, (x.clone(),), (0,), ()), wanted)
-    assert graphs.replayed == 2
 
 
 def test_large_work_is_not_recorded() -> None:

@@ -18,7 +18,7 @@ from multimodal_gen.errors import ConfigError
 from multimodal_gen.kernels import native
 from multimodal_gen.kernels.eager import eager_break
 from multimodal_gen.nn import compiled
-from multimodal_gen.nn.graphs import CudaTape, Graphs, Segments
+from multimodal_gen.nn.graphs import CudaTape, Graphs, TapeRecorder
 from multimodal_gen.nn.lowrank import Overlay, Piece, Update
 from multimodal_gen.pipelines.regions import Regions
 from multimodal_gen.pipelines.wan import packing as wan_packing
@@ -48,6 +48,30 @@ def played_back() -> Any:
     """The tape sees operations of torch only, not what our own code writes to addresses."""
     with native.torch_only():
         yield PlayedBack()
+
+
+class Void(PlayedBack):
+    """As CUDA's capture after an error inside it."""
+
+    def end(self) -> Any:
+        super().end()
+        raise RuntimeError("the capture is void")
+
+
+def test_a_capture_that_is_void_does_not_hide_what_made_it_so() -> None:
+    def compute(x: Tensor) -> Tensor:
+        if asked:
+            raise MemoryError("too much")
+        return x
+
+    graphs, asked = Graphs(TapeRecorder(Void())), list[int]()
+    graphs.run(compute, (torch.ones(3),), (0,), ())
+    asked.append(1)
+    with pytest.raises(MemoryError, match="too much"):
+        graphs.run(compute, (torch.ones(3),), (0,), ())
+    asked.clear()
+    with pytest.raises(RuntimeError, match="void"):
+        graphs.run(compute, (torch.ones(3),), (0,), ())
 
 
 @pytest.fixture
@@ -116,7 +140,7 @@ def test_replayed_layers_compute_what_they_compute_without_graphs(
     model, step = MODELS[name](recorded=recorded)
     calls = [(2, 1), (2, 2), (5, 3), (2, 4), (5, 5), (5, 6), (2, 7)]
     wanted = [step(*call) for call in calls]
-    model.graphs = Graphs(Segments(played_back))
+    model.graphs = Graphs(TapeRecorder(played_back))
     found = [step(*call) for call in calls]
     for ours, plain in zip(found, wanted, strict=True):
         assert_close(ours, plain)
@@ -139,7 +163,7 @@ def test_graphs_of_a_gpu_compute_what_it_computes_without_them(
     wanted = [step(*call) for call in calls]
     if compile_too:
         compiled.compile_layers(layers_of(model))
-    model.graphs = Graphs(Segments(CudaTape(device)))
+    model.graphs = Graphs(TapeRecorder(CudaTape(device)))
     for call, plain in zip(calls, wanted, strict=True):
         assert_close(step(*call), plain)
     assert model.graphs.replayed == 5 * REGIONS[name]
@@ -152,7 +176,7 @@ def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
     model, step = pictures()
     overlay = overlay_of(model)
     plain = step(2, 1)
-    model.graphs = Graphs(Segments(PlayedBack()))
+    model.graphs = Graphs(TapeRecorder(PlayedBack()))
     with_adapter = [step(2, 1, overlay) for _ in range(3)]
     assert model.graphs.replayed == 0
     assert not torch.allclose(with_adapter[0][0], plain[0])
@@ -160,17 +184,17 @@ def test_layers_with_adapters_beside_them_are_not_recorded() -> None:
 
 
 def test_old_graphs_leave_and_cleared_ones_are_made_anew() -> None:
-    graphs, x = Graphs(Segments(PlayedBack())), torch.ones(3)
-    fixed = [object() for _ in range(Segments.most + 1)]
+    graphs, x = Graphs(TapeRecorder(PlayedBack())), torch.ones(3)
+    fixed = [object() for _ in range(TapeRecorder.most + 1)]
     for thing in (*fixed, *fixed[1:], fixed[0]):
         graphs.run(lambda x: x.mul_(2), (x.clone(),), (0,), (thing,))
-    assert graphs.replayed == Segments.most  # the first had to leave
+    assert graphs.replayed == TapeRecorder.most  # the first had to leave
     graphs.clear()
     assert torch.equal(graphs.run(lambda x: x.mul_(3), (x.clone(),), (0,), (fixed[1],)), 3 * x)
 
 
 def test_a_recording_that_fails_leaves_nothing_behind() -> None:
-    graphs, x, fails = Graphs(Segments(PlayedBack())), torch.ones(3), [False]
+    graphs, x, fails = Graphs(TapeRecorder(PlayedBack())), torch.ones(3), [False]
 
     @eager_break
     def looks(x: Tensor) -> Tensor:
